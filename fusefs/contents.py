@@ -1,0 +1,216 @@
+"""The bytes of a staged file: in the staging directory itself where this host may write there, else over the wire."""
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from fusefs.errors import fail
+from fusefs.reading import RemoteReader
+from sidecar.client import SidecarClient, Staging
+
+_SPACE_CHECK_BYTES = 16 << 20
+
+
+class Status(NamedTuple):
+    size: int
+    allocated: int
+    modified_ns: int
+
+
+class Content(Protocol):
+    """The bytes of one staged file."""
+
+    def status(self) -> Status: ...
+    def read(self, size: int, offset: int) -> bytes: ...
+    def write(self, data: bytes, offset: int) -> None: ...
+    def truncate(self, size: int) -> None: ...
+    def allocate(self, offset: int, length: int) -> None: ...
+    def seek(self, offset: int, whence: int) -> int: ...
+    def sync(self) -> None: ...
+    def set_times(self, accessed_ns: int, modified_ns: int) -> None: ...
+    def changed_elsewhere(self) -> None:
+        """The sidecar wrote to the file."""
+
+    def close(self) -> None: ...
+
+
+class Place(Protocol):
+    """Where the files of one staging directory are made."""
+
+    def create(self, name: str) -> Content: ...
+    def remove(self, name: str) -> None: ...
+    def rename(self, old: str, new: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalPlace:
+    """The staging directory of the sidecar, on this host.
+
+    Its name is the sidecar's, and random: where a directory of that name is, it is that one.
+    """
+
+    def __init__(self, path: str, free_for_images: Callable[[int], bool]) -> None:
+        """`free_for_images` tells from a descriptor whether there is room left; OSError when this is no place to write."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._free_for_images = free_for_images
+        if not os.access(path, os.W_OK | os.X_OK):
+            self.close()
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    def create(self, name: str) -> Content:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return LocalContent(os.open(name, flags, 0o644, dir_fd=self._fd), self._free_for_images)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self._fd)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class LocalContent:
+    def __init__(self, fd: int, free_for_images: Callable[[int], bool]) -> None:
+        self._fd = fd
+        self._free_for_images = free_for_images
+        self._unchecked = 0
+
+    def status(self) -> Status:
+        status = os.fstat(self._fd)
+        return Status(status.st_size, status.st_blocks * 512, status.st_mtime_ns)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+    def write(self, data: bytes, offset: int) -> None:
+        self._check_space(len(data))
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view = view[done:]
+            offset += done
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def allocate(self, offset: int, length: int) -> None:
+        self._check_space(length + _SPACE_CHECK_BYTES)
+        os.posix_fallocate(self._fd, offset, length)
+
+    def seek(self, offset: int, whence: int) -> int:
+        return os.lseek(self._fd, offset, whence)
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def set_times(self, accessed_ns: int, modified_ns: int) -> None:
+        os.utime(self._fd, ns=(accessed_ns, modified_ns))
+
+    def changed_elsewhere(self) -> None:
+        pass  # the same file
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _check_space(self, coming: int) -> None:
+        """The datastore's reserve is not for images; the file system itself would let us have it."""
+        self._unchecked += coming
+        if self._unchecked >= _SPACE_CHECK_BYTES:
+            self._unchecked = 0
+            if not self._free_for_images(self._fd):
+                fail(errno.ENOSPC, "only the datastore's reserve is left")
+
+
+class RemotePlace:
+    """A staging directory on the sidecar's host. The contract has no call that removes or renames a staged file."""
+
+    def __init__(self, client: SidecarClient, staging: Staging) -> None:
+        self._client = client
+        self._staging = staging
+        self._removed: set[str] = set()
+
+    @property
+    def left_over(self) -> set[str]:
+        """Files that were removed here and are still there."""
+        return self._removed
+
+    def create(self, name: str) -> Content:
+        self._staging.write_file(name, [], size=0)
+        self._removed.discard(name)
+        return RemoteContent(self._client, self._staging, name)
+
+    def remove(self, name: str) -> None:
+        self._removed.add(name)
+
+    def rename(self, old: str, new: str) -> None:
+        fail(errno.EOPNOTSUPP, f"cannot rename {old} to {new}: the staging directory is on another host")
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteContent:
+    def __init__(self, client: SidecarClient, staging: Staging, name: str) -> None:
+        self._staging = staging
+        self._name = name
+        self._lock = threading.Lock()  # guards _size
+        self._size = 0
+        self._modified_ns = time.time_ns()
+        self._reader = RemoteReader(client, staging, name, lambda: self._size)
+
+    def status(self) -> Status:
+        return Status(self._size, self._size, self._modified_ns)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return self._reader.read(size, offset)
+
+    def write(self, data: bytes, offset: int) -> None:
+        with self._lock:
+            self._note_size(self._staging.write_file(self._name, [(offset, data)]).size_bytes)
+
+    def truncate(self, size: int) -> None:
+        with self._lock:
+            self._note_size(self._staging.write_file(self._name, [], size=size).size_bytes)
+
+    def allocate(self, offset: int, length: int) -> None:
+        fail(errno.EOPNOTSUPP)
+
+    def seek(self, offset: int, whence: int) -> int:
+        return self._reader.seek(offset, whence)
+
+    def sync(self) -> None:
+        pass  # publishing makes it durable
+
+    def set_times(self, accessed_ns: int, modified_ns: int) -> None:
+        self._modified_ns = modified_ns
+
+    def changed_elsewhere(self) -> None:
+        with self._lock:
+            self._note_size(self._staging.write_file(self._name, []).size_bytes)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _note_size(self, size: int) -> None:
+        self._size = size
+        self._modified_ns = time.time_ns()
+        self._reader.forget()
+
+
+def open_place(client: SidecarClient, staging: Staging, root_path: str, reserve_bytes: int) -> Place:
+    """The staging directory as a place to write to: its own path when it can be reached from here."""
+
+    def free_for_images(fd: int) -> bool:
+        status = os.fstatvfs(fd)
+        return status.f_bavail * status.f_frsize > reserve_bytes
+
+    if root_path and staging.directory:
+        with contextlib.suppress(OSError):
+            return LocalPlace(os.path.join(root_path, staging.directory), free_for_images)
+    return RemotePlace(client, staging)

@@ -1,0 +1,79 @@
+"""Where the bytes of a staged file came from: which of its ranges are known to equal which image's file.
+
+Nothing here is guessed. A range is known to be an image's because the sidecar copied it from there, or because the
+bytes that were written were compared with the bytes there.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fusefs.intervals import IntervalSet
+
+Ranges = Sequence[tuple[int, int]]
+
+
+class Generation(NamedTuple):
+    """Tells the content of a file from that of another one which has the same path at another time."""
+
+    inode: int
+    modified_ns: int
+    size: int
+
+
+class SourceFile(NamedTuple):
+    """A file of an image, as it was when bytes of it were copied."""
+
+    datastore: str
+    image_id: str
+    name: str
+    generation: Generation
+
+
+class Provenance:
+    """The history of one staged file's bytes. Not safe to share between threads: the staged file has a lock."""
+
+    __slots__ = ("_equal", "_written")
+
+    def __init__(self) -> None:
+        self._written = IntervalSet()
+        self._equal: dict[SourceFile, IntervalSet] = {}
+
+    @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Every file of an image that a range of this one is known to equal."""
+        return tuple(source for source, ranges in self._equal.items() if ranges)
+
+    def wrote(self, offset: int, length: int, source: SourceFile | None = None) -> None:
+        """Bytes were written there; `source` is the file that has the same bytes at the same offset, if one does."""
+        self._written.add(offset, offset + length)
+        for other, ranges in self._equal.items():
+            if other != source:
+                ranges.remove(offset, offset + length)
+        if source is not None:
+            self._equal.setdefault(source, IntervalSet()).add(offset, offset + length)
+
+    def truncated(self, size: int) -> None:
+        """Nothing is left at and after `size`; what was beyond reads as a hole when the file grows again."""
+        self._written.remove(size, 1 << 63)
+        for ranges in self._equal.values():
+            ranges.remove(size, 1 << 63)
+
+    def was_written(self, offset: int, length: int) -> bool:
+        """Whether any byte there was ever written."""
+        return self._written.overlaps(offset, offset + length)
+
+    def is_whole(self, source: SourceFile, size: int, data_ranges: Ranges) -> bool:
+        """Whether the file, which has `size` bytes now, is byte for byte the source.
+
+        `data_ranges`: where the source has data; it reads as zeroes elsewhere. So every one of them has to have come
+        from there, and nothing may have been written that did not: a copier that preallocates and dies is not done.
+        """
+        equal = self._equal.get(source, IntervalSet())
+        return size == source.generation.size and equal.includes(data_ranges) and equal.includes(self._written)
+
+    def is_unfinished(self, data_ranges: Ranges) -> bool:
+        """Whether there is a range where the source has data and this file was never written.
+
+        The sign of a copy that was given up: a changed copy was written everywhere, if with other bytes.
+        """
+        return not self._written.includes(data_ranges)

@@ -1,0 +1,252 @@
+"""Reading files of images: from the datastore itself where this host sees it, else from the sidecar.
+
+Never over stale data: a reader belongs to one generation of a file (inode, time, size). A local file is opened only
+if it is that one; a remote one is read only while the index says that it still is.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fusefs.errors import fail
+from fusefs.provenance import Generation
+from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage
+from sidecar.client import ImageRef, SidecarClient, Staging
+
+_log = logging.getLogger(__name__)
+
+# QEMU's byte for readers of an image: whoever asks for a write lock on the file learns that it is in use.
+READER_BYTE = 100
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+_FIRST_WINDOW = 1 << 20
+_LARGEST_WINDOW = 8 << 20
+
+
+class Reader(Protocol):
+    """An open file of an image."""
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes at `offset`; fewer only at the end of the file."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fills the buffer from `offset` on; returns how many bytes that were."""
+
+    def seek(self, offset: int, whence: int) -> int:
+        """The next data or hole at or after `offset`; OSError with ENXIO when there is none."""
+
+    def close(self) -> None: ...
+
+
+class LocalReader:
+    """The file itself, locked as in use while it is open."""
+
+    def __init__(self, path: str, generation: Generation) -> None:
+        """Opens the file; FileNotFoundError when the path leads to another one, or to one that is being purged."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _lock_shared(self._fd, path)
+            # Looked at only now: from here on nobody can take the file away unnoticed.
+            status = os.stat(path, follow_symlinks=False)
+            opened = os.fstat(self._fd)
+            if (status.st_dev, status.st_ino) != (opened.st_dev, opened.st_ino) or not _is(opened, generation):
+                raise FileNotFoundError(errno.ENOENT, "not the file that the sidecar knows", path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        return os.preadv(self._fd, [buffer], offset)
+
+    def seek(self, offset: int, whence: int) -> int:
+        # The descriptor's own position is used by nobody.
+        return os.lseek(self._fd, offset, whence)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class RemoteReader:
+    """A file read through the sidecar, a growing window ahead of a reader that goes through it in order.
+
+    `check` raises when the file is not the one that was opened any more.
+    """
+
+    def __init__(
+        self,
+        client: SidecarClient,
+        source: ImageRef | Staging,
+        name: str,
+        size: Callable[[], int],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._client = client
+        self._source = source
+        self._name = name
+        self._size = size
+        self._check = check
+        self._lock = threading.Lock()  # guards the window
+        self._start = 0
+        self._window = b""
+        self._length = _FIRST_WINDOW
+
+    def read(self, size: int, offset: int) -> bytes:
+        end = min(offset + size, self._size())
+        parts = []
+        with self._lock:
+            self._check()
+            while offset < end:
+                if not self._start <= offset < self._start + len(self._window):
+                    self._fetch(offset, end)
+                    if not self._window:
+                        break
+                part = self._window[offset - self._start : end - self._start]
+                parts.append(part)
+                offset += len(part)
+        return b"".join(parts)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        data = self.read(len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int) -> int:
+        return seek_without_holes(self._size(), offset, whence)
+
+    def forget(self) -> None:
+        """Drops what was read ahead: the file was written to."""
+        with self._lock:
+            self._window = b""
+
+    def close(self) -> None:
+        self.forget()
+
+    def _fetch(self, offset: int, end: int) -> None:
+        in_order = offset == self._start + len(self._window)
+        self._length = min(self._length * 2, _LARGEST_WINDOW) if in_order else _FIRST_WINDOW
+        length = min(max(self._length, end - offset), self._size() - offset)
+        window = bytearray(length)
+        got = 0
+        answers = self._client.read_file(self._source, self._name, offset, length)
+        for answer in answers:
+            at = answer.offset - offset
+            window[at : at + len(answer.data)] = answer.data
+            got = max(got, at + len(answer.data), at + answer.hole_bytes)
+        self._check()
+        self._start = offset
+        self._window = bytes(window[:got])
+
+
+def open_image_file(
+    client: SidecarClient,
+    datastore: IndexedDatastore,
+    image: IndexedImage,
+    file: IndexedFile,
+    current: Callable[[], Generation | None],
+) -> Reader:
+    """A reader of the image's file; `current` is the generation that the index shows at its path now.
+
+    Raises FileNotFoundError when the file is known to be gone.
+    """
+    root = datastore.info.root_path
+    if root and file.inode:
+        path = os.path.join(root, image.directory, file.name)
+        try:
+            return LocalReader(path, file.generation)
+        except OSError as error:
+            # Another host's path, or not ours to read; a purged image's file is not there for the sidecar either.
+            _log.debug("not opened locally path=%s cause=%s", path, error)
+
+    def check() -> None:
+        if current() != file.generation:
+            fail(errno.ESTALE, f"{datastore.name}/{image.image_id}/{file.name} is not the file that was opened")
+
+    ref = ImageRef(datastore=datastore.name, image_id=image.image_id)
+    return RemoteReader(client, ref, file.name, lambda: file.size, check)
+
+
+def seek_without_holes(size: int, offset: int, whence: int) -> int:
+    """What lseek answers for a file of which only the size is known."""
+    if not 0 <= offset < size:
+        fail(errno.ENXIO)
+    return size if whence == os.SEEK_HOLE else offset
+
+
+def data_ranges(reader: Reader, size: int) -> list[tuple[int, int]]:
+    """Where the file has data, as [start, end) in order."""
+    ranges = []
+    offset = 0
+    while offset < size:
+        try:
+            start = reader.seek(offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        offset = min(reader.seek(start, os.SEEK_HOLE), size)
+        ranges.append((start, offset))
+    return ranges
+
+
+@dataclass(frozen=True, slots=True)
+class CacheAdvice:
+    """What the kernel may do with the pages that it has of a path."""
+
+    keep: bool  # those of the last time are this file's
+    bypass: bool  # another generation is open under the path: its pages must not be seen by this one
+
+
+class PageCachePolicy:
+    """Knows which generation of each path was opened last, since the kernel knows a file by its path only."""
+
+    _MOST_PATHS = 65536
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: OrderedDict[str, Generation] = OrderedDict()
+        self._open: dict[str, list[Generation]] = {}
+
+    def opened(self, path: str, generation: Generation) -> CacheAdvice:
+        with self._lock:
+            others = self._open.setdefault(path, [])
+            bypass = any(other != generation for other in others)
+            keep = self._last.get(path) == generation and not bypass
+            others.append(generation)
+            if not bypass:
+                self._last[path] = generation
+                self._last.move_to_end(path)
+            else:
+                self._last.pop(path, None)
+            while len(self._last) > self._MOST_PATHS:
+                self._last.popitem(last=False)
+            return CacheAdvice(keep, bypass)
+
+    def closed(self, path: str, generation: Generation) -> None:
+        with self._lock:
+            others = self._open[path]
+            others.remove(generation)
+            if not others:
+                del self._open[path]
+
+
+def _is(status: os.stat_result, generation: Generation) -> bool:
+    return (status.st_ino, status.st_size) == (generation.inode, generation.size)
+
+
+def _lock_shared(fd: int, path: str) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, READER_BYTE, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise FileNotFoundError(errno.ENOENT, "the image is being purged", path) from None
+        _log.warning("use of the file cannot be noted: file system without locks path=%s cause=%s", path, error)

@@ -1,0 +1,216 @@
+"""One image in the making: its staged files, who is writing to them, and whether it may change at all."""
+
+import contextlib
+import enum
+import errno
+import threading
+from collections.abc import Callable, Iterator
+
+from fusefs.attributes import Attributes, Owner
+from fusefs.contents import Content, Place
+from fusefs.errors import fail
+from fusefs.provenance import Provenance
+from fusefs.tree import directory_inode, file_inode
+from sidecar.client import ImageRef, Staging
+
+# Files of the sidecar's own, which nobody else writes into an image.
+_OWN_NAMES = {"image_timestamp.txt", "image_timestamp.txt.renamed", "image_tombstone.txt", "unused_image_marker.txt"}
+_OWN_SUFFIX = ".ec_lock"
+_OWN_PREFIX = "tmp_image_"
+
+# What a call that wants to change a staged image waits at most for a publish of it to end.
+PUBLISH_WAIT_SECONDS = 300.0
+
+RENAME_NOREPLACE = 1
+
+
+class State(enum.Enum):
+    OPEN = "open"
+    PUBLISHING = "publishing"
+    PUBLISHED = "published"
+    GONE = "gone"  # aborted, or dropped by the sidecar
+
+
+class StagedFile:
+    """A file that is being written. `lock` guards its provenance, and keeps a write and its record together."""
+
+    def __init__(self, name: str, content: Content) -> None:
+        self.name = name
+        self.content = content
+        self.lock = threading.Lock()
+        self.provenance = Provenance()
+        self.handles = 0
+        self.removed = False
+        self.given_up = False  # its writer was killed with the file open
+
+    def attributes(self, number: int, owner: Owner) -> Attributes:
+        status = self.content.status()
+        inode = file_inode(number, self.name)
+        return owner.file(inode, status.size, status.allocated, status.modified_ns, writable=True)
+
+
+class StagedDirectory:
+    """A staging directory as the mount shows it. `clock` is monotonic; times are in its seconds.
+
+    `_condition` guards the state, the files, and the counts. A change holds the directory open for its duration, so
+    that a publish begins when no change runs and none begins while it runs.
+    """
+
+    def __init__(
+        self, ref: ImageRef, staging: Staging, place: Place, number: int, maker: int, clock: Callable[[], float]
+    ) -> None:
+        self.ref = ref
+        self.staging = staging
+        self.place = place
+        self.number = number
+        self.maker = maker  # the process that made the directory; 0: not known
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._files: dict[str, StagedFile] = {}
+        self._changes_running = 0
+        self.state = State.OPEN
+        self.writers = 0  # open handles that may write
+        self.version = 0  # counts what changed
+        self.touched_at = clock()
+        self.tried_version = -1  # the version that could not be published
+        self.retry_at = 0.0  # when to try that version again; 0: not before it changes
+        self.reason = ""  # why it is not published
+
+    @property
+    def inode(self) -> int:
+        return directory_inode(self.number)
+
+    @property
+    def files(self) -> list[StagedFile]:
+        with self._condition:
+            return list(self._files.values())
+
+    def file(self, name: str) -> StagedFile | None:
+        return self._files.get(name)
+
+    @property
+    def quiet_seconds(self) -> float:
+        return self._clock() - self.touched_at
+
+    @contextlib.contextmanager
+    def change(self, *, of_content: bool = True) -> Iterator[None]:
+        """For the time of one change: waits for a publish to end, then EROFS when it succeeded."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self.state is not State.PUBLISHING, PUBLISH_WAIT_SECONDS):
+                fail(errno.EBUSY, f"{self} is being published")
+            if self.state is State.PUBLISHED:
+                fail(errno.EROFS, f"{self} is published")
+            if self.state is State.GONE:
+                fail(errno.ESTALE, f"{self} is gone: {self.reason}")
+            self._changes_running += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changes_running -= 1
+                self.touched_at = self._clock()
+                if of_content:
+                    self.version += 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def publishing(self, closing: bool) -> Iterator[bool]:
+        """For the time of a publish; whether it may be, which it may not when somebody has a file open for writing.
+
+        `closing`: the caller has one open, which is being closed. Whoever enters sets the state before leaving.
+        """
+        with self._condition:
+            allowed = self.state is State.OPEN and self.writers == int(closing)
+            if allowed:
+                self.state = State.PUBLISHING
+                self._condition.wait_for(lambda: self._changes_running == 0)
+        try:
+            yield allowed
+        finally:
+            if allowed:
+                with self._condition:
+                    if self.state is State.PUBLISHING:
+                        self.state = State.OPEN
+                    self._condition.notify_all()
+
+    def create(self, name: str) -> StagedFile:
+        """A new empty file, with one handle that may write; FileExistsError when there is one of that name."""
+        _check_name(name)
+        with self.change(), self._condition:
+            if name in self._files:
+                fail(errno.EEXIST)
+            file = self._files[name] = StagedFile(name, self.place.create(name))
+            self.opened(file, writable=True)
+            return file
+
+    def opened(self, file: StagedFile, *, writable: bool) -> None:
+        with self._condition:
+            if self.state in {State.PUBLISHED, State.GONE}:
+                fail(errno.ESTALE, f"{self} is {self.state.value}")
+            file.handles += 1
+            self.writers += writable
+
+    def released(self, file: StagedFile, *, writable: bool) -> None:
+        with self._condition:
+            file.handles -= 1
+            self.writers -= writable
+            if writable:
+                self.touched_at = self._clock()
+            self._close_unused(file)
+
+    def remove(self, name: str) -> None:
+        with self.change(), self._condition:
+            file = self._files.get(name)
+            if file is None:
+                fail(errno.ENOENT)
+            self.place.remove(name)
+            self._forget(file)
+
+    def rename(self, old: str, new: str, flags: int) -> None:
+        _check_name(new)
+        if flags & ~RENAME_NOREPLACE:
+            fail(errno.EINVAL)
+        with self.change(), self._condition:
+            file = self._files.get(old)
+            if file is None:
+                fail(errno.ENOENT)
+            if flags & RENAME_NOREPLACE and new in self._files:
+                fail(errno.EEXIST)
+            if old == new:
+                return
+            self.place.rename(old, new)
+            if (replaced := self._files.get(new)) is not None:
+                self._forget(replaced)
+            del self._files[old]
+            self._files[new] = file
+            file.name = new
+
+    def end(self, state: State, reason: str = "") -> None:
+        """It is published or gone: nothing changes any more. Handles that are open go on reading."""
+        with self._condition:
+            if self.state in {State.PUBLISHED, State.GONE}:
+                return
+            self.state = state
+            self.reason = reason
+            self._condition.wait_for(lambda: self._changes_running == 0, PUBLISH_WAIT_SECONDS)
+            for file in self._files.values():
+                self._close_unused(file)
+            self.place.close()
+            self._condition.notify_all()
+
+    def __str__(self) -> str:
+        return f"{self.ref.datastore}/{self.ref.image_id}"
+
+    def _forget(self, file: StagedFile) -> None:
+        del self._files[file.name]
+        file.removed = True
+        self._close_unused(file)
+
+    def _close_unused(self, file: StagedFile) -> None:
+        if file.handles == 0 and (file.removed or self.state in {State.PUBLISHED, State.GONE}):
+            file.content.close()
+
+
+def _check_name(name: str) -> None:
+    if name in _OWN_NAMES or name.endswith(_OWN_SUFFIX) or name.startswith(_OWN_PREFIX):
+        fail(errno.EPERM, f"{name} is a name of the sidecar's own files")

@@ -1,0 +1,235 @@
+"""The images in the making of one mount: made by mkdir, published by a close, a sync or the passing of time, or dropped.
+
+An image that was just published keeps a little of its past for some seconds: the names that its copier used go on
+resolving, for the chmod, chown and utimens that copiers end with, and companion files may still arrive.
+"""
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fusefs.contents import RemotePlace, open_place
+from fusefs.errors import fail
+from fusefs.processes import thread_group
+from fusefs.rules import Rules
+from fusefs.staged import StagedDirectory, State
+from fusefs.tree import IndexedDatastore, Key, Tree
+from sidecar.client import Image, ImageRef, SidecarClient
+from sidecar.errors import ImageAlreadyExists, ImagesError, ImageTombstoned, StagingNotFound
+
+_log = logging.getLogger(__name__)
+
+# How long an image that was just published remembers its copier, after the last time that this was needed.
+RECENT_SECONDS = 10.0
+MAX_COMPANION_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Recent:
+    """What is remembered of the making of an image that was just published."""
+
+    ref: ImageRef
+    renamed: dict[str, str]  # names that the copier used, and what the files are called now
+    until: float
+
+    def final_name(self, name: str) -> str:
+        """What a file that the copier calls `name` is to be called: companions follow the disk."""
+        if name in self.renamed:
+            return self.renamed[name]
+        for old, new in self.renamed.items():
+            stem, new_stem = old.removesuffix(".vmdk"), new.removesuffix(".vmdk")
+            if old.endswith(".vmdk") and new == f"{self.ref.image_id}.vmdk" and name.startswith(f"{stem}."):
+                return new_stem + name[len(stem) :]
+        return name
+
+
+class StagingArea:
+    """The staged images of a mount by key. `invalidate` makes the kernel forget what it knows of a path."""
+
+    def __init__(
+        self,
+        client: SidecarClient,
+        tree: Tree,
+        rules: Rules,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        invalidate: Callable[[str], None] = lambda path: None,
+    ) -> None:
+        self._client = client
+        self._tree = tree
+        self._rules = rules
+        self._clock = clock
+        self.invalidate = invalidate
+        self._lock = threading.Lock()  # guards the dictionaries
+        self._directories: dict[Key, StagedDirectory] = {}
+        self._recent: dict[Key, Recent] = {}
+        self.work = threading.Condition()  # notified when there may be something to publish
+
+    @property
+    def directories(self) -> list[StagedDirectory]:
+        with self._lock:
+            return list(self._directories.values())
+
+    def directory(self, key: Key) -> StagedDirectory | None:
+        return self._directories.get(key)
+
+    def recent(self, key: Key) -> Recent | None:
+        """What is remembered of an image's making; asking keeps it a while longer."""
+        recent = self._recent.get(key)
+        if recent is None:
+            return None
+        now = self._clock()
+        if now > recent.until:
+            with self._lock:
+                self._recent.pop(key, None)
+            return None
+        recent.until = now + RECENT_SECONDS
+        return recent
+
+    def forget_recent(self, key: Key) -> None:
+        """The image is deleted: whatever has its name next is another one."""
+        with self._lock:
+            self._recent.pop(key, None)
+
+    def make(self, datastore: IndexedDatastore, image_id: str, pid: int) -> StagedDirectory:
+        """Opens a staging directory; raises what the sidecar says at once when there can be no such image."""
+        ref = ImageRef(datastore=datastore.name, image_id=image_id)
+        try:
+            staging = self._client.create_staging(ref)
+        except ImageTombstoned as error:
+            fail(errno.EEXIST, error.message)
+        place = open_place(self._client, staging, datastore.info.root_path, datastore.info.reserve_bytes)
+        directory = StagedDirectory(ref, staging, place, self._tree.new_number(), thread_group(pid), self._clock)
+        key = (datastore.name, image_id)
+        with self._lock:
+            lost = key in self._directories
+            if not lost:
+                self._directories[key] = directory
+                self._recent.pop(key, None)
+        if lost:
+            self._drop(directory, "made twice")
+            fail(errno.EEXIST)
+        _log.info("staging begun image=%s directory=%s local=%s", directory, staging.directory, not _is_remote(directory))
+        self.wake()
+        return directory
+
+    def closing(self, directory: StagedDirectory) -> None:
+        """A file that was open for writing is being closed: publishes what is wholly a copy of one image.
+
+        Raises what went wrong, so that the close reports it.
+        """
+        if directory.state is State.OPEN and directory.writers == 1:
+            self._publish_copy(directory, closing=True)
+
+    def renamed(self, directory: StagedDirectory) -> None:
+        """A file has its name now: the same question as when one is closed."""
+        if directory.state is State.OPEN and directory.writers == 0:
+            self._publish_copy(directory, closing=False)
+
+    def publish(self, directory: StagedDirectory, copied_from: ImageRef | None = None, *, closing: bool = False) -> None:
+        """Publishes, whatever the rules say of completeness: the sidecar checks the disk.
+
+        EBUSY while a file is open for writing. After another error the directory is still there, unless the image
+        exists already; `reason` says why.
+        """
+        started = self._clock()
+        with directory.publishing(closing) as allowed:
+            if not allowed:
+                if directory.state is State.PUBLISHED:
+                    return
+                fail(errno.EBUSY, f"{directory} has a file open for writing")
+            version = directory.version
+            try:
+                if isinstance(directory.place, RemotePlace) and directory.place.left_over:
+                    fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
+                for file in directory.files:
+                    file.content.sync()
+                answer = directory.staging.commit(copied_from=copied_from)
+            except ImageAlreadyExists as error:
+                self._drop(directory, error.message)
+                raise
+            except (ImagesError, OSError) as error:
+                directory.reason = str(error)
+                directory.tried_version = version
+                if isinstance(error, StagingNotFound):
+                    self._drop(directory, error.message)
+                raise
+            self._published(directory, answer.image, dict(answer.renamed_files))
+        key = (directory.ref.datastore, directory.ref.image_id)
+        _log.info(
+            "published image=%s/%s copied_from=%s seconds=%.2f",
+            *key,
+            f"{copied_from.datastore}/{copied_from.image_id}" if copied_from else "",
+            self._clock() - started,
+        )
+
+    def abort(self, directory: StagedDirectory, reason: str) -> None:
+        """Drops a staged image."""
+        with directory.publishing(closing=False) as allowed:
+            if not allowed:
+                if directory.state is not State.OPEN:
+                    return
+                fail(errno.EBUSY, f"{directory} has a file open for writing")
+            self._drop(directory, reason)
+
+    def add_companion(self, recent: Recent, name: str, data: bytes) -> None:
+        """A companion file arrived after its image was published."""
+        if len(data) > MAX_COMPANION_BYTES:
+            fail(errno.EFBIG, f"{name}: companion files have at most {MAX_COMPANION_BYTES} bytes")
+        final = recent.final_name(name)
+        image = self._client.update_metadata(recent.ref, files={final: data})
+        if final != name:
+            recent.renamed[name] = final
+        self._tree.changed(image)
+
+    def end(self) -> None:
+        """The mount is gone: publishes what is complete, drops the rest."""
+        for directory in self.directories:
+            with contextlib.suppress(ImagesError, OSError):
+                if directory.tried_version != directory.version and not self._rules.held_back(directory):
+                    self.publish(directory)
+                    continue
+            self._drop(directory, "the mount ended")
+
+    def wake(self) -> None:
+        with self.work:
+            self.work.notify_all()
+
+    def _publish_copy(self, directory: StagedDirectory, *, closing: bool) -> None:
+        source = self._rules.copied_from(directory)
+        if source is not None:
+            self.publish(directory, source, closing=closing)
+
+    def _published(self, directory: StagedDirectory, image: Image, renamed: dict[str, str]) -> None:
+        key = (directory.ref.datastore, directory.ref.image_id)
+        names = {file.name: renamed.get(file.name, file.name) for file in directory.files}
+        self._tree.changed(image, number=directory.number)
+        directory.end(State.PUBLISHED)
+        with self._lock:
+            self._recent[key] = Recent(directory.ref, names, self._clock() + RECENT_SECONDS)
+            self._directories.pop(key, None)
+        path = f"/{key[0]}/{key[1]}"
+        for name in {*names, *names.values()}:
+            self.invalidate(f"{path}/{name}")
+        self.invalidate(path)
+
+    def _drop(self, directory: StagedDirectory, reason: str) -> None:
+        key = (directory.ref.datastore, directory.ref.image_id)
+        directory.end(State.GONE, reason)
+        with self._lock:
+            if self._directories.get(key) is directory:
+                del self._directories[key]
+        try:
+            directory.staging.abort()
+        except ImagesError as error:
+            # The lease is not renewed any more: the sidecar drops it by itself.
+            _log.warning("staging not aborted image=%s cause=%s", directory, error.message)
+        _log.info("staging dropped image=%s reason=%s", directory, reason)
+
+
+def _is_remote(directory: StagedDirectory) -> bool:
+    return isinstance(directory.place, RemotePlace)

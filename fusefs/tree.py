@@ -1,0 +1,298 @@
+"""What the mount shows: datastores, their images, their files. An index in memory, fed by the sidecar's watch stream.
+
+Every listing and every stat is answered from here. Readers take no lock: they see whole values, which a writer
+replaces. Writers hold `_lock`.
+
+What this mount did itself, publish or delete, is in the index at once. An event of the stream that concerns the same
+image may be older than that, so for a while such events are not applied but doubted: the watcher asks the sidecar for
+the image as it is now.
+"""
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from struct import Struct
+from typing import NamedTuple
+from zlib import crc32
+
+from fusefs.provenance import Generation
+from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState, WatchImagesResponse
+
+ROOT_INODE = 1
+# How long an event of the stream may lag behind what this mount did.
+DOUBT_SECONDS = 30.0
+
+_FILE = Struct("<BqqqQ")
+_ID_MARK = "\0"  # stands for the image id where names are stored; no name has it
+
+Key = tuple[str, str]  # datastore, image id
+
+
+class IndexedFile(NamedTuple):
+    """A file of an image, as the sidecar says it is."""
+
+    name: str
+    kind: int  # a FileKind
+    size: int
+    allocated: int
+    modified_ns: int
+    inode: int  # on the datastore; 0 where it has no such number
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(self.inode, self.modified_ns, self.size)
+
+    @property
+    def is_disk(self) -> bool:
+        return self.kind != FileKind.FILE_KIND_COMPANION
+
+
+class IndexedImage:
+    """An image in the index, in a few hundred bytes; never changed, only replaced.
+
+    The names of its files are kept with the id taken out, so that all images share a few tuples of them.
+    """
+
+    __slots__ = ("_directory", "_files", "_names", "created_ns", "details_known", "image_id", "number", "state", "touched_ns")
+
+    def __init__(self, image: Image, number: int, shapes: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+        self.image_id = sys.intern(image.ref.image_id)
+        self.number = number
+        self.state = image.state
+        self.details_known = image.details_known
+        self._directory = self._fold(image.directory)
+        names = tuple(self._fold(file.name) for file in image.files)
+        self._names = shapes.setdefault(names, names)
+        self._files = b"".join(map(_packed, image.files))
+        self.created_ns = image.create_time.ToNanoseconds()
+        self.touched_ns = image.touch_time.ToNanoseconds()
+
+    @property
+    def is_valid(self) -> bool:
+        return self.state == ImageState.IMAGE_STATE_VALID
+
+    @property
+    def directory(self) -> str:
+        """Relative to the datastore's root."""
+        return self._directory.replace(_ID_MARK, self.image_id)
+
+    @property
+    def inode(self) -> int:
+        return directory_inode(self.number)
+
+    @property
+    def files(self) -> list[IndexedFile]:
+        """Companion files first, then extents, the descriptor last: a copy is complete with its last file."""
+        names = (name.replace(_ID_MARK, self.image_id) for name in self._names)
+        return [IndexedFile(name, *values) for name, values in zip(names, _FILE.iter_unpack(self._files), strict=True)]
+
+    def file(self, name: str) -> IndexedFile | None:
+        return next((file for file in self.files if file.name == name), None)
+
+    def same_content(self, other: "IndexedImage") -> bool:
+        """Whether both say the same of state and files."""
+        return (self.state, self.details_known, self._names, self._files) == (
+            other.state,
+            other.details_known,
+            other._names,
+            other._files,
+        )
+
+    def _fold(self, text: str) -> str:
+        return sys.intern(text.replace(self.image_id, _ID_MARK))
+
+
+class IndexedDatastore:
+    """A datastore and its images by id, the tombstoned and the incomplete ones too."""
+
+    __slots__ = ("images", "info", "number")
+
+    def __init__(self, info: Datastore, number: int, images: dict[str, IndexedImage]) -> None:
+        self.info = info
+        self.number = number
+        self.images = images
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def inode(self) -> int:
+        return directory_inode(self.number)
+
+    def valid_images(self) -> list[IndexedImage]:
+        return [image for image in list(self.images.values()) if image.is_valid]
+
+
+class Tree:
+    """The index. `clock` is a monotonic time in seconds."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all images with files named alike
+        self._datastores: dict[str, IndexedDatastore] = {}
+        self._snapshot: dict[Key, IndexedImage] | None = None
+        self._own_changes: dict[Key, float] = {}  # until when an event about the image is doubted
+        self._complete = threading.Event()
+        self.on_change: Callable[[str, IndexedImage], None] = lambda datastore, image: None
+
+    @property
+    def datastores(self) -> list[IndexedDatastore]:
+        return list(self._datastores.values())
+
+    def datastore(self, name: str) -> IndexedDatastore | None:
+        return self._datastores.get(name)
+
+    def image(self, datastore: str, image_id: str) -> IndexedImage | None:
+        """The image, whatever its state."""
+        found = self._datastores.get(datastore)
+        return found.images.get(image_id) if found is not None else None
+
+    def new_number(self) -> int:
+        """A number that no directory of this mount had before."""
+        with self._lock:
+            return next(self._numbers)
+
+    def wait_complete(self, timeout: float) -> bool:
+        """True when everything is known that there is; false after `timeout` seconds."""
+        return self._complete.wait(timeout)
+
+    def apply(self, answer: WatchImagesResponse) -> list[Key]:
+        """Takes in an answer of the watch stream; returns the images about which to ask the sidecar instead."""
+        with self._lock:
+            if answer.datastores:
+                self._set_datastores(answer.datastores)
+            if answer.snapshot_start:
+                self._snapshot = {}
+            doubted = []
+            for image in answer.images:
+                key = (image.ref.datastore, image.ref.image_id)
+                if self._snapshot is not None:
+                    self._snapshot[key] = self._indexed(image)
+                elif self._is_doubted(key):
+                    doubted.append(key)
+                else:
+                    self._put(key, self._indexed(image))
+            for ref in answer.removed:
+                key = (ref.datastore, ref.image_id)
+                if self._snapshot is not None:
+                    self._snapshot.pop(key, None)
+                elif self._is_doubted(key):
+                    doubted.append(key)
+                else:
+                    self._put(key, None)
+            if answer.snapshot_complete:
+                doubted += self._take_snapshot()
+            return doubted
+
+    def settle(self, key: Key, asked_at: float, image: Image | None) -> None:
+        """What the sidecar said about a doubted image, asked at `asked_at`; None when there is none.
+
+        Not taken over when this mount changed the image again since.
+        """
+        with self._lock:
+            if self._own_changes.get(key, 0.0) <= asked_at + DOUBT_SECONDS:
+                self._put(key, self._indexed(image) if image is not None else None)
+
+    def learn(self, image: Image) -> IndexedImage:
+        """Details of an image that the stream left out, as GetImage gave them; no change of the image."""
+        with self._lock:
+            indexed = self._indexed(image)
+            self._put((image.ref.datastore, image.ref.image_id), indexed)
+            return indexed
+
+    def changed(self, image: Image, *, number: int | None = None) -> IndexedImage:
+        """This mount published or changed the image; `number` is what its directory had until now."""
+        key = (image.ref.datastore, image.ref.image_id)
+        with self._lock:
+            self._own_changes[key] = self._clock() + DOUBT_SECONDS
+            indexed = self._indexed(image, number)
+            self._put(key, indexed)
+            return indexed
+
+    def deleted(self, ref: ImageRef) -> None:
+        """This mount tombstoned the image."""
+        key = (ref.datastore, ref.image_id)
+        with self._lock:
+            self._own_changes[key] = self._clock() + DOUBT_SECONDS
+            self._put(key, None)
+
+    def now(self) -> float:
+        return self._clock()
+
+    def _set_datastores(self, infos: Iterable[Datastore]) -> None:
+        known = self._datastores
+        datastores = {}
+        for info in infos:
+            before = known.get(info.name)
+            number = before.number if before is not None else next(self._numbers)
+            datastores[info.name] = IndexedDatastore(info, number, before.images if before is not None else {})
+        self._datastores = datastores
+
+    def _take_snapshot(self) -> list[Key]:
+        snapshot, self._snapshot = self._snapshot or {}, None
+        doubted = []
+        for datastore in self.datastores:
+            for image_id in list(datastore.images):
+                key = (datastore.name, image_id)
+                if key not in snapshot:
+                    if self._is_doubted(key):
+                        doubted.append(key)
+                    else:
+                        self._put(key, None)
+        for key, image in snapshot.items():
+            if self._is_doubted(key):
+                doubted.append(key)
+            else:
+                self._put(key, image)
+        self._complete.set()
+        return doubted
+
+    def _indexed(self, image: Image, number: int | None = None) -> IndexedImage:
+        before = self.image(image.ref.datastore, image.ref.image_id)
+        if number is None:
+            number = before.number if before is not None else next(self._numbers)
+        indexed = IndexedImage(image, number, self._shapes)
+        if before is not None and before.details_known and not image.details_known and before.is_valid == indexed.is_valid:
+            # Names only, again: what was asked for once goes on being known, as long as the image is the same.
+            return before
+        return indexed
+
+    def _put(self, key: Key, image: IndexedImage | None) -> None:
+        datastore = self._datastores.get(key[0])
+        if datastore is None:
+            return
+        before = datastore.images.get(key[1])
+        if image is None:
+            datastore.images.pop(key[1], None)
+        else:
+            datastore.images[image.image_id] = image
+        if before is not None and (image is None or not before.same_content(image)):
+            self.on_change(key[0], before)
+
+    def _is_doubted(self, key: Key) -> bool:
+        until = self._own_changes.get(key)
+        if until is None:
+            return False
+        if self._clock() < until:
+            return True
+        del self._own_changes[key]
+        return False
+
+
+def directory_inode(number: int) -> int:
+    return (number << 32) | 1
+
+
+def file_inode(number: int, name: str) -> int:
+    """The inode number of a file in a directory of this number: the same for the life of the mount."""
+    return (number << 32) | 0x8000_0000 | (crc32(name.encode(errors="surrogateescape")) & 0x7FFF_FFFF)
+
+
+def _packed(file: ImageFile) -> bytes:
+    return _FILE.pack(file.kind, file.size_bytes, file.allocated_bytes, file.modify_time.ToNanoseconds(), file.inode)
+

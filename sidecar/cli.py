@@ -1,0 +1,170 @@
+"""image-sidecar: reads the configuration, wires the parts, serves until a signal ends it."""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import click
+
+from sidecar.config import Flags, SidecarConfig, load_config
+from sidecar.errors import ImagesError
+
+logger = logging.getLogger(__name__)
+
+# For the parts to give up what they hold, after the last call.
+CLOSE_SECONDS = 10.0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="datastore-images", prog_name="image-sidecar")
+def main() -> None:
+    """Owns the life of VM images on this host's datastores."""
+
+
+@main.command()
+@click.option("--config", "file", metavar="FILE", help="TOML; else the file that IMAGE_SIDECAR_CONFIG names.")
+@click.option(
+    "--datastore",
+    "datastores",
+    multiple=True,
+    metavar="NAME=PATH[,KEY=VALUE]…",
+    help="A directory that holds images; keys: layout (compound, sharded, vsan), type (local, nfs), reserve (64MiB). "
+    "May be repeated. Replaces those of IMAGE_SIDECAR_DATASTORES and of the file.",
+)
+@click.option("--listen", metavar="ADDRESS", help="unix:PATH, or HOST:PORT on loopback; port 0: any that is free.")
+@click.option("--log-level", metavar="LEVEL", help="debug, info (the default), warning or error.")
+def serve(file: str | None, datastores: tuple[str, ...], listen: str | None, log_level: str | None) -> None:
+    """Serves until SIGTERM or SIGINT; a second one cancels what still runs."""
+    try:
+        config = load_config(file, os.environ, Flags(listen, datastores, log_level))
+        set_up_logging(config.log_level)
+        clean = run(config)
+    except ImagesError as error:
+        for line in error.message.splitlines():
+            click.echo(f"image-sidecar: {line}", err=True)
+        sys.exit(error.exit_code)
+    if not clean:
+        # Threads that hang in the storage would keep the interpreter from ending.
+        logging.shutdown()
+        os._exit(1)
+
+
+def run(config: SidecarConfig) -> bool:
+    """Serves until a signal. False: something had to be left behind when it ended.
+
+    Raises ListenError, or what a part raises that cannot start.
+    """
+    # Late, so that --help and a faulty configuration do not wait for gRPC.
+    from sidecar.server import SidecarServer
+    from sidecar.wiring import build
+
+    # A signal before this is done ends the process at once, which is safe: storage that hangs must not keep it.
+    parts = build(config)
+    with Wakeups() as wakeups:
+        try:
+            server = SidecarServer(parts.services, config)
+            server.start()
+        except BaseException:
+            _bounded(parts.close, CLOSE_SECONDS)
+            raise
+        # Whatever the log level: who starts us waits for this line.
+        names = ",".join(datastore.name for datastore in config.datastores)
+        click.echo(f"image-sidecar: ready address={server.address} datastores={names}", err=True)
+        name = wakeups.wait()
+        logger.info("stopping signal=%s grace_seconds=%g", name, config.limits.shutdown_seconds)
+        # Before the watches end: their clients come again at once, and must not find us.
+        server.refuse()
+        parts.end_watches()
+        stopped: list[bool] = []
+
+        def stop() -> None:
+            try:
+                stopped.append(server.stop())
+            finally:
+                wakeups.wake()
+
+        threading.Thread(target=stop, name="stop", daemon=True).start()
+        while (name := wakeups.wait()) is not None:
+            logger.warning("cancelling the calls that still run signal=%s", name)
+            server.cancel()
+        closed = _bounded(parts.close, CLOSE_SECONDS)
+    clean = stopped == [True] and closed
+    logger.log(logging.INFO if clean else logging.ERROR, "stopped clean=%s", str(clean).lower())
+    return clean
+
+
+def _bounded(close: Callable[[], None], seconds: float) -> bool:
+    """Runs it for at most that long: storage that hangs must not keep the process. False: it hangs, or it failed."""
+    done: list[bool] = []
+
+    def work() -> None:
+        close()
+        done.append(True)
+
+    thread = threading.Thread(target=work, name="close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        logger.error("close does not end waited_seconds=%g", seconds)
+    return bool(done)
+
+
+class Wakeups:
+    """SIGTERM and SIGINT, and a wake-up of our own, as something to wait for.
+
+    A pipe, since a signal handler runs in the middle of whatever the main thread does: setting the Event that the
+    same thread waits for can deadlock in its lock.
+    """
+
+    def __enter__(self) -> "Wakeups":
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        # The descriptors stay open: a thread that is late may still wake us, and the process ends with us.
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._send(number)
+
+    def wake(self) -> None:
+        self._send(0)
+
+    def _send(self, number: int) -> None:
+        # A full pipe has thousands of them waiting already.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, bytes([number]))
+
+    def wait(self) -> str | None:
+        """The name of the signal that came, or None for a wake-up."""
+        select.select([self._read], [], [])
+        number = os.read(self._read, 1)[0]
+        return signal.Signals(number).name if number else None
+
+
+class LineFormatter(logging.Formatter):
+    """One event, one line: time, level, text. What clients send cannot start a line of its own."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        line = super().formatMessage(record)
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

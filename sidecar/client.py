@@ -1,0 +1,240 @@
+"""The Python client of a sidecar: what imagectl, the mount and other programs use.
+
+    with SidecarClient() as sidecar:
+        for image in sidecar.images("one"):
+            print(image.ref.image_id, image.allocated_bytes)
+        sidecar.copy("one/debian-12", "two/debian-12").wait()
+
+Answers are the messages of `protos.images.v1`. Images are named by ImageRef or by "DATASTORE/IMAGE". Errors are the
+classes of `sidecar.errors`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+from protos.images.v1 import datastore_service_pb2 as datastore_wire
+from protos.images.v1 import image_service_pb2 as wire
+from protos.images.v1.datastore_service_pb2_grpc import DatastoreServiceStub
+from protos.images.v1.image_service_pb2 import CopyImageResponse, ValidateImageResponse, WatchImagesResponse
+from protos.images.v1.image_service_pb2_grpc import ImageServiceStub
+from protos.images.v1.staging_service_pb2 import (
+    CloneDiskResponse,
+    CloneRangeResponse,
+    CommitStagingResponse,
+    ReadFileResponse,
+    WriteFileResponse,
+)
+from protos.images.v1.types_pb2 import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState
+from sidecar import errors
+from sidecar.client_calls import AnswerStream, Caller, default_address, new_request_id
+from sidecar.client_staging import Hole, Part, Staging, as_ref, parse_ref, read_file
+
+__all__ = [
+    "CloneDiskResponse",
+    "CloneRangeResponse",
+    "CommitStagingResponse",
+    "CopyCall",
+    "CopyImageResponse",
+    "Datastore",
+    "FileKind",
+    "Hole",
+    "Image",
+    "ImageFile",
+    "ImageRef",
+    "ImageState",
+    "Part",
+    "ReadFileResponse",
+    "SidecarClient",
+    "Staging",
+    "ValidateImageResponse",
+    "WatchCall",
+    "WatchImagesResponse",
+    "WriteFileResponse",
+    "default_address",
+    "errors",
+    "parse_ref",
+]
+
+# A change waits up to 30 s for its image's lock; its deadline leaves the sidecar the time to say who holds it.
+LOCK_SECONDS = 45.0
+# Purging frees the bytes before it answers; file systems need their time for large files of many extents.
+PURGE_SECONDS = 300.0
+
+
+class CopyCall(AnswerStream[CopyImageResponse]):
+    """A copy that runs: iterate it for its progress, or `wait` for its end. `cancel` ends it with nothing made."""
+
+    def wait(self, progress: Callable[[CopyImageResponse], None] | None = None) -> Image:
+        """The image when it is published; `progress` is called with every answer until then.
+
+        Raises the error of the copy, OperationCancelled when it was cancelled. What `progress` raises cancels it.
+        """
+        with self:
+            for answer in self:
+                if progress is not None:
+                    progress(answer)
+                if answer.HasField("image"):
+                    return answer.image
+        raise errors.InternalError("the sidecar ended the copy without saying what it made: see its log")
+
+
+class WatchCall(AnswerStream[WatchImagesResponse]):
+    """Every image, then every change, until `cancel`, which ends the iteration without an error.
+
+    The other errors are raised; the caller goes on with another `watch` and the last answer's resume token.
+    """
+
+    def __next__(self) -> WatchImagesResponse:
+        try:
+            return super().__next__()
+        except errors.ImagesError:
+            if self.cancelled:
+                raise StopIteration from None
+            raise
+
+
+class SidecarClient:
+    """A connection to a sidecar; safe to share between threads, and closed at the end of its `with`.
+
+    `address`: unix:PATH or HOST:PORT; `default_address()` when None. Nothing is connected before the first call.
+    `timeout`: seconds that one call may take, retries included. Calls that wait for a lock or for a disk may take
+    longer: they have their own, and at least this one. Streams have none.
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float = 30.0) -> None:
+        self._caller = Caller(address or default_address(), timeout)
+        self._images = ImageServiceStub(self._caller.channel)
+        self._datastores = DatastoreServiceStub(self._caller.channel)
+
+    @property
+    def address(self) -> str:
+        """Where the sidecar is, as it is connected to."""
+        return self._caller.address
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every call that runs, and the connection."""
+        self._caller.close()
+
+    def wait_ready(self, timeout: float) -> None:
+        """Returns when the sidecar serves; raises SidecarUnavailable when it does not within `timeout` seconds."""
+        self._caller.wait_ready(timeout)
+
+    def datastores(self) -> list[Datastore]:
+        """Every datastore of the sidecar."""
+        answer = self._caller.unary(self._datastores.ListDatastores, datastore_wire.ListDatastoresRequest())
+        return list(answer.datastores)
+
+    def datastore(self, name: str) -> Datastore:
+        """One datastore, by name; raises DatastoreNotFound."""
+        answer = self._caller.unary(self._datastores.GetDatastore, datastore_wire.GetDatastoreRequest(name=name))
+        return answer.datastore
+
+    def images(
+        self,
+        datastore: str = "",
+        *,
+        states: Iterable[ImageState.ValueType] = (),
+        image_id: str = "",
+        page_size: int = 0,
+    ) -> Iterator[Image]:
+        """Images, by datastore and id. Without `states`: the valid and the incomplete ones.
+
+        Pages are fetched as they are needed. `image_pages` has what this leaves out: which datastores are not whole.
+        """
+        for page in self.image_pages(datastore, states=states, image_id=image_id, page_size=page_size):
+            yield from page.images
+
+    def image_pages(
+        self,
+        datastore: str = "",
+        *,
+        states: Iterable[ImageState.ValueType] = (),
+        image_id: str = "",
+        page_size: int = 0,
+    ) -> Iterator[wire.ListImagesResponse]:
+        """The pages of `images`, with the number of all and the datastores whose images are not all known."""
+        request = wire.ListImagesRequest(datastore=datastore, states=states, image_id=image_id, page_size=page_size)
+        while True:
+            page = self._caller.unary(self._images.ListImages, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def image(self, ref: ImageRef | str) -> Image:
+        """One image, read from its datastore, with its metadata and its users; raises ImageNotFound."""
+        return self._caller.unary(self._images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
+
+    def validate(self, ref: ImageRef | str, *, repair: bool = False) -> ValidateImageResponse:
+        """Checks that the image is whole; raises ImageIncomplete with what is missing.
+
+        `repair`: an image that only lost its timestamp file gets a new one.
+        """
+        request = wire.ValidateImageRequest(ref=as_ref(ref), repair=repair, request_id=new_request_id())
+        return self._caller.unary(self._images.ValidateImage, request, timeout=self._at_least(LOCK_SECONDS))
+
+    def touch(self, ref: ImageRef | str) -> datetime:
+        """Notes that the image is in use now; returns the time that was noted, in UTC."""
+        request = wire.TouchImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        answer = self._caller.unary(self._images.TouchImage, request, timeout=self._at_least(LOCK_SECONDS))
+        return answer.touch_time.ToDatetime(tzinfo=UTC)
+
+    def copy(self, source: ImageRef | str, destination: ImageRef | str, *, request_id: str | None = None) -> CopyCall:
+        """Starts a copy. A second one of the same `request_id` finds the first instead of starting another."""
+        request = wire.CopyImageRequest(
+            source=as_ref(source), destination=as_ref(destination), request_id=request_id or new_request_id()
+        )
+        return CopyCall(self._caller, self._caller.start(self._images.CopyImage, request))
+
+    def delete(self, ref: ImageRef | str, *, force: bool = False) -> None:
+        """Tombstones the image; with `force`, purges it at once, or raises ImageInUse with what uses it."""
+        request = wire.DeleteImageRequest(ref=as_ref(ref), force=force, request_id=new_request_id())
+        timeout = self._at_least(PURGE_SECONDS if force else LOCK_SECONDS)
+        self._caller.unary(self._images.DeleteImage, request, timeout=timeout)
+
+    def restore(self, ref: ImageRef | str) -> Image:
+        """Takes the tombstone away; returns the image as it is then."""
+        request = wire.RestoreImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        return self._caller.unary(self._images.RestoreImage, request, timeout=self._at_least(LOCK_SECONDS)).image
+
+    def purge(self, ref: ImageRef | str) -> int:
+        """Frees a tombstoned image; returns the bytes that its files had allocated."""
+        request = wire.PurgeImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        return self._caller.unary(self._images.PurgeImage, request, timeout=self._at_least(PURGE_SECONDS)).freed_bytes
+
+    def update_metadata(
+        self, ref: ImageRef | str, *, files: Mapping[str, bytes] | None = None, remove: Iterable[str] = ()
+    ) -> Image:
+        """Writes and removes companion files of an image, by name; returns the image as it is then."""
+        request = wire.UpdateMetadataRequest(
+            ref=as_ref(ref), files=files or {}, remove_files=remove, request_id=new_request_id()
+        )
+        return self._caller.unary(self._images.UpdateMetadata, request, timeout=self._at_least(LOCK_SECONDS)).image
+
+    def watch(self, datastore: str = "", *, resume_token: str = "") -> WatchCall:
+        """Every image, then every change; from the answer of `resume_token` on, where the sidecar still can."""
+        request = wire.WatchImagesRequest(datastore=datastore, resume_token=resume_token)
+        return WatchCall(self._caller, self._caller.start(self._images.WatchImages, request))
+
+    def create_staging(self, ref: ImageRef | str, *, expected_bytes: int = 0, request_id: str | None = None) -> Staging:
+        """A staging directory for the image to be; raises ImageAlreadyExists, or NoSpace for `expected_bytes`."""
+        return Staging(self._caller, as_ref(ref), expected_bytes, request_id)
+
+    def read_file(
+        self, source: ImageRef | str | Staging, name: str, offset: int = 0, length: int = 0
+    ) -> Iterator[ReadFileResponse]:
+        """Data and holes of a file, in order; `length` 0 is to the end. Closing the iterator ends the call."""
+        return read_file(self._caller, source, name, offset, length)
+
+    def _at_least(self, seconds: float) -> float:
+        return max(seconds, self._caller.timeout)

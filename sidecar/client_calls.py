@@ -1,0 +1,292 @@
+"""How the client calls: the channel, deadlines, retries, and errors that come back as this project's own classes."""
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
+
+import grpc
+import tenacity
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from sidecar import errors
+
+# The domain of every ErrorInfo that a sidecar sends.
+ERROR_DOMAIN = "images.v1"
+MAX_MESSAGE_BYTES = 8 << 20
+# sun_path of Linux holds 108 bytes, the terminating zero among them.
+MAX_SOCKET_PATH_BYTES = 107
+ATTEMPTS = 3
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+
+def new_request_id() -> str:
+    """A name for one change: the same over its retries, so that it happens once."""
+    return uuid.uuid4().hex
+
+
+def default_address() -> str:
+    """Where this user's sidecar listens: IMAGE_SIDECAR, else the socket that root's or the user's sidecar makes."""
+    if given := os.environ.get("IMAGE_SIDECAR"):
+        return given
+    if os.geteuid() == 0:
+        return "unix:/run/image-sidecar.sock"
+    directory = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return f"unix:{directory}/image-sidecar.sock"
+
+
+def normal_address(address: str) -> str:
+    """The address as gRPC takes it: a path means a unix socket, and is absolute (a daemon changes its directory).
+
+    Raises InvalidRequest for a socket path that is too long for the kernel.
+    """
+    if address.startswith(("/", "./", "../")):
+        address = f"unix:{address}"
+    if not address.startswith("unix:"):
+        return address
+    path = os.path.abspath(address.removeprefix("unix://").removeprefix("unix:"))
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise errors.InvalidRequest(
+            f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes, the most that Linux allows: "
+            "choose a shorter one"
+        )
+    return f"unix:{path}"
+
+
+class Call(Protocol[Answer_co]):
+    """What of a gRPC call that streams answers is used here."""
+
+    def __next__(self) -> Answer_co: ...
+    def cancel(self) -> object: ...
+
+
+class Caller:
+    """A connection to one sidecar, and the manner of every call on it. Safe to share between threads."""
+
+    def __init__(self, address: str, timeout: float) -> None:
+        self.address = normal_address(address)
+        self.timeout = timeout
+        self.channel = grpc.insecure_channel(
+            self.address,
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                # Streams have no deadline: this is what notices a sidecar that is gone without a word, or hangs.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.max_pings_without_data", 0),
+                # A restarted sidecar is found again within a second.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+                # A sidecar is a neighbour: proxies of the environment are never on the way to it.
+                ("grpc.enable_http_proxy", 0),
+                # Two clients of one process are two connections: closing one closes one.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def unary(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Answer]",
+        request: Request,
+        *,
+        timeout: float | None = None,
+    ) -> Answer:
+        """One answer to one request, within `timeout` seconds (the client's, when None) for all attempts together.
+
+        Only what the status UNAVAILABLE says is tried again: the request's request_id makes that one change.
+        """
+        deadline = _Deadline(self.timeout if timeout is None else timeout)
+
+        def attempt() -> Answer:
+            try:
+                return method(request, timeout=deadline.remaining())
+            except grpc.RpcError as failure:
+                raise self.translated(failure) from None
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_unavailable),
+            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(deadline.seconds),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=2.0, exp_base=2.5) + tenacity.wait_random(0, 0.1),
+            reraise=True,
+        )
+        return retrying(attempt)
+
+    def start(self, method: "grpc.UnaryStreamMultiCallable[Request, Answer]", request: Request) -> Call[Answer]:
+        """A call that streams its answers; no deadline, no retries."""
+        return cast(Call[Answer], method(request))
+
+    def wait_ready(self, timeout: float) -> None:
+        """Returns when the sidecar serves; raises SidecarUnavailable when it does not within `timeout` seconds."""
+        deadline = _Deadline(timeout)
+        health: Any = health_pb2_grpc.HealthStub(self.channel)
+        pause = threading.Event()
+        while True:
+            try:
+                answer = health.Check(
+                    health_pb2.HealthCheckRequest(), timeout=max(deadline.remaining(), 0.05), wait_for_ready=True
+                )
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError as failure:
+                if failure.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return  # It answers, and has no health service to ask.
+                if failure.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise self.translated(failure) from None
+            if deadline.remaining() <= 0:
+                raise errors.SidecarUnavailable(
+                    f"the sidecar at {self.address} is not ready after {timeout:g} s: {self._what_to_do('')}"
+                )
+            pause.wait(0.05)
+
+    def translated(self, failure: grpc.RpcError) -> errors.ImagesError:
+        """The error of this project that a failed call means."""
+        code, details = failure.code(), failure.details() or ""
+        if (by_reason := _from_error_info(failure, details)) is not None:
+            return by_reason
+        match code:
+            case grpc.StatusCode.UNAVAILABLE:
+                return errors.SidecarUnavailable(
+                    f"no sidecar answers at {self.address} ({_cause(details)}): {self._what_to_do(details)}"
+                )
+            case grpc.StatusCode.CANCELLED:
+                return errors.OperationCancelled(f"the call to the sidecar at {self.address} was cancelled")
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return errors.DeadlineExceeded(
+                    f"the sidecar at {self.address} did not answer in time: look at its log and at its datastores, "
+                    "or allow the call more time"
+                )
+            case grpc.StatusCode.UNIMPLEMENTED:
+                return errors.InternalError(
+                    f"the sidecar at {self.address} does not know this call ({details}): "
+                    "it and this client are of different versions, install the same of both"
+                )
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" not in details:
+                return errors.TooManyCalls(f"the sidecar at {self.address} has no room for this call now: {details}")
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return errors.InvalidRequest(details)
+            case _:
+                return errors.InternalError(f"the sidecar at {self.address} answered {code.name}: {details}")
+
+    def _what_to_do(self, details: str) -> str:
+        """The next step of someone whose sidecar does not answer."""
+        if self.address.startswith("unix:"):
+            path = self.address.removeprefix("unix:")
+            if "Permission denied" in details:
+                return f"run as root, or as a member of the group of {path}"
+            if not os.path.exists(path):
+                return "start it with image-sidecar serve, or name another with IMAGE_SIDECAR or --sidecar"
+        return "see that image-sidecar is running there, or name another with IMAGE_SIDECAR or --sidecar"
+
+
+class AnswerStream(Generic[Answer]):
+    """The answers of one streaming call, and a way to end it. Iterated once; cancelled from any thread."""
+
+    def __init__(self, caller: Caller, call: Call[Answer]) -> None:
+        self._caller = caller
+        self._call = call
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """True once `cancel` was called here."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Ends the call; does nothing when it has ended."""
+        self._cancelled.set()
+        self._call.cancel()
+
+    def __iter__(self) -> Iterator[Answer]:
+        return self
+
+    def __next__(self) -> Answer:
+        try:
+            return next(self._call)
+        except grpc.RpcError as failure:
+            raise self._caller.translated(failure) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Outgoing(Generic[Answer]):
+    """Requests on their way to a call that takes a stream of them.
+
+    gRPC takes them from a thread of its own, and turns an exception there into a status without a cause and a
+    traceback in the log: it is kept here instead, the call is cancelled, and whoever made the call raises it.
+    """
+
+    def __init__(self, items: Iterator[Answer]) -> None:
+        self._items = items
+        self._end: Callable[[], object] = lambda: None
+        self._bound = threading.Event()  # set when _end is what it will be
+        self.failure: BaseException | None = None
+
+    def bind(self, end: Callable[[], object]) -> None:
+        """Names what ends the call when the requests fail; whoever makes the call does this right after."""
+        self._end = end
+        self._bound.set()
+
+    def __iter__(self) -> Iterator[Answer]:
+        return self
+
+    def __next__(self) -> Answer:
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except BaseException as failure:
+            self.failure = failure  # for the thread that made the call
+            # Cancelled before the requests end: an end alone would tell the sidecar that these were all.
+            self._bound.wait()
+            self._end()
+            raise StopIteration from None
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether the same call may succeed in a moment."""
+    return isinstance(error, errors.ImagesError) and error.code == "UNAVAILABLE"
+
+
+def _from_error_info(failure: grpc.RpcError, details: str) -> errors.ImagesError | None:
+    with contextlib.suppress(ValueError):  # a status that contradicts its own details says nothing
+        status = rpc_status.from_call(cast(grpc.Call, failure))
+        for detail in status.details if status is not None else ():
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                known = errors.error_classes().get(info.reason)
+                # A reason of a newer sidecar: its code still says what kind of fault it is.
+                return known(details) if known is not None else None
+    return None
+
+
+def _cause(details: str) -> str:
+    """What the kernel said, out of all that gRPC wraps around it."""
+    return details.rpartition("error: ")[2] or "no answer"
+
+
+class _Deadline:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        return max(self._end - time.monotonic(), 0.0)

@@ -1,0 +1,352 @@
+"""The sidecar's configuration: flags over environment over a TOML file, validated, every fault named with its place."""
+
+import difflib
+import errno
+import ipaddress
+import os
+import posixpath
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from sidecar.errors import ImagesError
+
+LISTEN = "IMAGE_SIDECAR_LISTEN"
+CONFIG = "IMAGE_SIDECAR_CONFIG"
+DATASTORES = "IMAGE_SIDECAR_DATASTORES"
+
+# sockaddr_un holds 108 bytes, the last of them a NUL.
+MAX_SOCKET_PATH = 107
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+Model = TypeVar("Model", bound=BaseModel)
+# Of a problem and the key that has it: the line for the user.
+Fault = Callable[..., str]
+
+
+class ConfigError(ImagesError):
+    """The configuration cannot be meant; one line a fault, each with its source and key."""
+
+    reason, code, errno, exit_code = "INVALID_CONFIGURATION", "INVALID_ARGUMENT", errno.EINVAL, 2
+
+
+def _wrong(problem: str) -> PydanticCustomError:
+    # pydantic formats the text with its context: braces in a value must not be taken for a field of it.
+    return PydanticCustomError("wrong", "{problem}", {"problem": problem})
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", value):
+        raise _wrong(
+            f"{value!r} is no datastore name: 1 to 128 of letters, digits, '.', '_', '-', not starting with a dot"
+        )
+    return value
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/"):
+        raise _wrong(f"{value!r} is not an absolute path")
+    if ".." in value.split("/"):
+        # What `..` leads to depends on the symbolic links before it: two spellings of one datastore would pass for two.
+        raise _wrong(f"{value!r} has a '..' in it: write the directory that is meant")
+    if "\0" in value:
+        raise _wrong(f"{value!r} has a NUL in it")
+    return "/" + posixpath.normpath(value).lstrip("/")
+
+
+def _bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", value.strip(), re.ASCII)
+    unit = None if found is None else _UNITS.get(found[2])
+    if found is None or unit is None:
+        raise _wrong(f"{value!r} is no size: write bytes, or a number with K, M, G, T (KiB, …) or KB, MB, GB, TB")
+    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+
+
+def _seconds(value: object) -> object:
+    # From a flag or a variable it is text; a TOML file has numbers.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise _wrong(f"{value!r} is no number of seconds") from None
+    return value
+
+
+def _listen(value: str) -> str:
+    """The address as it is bound: `unix:` and an absolute path, or a loopback IP address and a port."""
+    if value.startswith("unix:"):
+        given = value.removeprefix("unix:")
+        if not given or given.endswith("/") or "\0" in given:
+            raise _wrong(f"{value!r} names no socket: write unix:PATH")
+        path = "/" + os.path.abspath(given).lstrip("/")
+        length = len(os.fsencode(path))
+        if length > MAX_SOCKET_PATH:
+            raise _wrong(f"{path!r} is {length} bytes long: the path of a socket has at most {MAX_SOCKET_PATH}")
+        return f"unix:{path}"
+    found = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:]*)):(\d{1,5})", value, re.ASCII)
+    if found is None or int(found[3]) > 65535:
+        raise _wrong(f"{value!r} is no address: write unix:PATH, or HOST:PORT with a loopback host")
+    # The name is never looked up: what a resolver says of it could be an address that others reach.
+    host = "127.0.0.1" if found[2] == "localhost" else found[1] or found[2]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise _wrong(f"{host!r} is no loopback address: others are refused until there is TLS") from None
+    if not address.is_loopback or getattr(address, "scope_id", None) or getattr(address, "ipv4_mapped", None):
+        raise _wrong(f"{host!r} is not a loopback address: others are refused until there is TLS")
+    return f"[{address}]:{int(found[3])}" if address.version == 6 else f"{address}:{int(found[3])}"
+
+
+def _rescan(known: dict[str, Any]) -> float:
+    return 10.0 if known.get("type") == "nfs" else 2.0
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
+Count = Annotated[int, Field(ge=1, le=1024)]
+
+
+class _Model(BaseModel):
+    # Strict: "16" and true are no counts.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DatastoreConfig(_Model):
+    """A directory that holds images. Whether it is there is asked when it is opened, and again while it is not."""
+
+    name: Annotated[str, AfterValidator(_name)]
+    path: Annotated[str, AfterValidator(_absolute)]
+    type: Literal["local", "nfs"] = "local"
+    layout: Literal["compound", "sharded", "vsan"] = "compound"
+    # Bytes that no new image may take.
+    reserve: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 64 * 1024**2
+    # Between two listings of the whole datastore, where the kernel does not tell of changes: every `nfs` one, and a
+    # `local` one without inotify.
+    rescan_seconds: Seconds = Field(default_factory=_rescan)
+
+
+class Limits(_Model):
+    """What the sidecar takes on at a time, and how long it waits."""
+
+    max_copies: Count = 16
+    max_watches: Count = 64
+    # Streams of WriteFile and ReadFile.
+    max_transfers: Count = 32
+    # Other calls that run at a time; more of them wait in line.
+    max_calls: Count = 16
+    # For running calls to end after SIGTERM, before they are cancelled.
+    shutdown_seconds: Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=3600)] = 10.0
+    lock_timeout_seconds: Seconds = 30.0
+    # Without a call that names it for this long, a staging directory is dropped.
+    staging_lease_seconds: Seconds = 600.0
+
+
+class SidecarConfig(_Model):
+    listen: Annotated[str, AfterValidator(_listen)]
+    datastores: tuple[DatastoreConfig, ...]
+    limits: Limits = Limits()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the command line says; None and () where it says nothing. `datastores`: NAME=PATH[,key=value]…"""
+
+    listen: str | None = None
+    datastores: Sequence[str] = ()
+    log_level: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value and where it was given, for the messages."""
+
+    source: str
+    key: str
+    value: Any
+
+    def fault(self, problem: str, *below: str) -> str:
+        return ": ".join(part for part in (self.source, ".".join(filter(None, (self.key, *below))), problem) if part)
+
+
+@dataclass(slots=True)
+class _Settings:
+    """What the sources say so far: later ones replace earlier ones, key by key, the datastores as one key."""
+
+    values: dict[str, _Given] = field(default_factory=dict)
+    datastores: list[_Given] = field(default_factory=list)
+
+
+def load_config(file: str | os.PathLike[str] | None, environ: Mapping[str, str], flags: Flags) -> SidecarConfig:
+    """Reads the file (else the one that IMAGE_SIDECAR_CONFIG names, else none), the environment and the flags.
+
+    A source that names datastores replaces those of the sources below it. Raises ConfigError.
+    """
+    settings = _Settings()
+    if file is not None:
+        _take_file(settings, os.fspath(file), "")
+    elif environ.get(CONFIG):
+        _take_file(settings, environ[CONFIG], f"{CONFIG}: ")
+    _take_environment(settings, environ)
+    _take_flags(settings, flags)
+    if "listen" not in settings.values:
+        settings.values["listen"] = _Given("the default", "listen", _default_listen(environ))
+    return _validate_all(settings)
+
+
+def _default_listen(environ: Mapping[str, str]) -> str:
+    if os.geteuid() == 0:
+        return "unix:/run/image-sidecar.sock"
+    directory = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return f"unix:{directory}/image-sidecar.sock"
+
+
+def _take_file(settings: _Settings, path: str, named_by: str) -> None:
+    try:
+        table = tomllib.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{named_by}{path}: {error.strerror}") from error
+    except ValueError as error:  # of the TOML, or of its UTF-8
+        raise ConfigError(f"{named_by}{path}: {error}") from error
+    datastores = table.pop("datastore", None)
+    for key, value in table.items():
+        settings.values[key] = _Given(path, key, value)
+    if datastores is None:
+        return
+    given = _Given(path, "datastore", datastores)
+    if not isinstance(datastores, dict):
+        raise ConfigError(given.fault("must be tables, such as [datastore.one]"))
+    settings.datastores = []
+    for name, keys in datastores.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(given.fault(f"must be a table: [datastore.{name}]", name))
+        if "name" in keys:
+            raise ConfigError(given.fault("a datastore is named by its table: [datastore.NAME]", name, "name"))
+        settings.datastores.append(_Given(path, f"datastore.{name}", {"name": name, **keys}))
+
+
+def _take_environment(settings: _Settings, environ: Mapping[str, str]) -> None:
+    for name in environ:
+        # Others may share the prefix (service links of a container platform), but none of them is nearly one of ours.
+        if name.startswith("IMAGE_SIDECAR_") and name not in (LISTEN, CONFIG, DATASTORES):
+            near = difflib.get_close_matches(name, (LISTEN, CONFIG, DATASTORES), 1, 0.9)
+            if near:
+                raise ConfigError(f"{name}: not a variable of the sidecar; did you mean {near[0]}?")
+    if environ.get(LISTEN):
+        settings.values["listen"] = _Given(LISTEN, "", environ[LISTEN])
+    if environ.get(DATASTORES):
+        specs = [spec for spec in environ[DATASTORES].split(";") if spec.strip()]
+        settings.datastores = [_datastore(DATASTORES, spec.strip()) for spec in specs]
+
+
+def _take_flags(settings: _Settings, flags: Flags) -> None:
+    if flags.listen is not None:
+        settings.values["listen"] = _Given("--listen", "", flags.listen)
+    if flags.log_level is not None:
+        settings.values["log_level"] = _Given("--log-level", "", flags.log_level)
+    if flags.datastores:
+        settings.datastores = [_datastore("--datastore", spec) for spec in flags.datastores]
+
+
+def _datastore(source: str, spec: str) -> _Given:
+    """`NAME=PATH[,key=value]…`; a path with a comma in it needs the file."""
+    first, *others = spec.split(",")
+    name, equals, path = first.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"{source}: {spec!r} is not of the form NAME=PATH[,layout=…][,type=…][,reserve=…]")
+    values: dict[str, str] = {"name": name, "path": path}
+    for other in others:
+        key, equals, value = other.partition("=")
+        if not equals:
+            raise ConfigError(f"{source}: {name}: {other!r} is not of the form KEY=VALUE")
+        if key in values:
+            raise ConfigError(f"{source}: {name}.{key}: given twice")
+        values[key] = value
+    return _Given(source, name, values)
+
+
+def _validate_all(settings: _Settings) -> SidecarConfig:
+    faults: list[str] = []
+    datastores = [_validate(DatastoreConfig, given.value, given.fault, faults) for given in settings.datastores]
+    if not datastores:
+        faults.append(f"no datastore: name one with --datastore NAME=PATH, {DATASTORES} or [datastore.NAME]")
+    values = {key: given.value for key, given in settings.values.items()}
+    values["datastores"] = tuple(datastore for datastore in datastores if datastore is not None)
+    config = _validate(
+        SidecarConfig, values, lambda problem, key, *below: settings.values[key].fault(problem, *below), faults
+    )
+    if config is not None:
+        faults.extend(_overlaps(config.datastores, settings.datastores))
+    if config is None or faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def _validate(model: type[Model], values: Mapping[str, Any], fault: Fault, faults: list[str]) -> Model | None:
+    """The model of these values, or None and more faults."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        for detail in error.errors():
+            # The last is no fault: a default that depends on a value which is one.
+            if detail["type"] != "default_factory_not_called":
+                faults.append(fault(_problem(model, detail), *map(str, detail["loc"])))
+        return None
+
+
+def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
+    value = detail["input"]
+    match detail["type"]:
+        case "extra_forbidden":
+            owner = Limits if len(detail["loc"]) > 1 else model
+            known = [key for key in owner.model_fields if key != "name"]
+            # As it is written in the file.
+            known = ["datastore" if key == "datastores" else key for key in known]
+            near = difflib.get_close_matches(str(detail["loc"][-1]), known, 1)
+            return "no such key; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            return f"{value!r} is not one of {expected}"
+        case "model_type":
+            return f"{value!r} is no table: write [{detail['loc'][-1]}]"
+        case "wrong":
+            return detail["msg"]
+        case _:
+            return f"{value!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _overlaps(datastores: Sequence[DatastoreConfig], given: Sequence[_Given]) -> list[str]:
+    """Two of one name, or of one directory, would each take the other's images for its own."""
+    faults = []
+    for index, later in enumerate(datastores):
+        for earlier in datastores[:index]:
+            problem = None
+            if later.name == earlier.name:
+                problem = "this datastore is configured twice"
+            elif later.path == earlier.path:
+                problem = f"{later.path} is the directory of datastore {earlier.name} too"
+            elif _inside(later.path, earlier.path):
+                problem = f"{later.path} is inside {earlier.path}, the directory of datastore {earlier.name}"
+            elif _inside(earlier.path, later.path):
+                problem = f"{earlier.path}, the directory of datastore {earlier.name}, is inside {later.path}"
+            if problem is not None:
+                faults.append(given[index].fault(problem, *([] if later.name == earlier.name else ["path"])))
+    return faults
+
+
+def _inside(path: str, directory: str) -> bool:
+    return path.startswith(directory.rstrip("/") + "/")

@@ -1,0 +1,1 @@
+"""imagectl: a file per command, over the client."""

@@ -1,0 +1,37 @@
+"""imagectl datastores: where images live."""
+
+import click
+
+from sidecar.client import Datastore
+from sidecar.ctl.output import NONE, datastore_document, human_size, table
+from sidecar.ctl.session import Session, command
+
+
+@command("datastores")
+@click.pass_obj
+def datastores(session: Session) -> None:
+    """List the datastores.
+
+    Their type, layout, space and number of images, and whether they can be reached.
+    """
+    with session.client() as sidecar:
+        found = sidecar.datastores()
+    columns = ("NAME", "TYPE", "LAYOUT", "CAPACITY", "FREE", "IMAGES", "ROOT", "STATUS")
+    session.answer(
+        table(columns, (_row(datastore) for datastore in found), right=("CAPACITY", "FREE", "IMAGES")),
+        [datastore_document(datastore) for datastore in found],
+    )
+
+
+def _row(datastore: Datastore) -> list[str]:
+    known = datastore.accessible
+    return [
+        datastore.name,
+        datastore.type,
+        datastore.layout,
+        human_size(datastore.capacity_bytes) if known else NONE,
+        human_size(datastore.free_bytes) if known else NONE,
+        str(datastore.image_count) if known else NONE,
+        datastore.root_path,
+        "ok" if known else f"unavailable: {datastore.fault}",
+    ]

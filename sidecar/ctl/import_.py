@@ -1,0 +1,82 @@
+"""imagectl import: a VMDK of this machine becomes an image."""
+
+import json
+
+import click
+
+from sidecar import errors
+from sidecar.client import CommitStagingResponse, ImageRef, SidecarClient
+from sidecar.ctl.disk_source import SourceDisk, open_disk, unreadable
+from sidecar.ctl.output import human_size, image_document
+from sidecar.ctl.progress import Advance, progress_bar
+from sidecar.ctl.session import Session, command, image_argument, ref_text, what_came_of_it
+
+MAX_COMPANION_BYTES = 1 << 20
+
+
+@command("import")
+@click.argument("file", type=click.Path(exists=True))
+@image_argument("image")
+@click.option("--metadata", type=click.Path(exists=True), help="JSON, to be the image's metadata (its .ecv file).")
+@click.option("--manifest", type=click.Path(exists=True), help="JSON, to be the image's manifest.")
+@click.pass_obj
+def import_image(session: Session, file: str, image: ImageRef, metadata: str | None, manifest: str | None) -> None:
+    """Make an image from a VMDK.
+
+    FILE is a descriptor with its extents beside it, or a single file; any of them may be gzipped. It stays as it is.
+    The image appears complete or not at all; Ctrl-C cancels.
+    """
+    disk = open_disk(file)
+    # A companion named after the disk is renamed with it.
+    companions = {
+        f"{disk.stem}{suffix}": _companion(path)
+        for suffix, path in ((".ecv", metadata), (".manifest", manifest))
+        if path is not None
+    }
+    with session.client() as sidecar:
+        try:
+            with progress_bar(f"{file} to {ref_text(image)}") as advance:
+                made = _send(sidecar, image, disk, companions, advance).image
+        except KeyboardInterrupt:
+            raise what_came_of_it(sidecar, image) from None
+    session.answer(
+        f"{file} imported as {ref_text(image)}: {human_size(made.capacity_bytes)} disk, "
+        f"{human_size(made.allocated_bytes)} allocated",
+        image_document(made),
+    )
+
+
+def _send(
+    sidecar: SidecarClient, ref: ImageRef, disk: SourceDisk, companions: dict[str, bytes], advance: Advance
+) -> CommitStagingResponse:
+    done, total = 0, disk.source_bytes
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        advance(done, total)
+
+    # Of gzipped files this is less than it will be: what does not fit is then refused later.
+    with sidecar.create_staging(ref, expected_bytes=total) as staging:
+        for name, content in companions.items():
+            staging.write_file(name, [(0, content)], size=len(content))
+        for file in disk.files:
+            staging.write_file(file.name, file.parts(count), size=file.size)
+            if file.compressed:
+                staging.write_file(file.name, (), size=file.size)
+        return staging.commit()
+
+
+def _companion(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_COMPANION_BYTES + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(content) > MAX_COMPANION_BYTES:
+        raise errors.InvalidRequest(f"{path} is larger than {human_size(MAX_COMPANION_BYTES)}")
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise errors.InvalidRequest(f"{path} is not JSON: {error}") from None
+    return content

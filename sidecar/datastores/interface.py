@@ -1,0 +1,188 @@
+"""What the algorithms need of a place that holds images.
+
+Paths are relative to the datastore's root, with `/` between their parts; `""` is the root. Methods raise
+FileNotFoundError when a path is not there and FileExistsError when one that must be new is; every other failure is an
+ImagesError that names the datastore, so an I/O error is never taken for "not there".
+"""
+
+import enum
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sidecar.locks.interface import HeldLock
+
+
+class EntryKind(enum.Enum):
+    FILE = "file"
+    DIRECTORY = "directory"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a directory. Sizes are bytes, times nanoseconds since the epoch."""
+
+    name: str
+    kind: EntryKind
+    size: int
+    allocated: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Bytes; `free` is what an ordinary writer may still use."""
+
+    capacity: int
+    free: int
+
+
+class Transfer(Protocol):
+    """Where a copy says how far it is, and learns that it has to end."""
+
+    def advance(self, done: int, *, cloned: int = 0) -> None:
+        """Counts bytes that are done; raises OperationCancelled when nobody wants them any more."""
+
+
+class ReadableFile(Protocol):
+    """An open file of a datastore. While it is open, its image is in use."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`; empty at the end of the file."""
+
+    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """The (offset, length) of what is not a hole in that range, in order; where holes cannot be told, all of it."""
+
+    def close(self) -> None: ...
+
+
+class WritableFile(Protocol):
+    """A staged file that is being written."""
+
+    def write(self, offset: int, data: bytes) -> None: ...
+
+    def make_hole(self, offset: int, length: int) -> None:
+        """That range reads as zeroes and, where the file system can, takes no space."""
+
+    def resize(self, size: int) -> None: ...
+
+    def size(self) -> int: ...
+
+    def sync(self) -> None: ...
+
+    def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
+        """Makes the range equal to the source's: extents shared where possible, else copied with holes kept.
+
+        Returns the bytes done from the start of the range, holes included; fewer than `length` only at the source's end.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Directories in which something changed, each with the names that did; `lost`: look at everything again."""
+
+    names: dict[str, set[str]]
+    lost: bool
+
+
+class ChangeWatcher(Protocol):
+    """Tells of changes in directories, whoever makes them. One thread waits; others may call `wake`."""
+
+    def watch(self, path: str) -> bool:
+        """Begins with a directory, before it is read. False when changes there cannot be told: look again and again."""
+
+    def wait(self, timeout: float) -> Changes:
+        """Waits for changes, up to `timeout` seconds or until `wake`."""
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Datastore(Protocol):
+    """A place that holds images. Safe for use by several threads."""
+
+    name: str
+    type: str
+    root_path: str
+    shared: bool
+    """Other hosts may change it too."""
+
+    @property
+    def reflink(self) -> bool:
+        """Copies inside it share their extents with the source."""
+
+    def names(self, path: str) -> list[str]:
+        """The names in a directory, without reading any attribute."""
+
+    def entries(self, path: str) -> list[Entry]:
+        """The names in a directory with their attributes; names that vanish meanwhile are left out."""
+
+    def entry(self, path: str) -> Entry: ...
+
+    def read_file(self, path: str, limit: int) -> bytes:
+        """The first `limit` bytes of a regular file."""
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset` of a regular file, without marking it as in use."""
+
+    def write_file(self, path: str, content: bytes) -> None:
+        """Puts a whole file there, durably; an older one is replaced at once, never seen half written."""
+
+    def create_file(self, path: str, modified_ns: int | None = None) -> None:
+        """Makes an empty file durably, or leaves one that is there; sets its mtime when given."""
+
+    def set_modified(self, path: str, modified_ns: int) -> None:
+        """Sets a file's mtime durably."""
+
+    def make_directory(self, path: str, *, parents: bool = False) -> None: ...
+
+    def rename(self, source: str, destination: str) -> None:
+        """Moves without replacing: FileExistsError when the destination is there. Not yet durable: see sync_directory."""
+
+    def remove_file(self, path: str) -> None: ...
+
+    def remove_directory(self, path: str) -> None:
+        """Removes an empty directory; FileExistsError when it is not empty."""
+
+    def remove_tree(self, path: str) -> int:
+        """Removes a directory and what is in it, never following a link; gone already is no error. Returns allocated bytes."""
+
+    def sync_file(self, path: str) -> None: ...
+
+    def sync_directory(self, path: str) -> None: ...
+
+    def open_readable(self, path: str) -> ReadableFile:
+        """Opens a regular file and marks it as in use until it is closed; ImageInUse when it is being removed."""
+
+    def open_writable(self, path: str) -> WritableFile: ...
+
+    def shares_extents_with(self, other: "Datastore") -> bool:
+        """Copies from there to here share their bytes instead of taking space."""
+
+    def lock(self, path: str, operation: str, timeout: float) -> HeldLock:
+        """Takes the datastore's lock of that path, waiting up to `timeout` seconds; LockTimeout names who holds it."""
+
+    def users(self, paths: Sequence[str]) -> list[str]:
+        """Who has one of these files open, in words; empty when nobody has."""
+
+    def exclude_users(self, paths: Sequence[str]) -> AbstractContextManager[None]:
+        """Keeps every new reader of these files out until the end; ImageInUse, in words, when one is there already."""
+
+    def watcher(self) -> ChangeWatcher | None:
+        """None where changes by others cannot be told, as on NFS."""
+
+    def capacity(self) -> Capacity: ...
+
+    def check(self) -> None:
+        """Raises DatastoreUnavailable when the datastore cannot be used now."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,80 @@
+"""Is an image whole? And what a touch, a repair and a validation make of it."""
+
+from sidecar.errors import ImageIncomplete, InvalidDisk
+from sidecar.images import vmdk
+from sidecar.images.image import DirectoryReader, Image, ImageState, not_found
+from sidecar.images.metadata import check_metadata
+from sidecar.images.names import TIMESTAMP, TIMESTAMP_RENAMED, descriptor_name
+from sidecar.images.store import ImageStore, require_valid
+
+
+def check_whole(store: ImageStore, image: Image) -> vmdk.Disk:
+    """Reads the descriptor, every extent's size and the tables of sparse ones; ImageIncomplete says what is wrong."""
+    reader = DirectoryReader(store.datastore, image.directory, {file.name: file.size for file in image.files})
+    try:
+        disk = vmdk.check_disk(descriptor_name(image.key.image_id), reader)
+    except FileNotFoundError:
+        raise ImageIncomplete(f"{image.key} is incomplete: it has no descriptor; purge it or publish it anew") from None
+    except InvalidDisk as error:
+        raise ImageIncomplete(f"{image.key} is not whole: {error.message}; purge it or publish it anew") from error
+    if image.problems:
+        raise ImageIncomplete(f"{image.key} is not as it should be: {'; '.join(image.problems)}")
+    return disk
+
+
+def validate_image(store: ImageStore, image_id: str, *, repair: bool) -> tuple[Image, bool]:
+    """The image, when it is valid and whole, and whether that took a repair.
+
+    ImageTombstoned, ImageIncomplete and InvalidMetadata say what it is not.
+    """
+    image = store.read(image_id)
+    repaired = False
+    if repair and image.state is ImageState.INCOMPLETE:
+        try:
+            with store.lock(image_id, "repair"):
+                image = store.read(image_id)
+                repaired = restore_timestamp(store, image)
+        except FileNotFoundError:
+            raise not_found(store.key(image_id)) from None
+        store.changed(image_id)
+        image = store.read(image_id)
+    require_valid(image)
+    check_whole(store, image)
+    for file in image.files:
+        check_metadata(store.datastore, image, file)
+    return image, repaired
+
+
+def restore_timestamp(store: ImageStore, image: Image) -> bool:
+    """Gives a whole image that lost its timestamp file a new one; call under the image's lock.
+
+    False when it has one. ImageIncomplete when the image is not whole: then nothing is changed.
+    """
+    if image.state is not ImageState.INCOMPLETE:
+        return False
+    check_whole(store, image)
+    names = store.datastore.names(image.directory)
+    if TIMESTAMP in names:
+        return False
+    if TIMESTAMP_RENAMED in names:  # a sweep died while it decided; the last use is still known
+        store.datastore.rename(image.path(TIMESTAMP_RENAMED), image.path(TIMESTAMP))
+        store.datastore.sync_directory(image.directory)
+    else:
+        store.datastore.create_file(image.path(TIMESTAMP), store.clock())
+    return True
+
+
+def touch_image(store: ImageStore, image_id: str) -> int:
+    """Notes that the image is in use now; returns the time, in nanoseconds since the epoch.
+
+    Under the lock, so that a sweep that is deciding about the image is over, and what it decided is seen.
+    """
+    try:
+        with store.lock(image_id, "touch"):
+            image = store.read_valid(image_id)
+            now = store.clock()
+            store.datastore.set_modified(image.path(TIMESTAMP), now)
+    except FileNotFoundError:
+        raise not_found(store.key(image_id)) from None
+    store.changed(image_id)
+    return now

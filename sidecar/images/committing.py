@@ -1,0 +1,96 @@
+"""Commit: a staging directory that somebody else filled becomes an image, once it is shown to hold a whole disk."""
+
+from sidecar.datastores.interface import EntryKind
+from sidecar.errors import InvalidDisk
+from sidecar.images import vmdk
+from sidecar.images.copying import rewrite_staged_descriptor
+from sidecar.images.image import DirectoryReader, Image
+from sidecar.images.metadata import MAX_METADATA_BYTES, has_meaning, parse_metadata
+from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, is_bookkeeping, is_reserved, renamed_companion
+from sidecar.images.publishing import publish
+from sidecar.images.staging import StagingDirectory
+
+
+class StagedDisk:
+    """What a check of a staging directory found: the disk, and what each file will be called."""
+
+    def __init__(self, staging: StagingDirectory) -> None:
+        """Checks everything and changes nothing; InvalidDisk and InvalidMetadata say what is not yet, or wrong."""
+        sizes = _plain_files(staging)
+        self.reader = DirectoryReader(staging.store.datastore, staging.directory, sizes)
+        self.disk = _find_disk(self.reader, sizes)
+        vmdk.require_standalone(self.disk.descriptor)
+        self.renames = vmdk.renamed_files(self.disk, staging.image_id)
+        stem = self.disk.name.removesuffix(".vmdk")
+        for name in sizes:
+            if name not in self.renames:
+                self.renames[name] = _companion(staging, name, stem)
+        if len(set(self.renames.values())) != len(self.renames):
+            raise InvalidDisk(f"{staging.image_id}: two staged files would get the same name: {sorted(self.renames)}")
+
+
+def commit(staging: StagingDirectory, staged: StagedDisk) -> Image:
+    """Gives the files the image's names and publishes; the staging directory is gone afterwards, also on an error."""
+    with staging:
+        disk = staged.disk
+        raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
+        _rename_files(staging, staged.renames)
+        rewrite_staged_descriptor(staging, disk, staged.renames, raw)
+        return publish(staging)
+
+
+def _plain_files(staging: StagingDirectory) -> dict[str, int]:
+    """The sizes of the staged files by name; InvalidDisk for anything that cannot be in an image."""
+    sizes = {}
+    for entry in staging.store.datastore.entries(staging.directory):
+        if entry.name.endswith(LOCK_SUFFIX) or entry.name == TIMESTAMP:
+            continue
+        if entry.kind is not EntryKind.FILE or is_bookkeeping(entry.name):
+            raise InvalidDisk(
+                f"{entry.name!r} cannot be part of an image: only plain files, and no names with a dot first"
+            )
+        sizes[entry.name] = entry.size
+    return sizes
+
+
+def _find_disk(reader: DirectoryReader, sizes: dict[str, int]) -> vmdk.Disk:
+    """The one disk of the directory, checked whole. A file that is an extent of another is no disk of its own."""
+    disks: dict[str, vmdk.Disk] = {}
+    faults = []
+    for name in sorted(sizes):
+        if not name.endswith(".vmdk"):
+            continue
+        try:
+            disks[name] = vmdk.read_disk(name, reader)
+        except InvalidDisk as error:
+            faults.append(error.message)
+    extents = {file.name for name, disk in disks.items() for file in disk.files if file.name != name}
+    tops = [name for name in disks if name not in extents]
+    if not tops:
+        raise InvalidDisk("; ".join(faults[:3]) or "no VMDK descriptor among the files; a disk is named *.vmdk")
+    if len(tops) > 1:
+        raise InvalidDisk(f"more than one disk: {', '.join(tops)}; an image has one")
+    try:
+        return vmdk.check_disk(tops[0], reader)
+    except FileNotFoundError as error:
+        raise InvalidDisk(f"{error} vanished while the disk was checked") from None
+
+
+def _companion(staging: StagingDirectory, name: str, stem: str) -> str:
+    new_name = renamed_companion(name, stem, staging.image_id)
+    if is_reserved(new_name):
+        raise InvalidDisk(f"{name!r} cannot be part of an image: the name is the sidecar's own")
+    if has_meaning(new_name, staging.image_id):
+        content = staging.store.datastore.read_file(staging.path(name), MAX_METADATA_BYTES + 1)
+        parse_metadata(name, content)
+    return new_name
+
+
+def _rename_files(staging: StagingDirectory, renames: dict[str, str]) -> None:
+    """By way of names that no file has, so that one file may take the name of another."""
+    datastore = staging.store.datastore
+    changes = [(old, f".{number}.renaming", new) for number, (old, new) in enumerate(renames.items()) if old != new]
+    for old, between, _ in changes:
+        datastore.rename(staging.path(old), staging.path(between))
+    for _, between, new in changes:
+        datastore.rename(staging.path(between), staging.path(new))

@@ -1,0 +1,144 @@
+"""Copying an image, within a datastore or to another one, of another layout too."""
+
+from types import TracebackType
+from typing import Self
+
+from sidecar.datastores.interface import ReadableFile
+from sidecar.errors import DiskFileFault, ImageIncomplete, InvalidDisk
+from sidecar.images import vmdk
+from sidecar.images.image import FileKind, Image, ImageFile
+from sidecar.images.names import descriptor_name, renamed_companion
+from sidecar.images.progress import Progress
+from sidecar.images.publishing import publish
+from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
+
+
+class OpenImage:
+    """A valid image with all its files open, so that nobody can purge it until it is closed."""
+
+    def __init__(self, store: ImageStore, image_id: str) -> None:
+        """Opens and locks the files first and judges the image then; ImageTombstoned, ImageIncomplete, ImageNotFound."""
+        self.store = store
+        self.files: dict[str, ReadableFile] = {}
+        before = store.read_valid(image_id)
+        try:
+            for file in before.files:
+                self._open(before, file)
+            self.image = store.read_valid(image_id)
+            if [file.inode for file in self.image.files] != [file.inode for file in before.files]:
+                raise ImageIncomplete(f"{self.image.key} was replaced while it was opened; try again")
+            self.disk = self._read_disk()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, image: Image, file: ImageFile) -> None:
+        try:
+            self.files[file.name] = self.store.datastore.open_readable(image.path(file.name))
+        except FileNotFoundError:
+            raise ImageIncomplete(f"{image.key}: {file.name} vanished while it was opened; try again") from None
+
+    def _read_disk(self) -> vmdk.Disk:
+        try:
+            return vmdk.check_disk(descriptor_name(self.image.key.image_id), self)
+        except InvalidDisk as error:
+            raise ImageIncomplete(f"{self.image.key} is not whole: {error.message}") from error
+
+    def size(self, name: str) -> int:
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name].size
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return self.files[name].read(offset, length)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def copy_image(
+    source: ImageStore, source_id: str, destination: ImageStore, destination_id: str, progress: Progress
+) -> Image:
+    """Copies an image; the destination is published complete or not at all. Returns it.
+
+    Cancelled by `progress` at any point before it is published. ImageAlreadyExists, NoSpace, ImageTombstoned,
+    ImageIncomplete, LockTimeout, OperationCancelled, or what the datastores say.
+    """
+    destination.require_absent(destination_id)
+    with OpenImage(source, source_id) as opened:
+        require_space_for_copy(opened, destination)
+        with StagingDirectory(destination, destination_id, f"copy {opened.image.key} to") as staging:
+            copied = clone_files(opened, staging, progress, disk_only=False)
+            _adopt_disk(opened, staging, copied)
+            progress.check()
+            return publish(staging)
+
+
+def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:
+    """NoSpace when the destination cannot hold what a copy would write: nothing where extents are shared."""
+    if not destination.datastore.shares_extents_with(opened.store.datastore):
+        destination.require_space(opened.image.allocated)
+
+
+def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress, *, disk_only: bool) -> dict[str, str]:
+    """Copies an image's files into a staging directory, named for its image; returns new name by old name."""
+    renames = vmdk.renamed_files(opened.disk, staging.image_id)
+    files = [file for file in opened.image.files if file.kind is not FileKind.COMPANION or not disk_only]
+    progress.expect(sum(file.size for file in files))
+    for file in files:
+        if file.name not in renames:
+            renames[file.name] = renamed_companion(file.name, opened.image.key.image_id, staging.image_id)
+        _clone_file(opened, file.name, staging, renames[file.name], progress)
+    return renames
+
+
+def _clone_file(opened: OpenImage, name: str, staging: StagingDirectory, new_name: str, progress: Progress) -> None:
+    source = opened.files[name]
+    target = staging.open_writable(new_name)
+    try:
+        target.resize(0)
+        done = target.clone(source, 0, 0, source.size, progress)
+        if done != source.size:
+            raise DiskFileFault(
+                f"{opened.image.key}: {name} ended after {done} of {source.size} bytes; validate the image"
+            )
+        target.sync()
+    finally:
+        target.close()
+
+
+def _adopt_disk(opened: OpenImage, staging: StagingDirectory, renames: dict[str, str]) -> None:
+    """Rewrites the copied descriptor, so that it names the copied extents."""
+    disk = opened.disk
+    raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
+    rewrite_staged_descriptor(staging, disk, renames, raw)
+
+
+def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, renames: dict[str, str], raw: bytes) -> None:
+    """Writes the descriptor `raw`, with the new names of its extents, into the staged disk under its new name."""
+    new_name = renames[disk.name]
+    if disk.embedded:
+        content = vmdk.rewrite_embedded(raw, new_name)
+    else:
+        content = vmdk.rewrite_descriptor(raw, renames)
+    if content == raw:
+        return
+    target = staging.open_writable(new_name)
+    try:
+        target.write(disk.descriptor_offset, content)
+        if not disk.embedded:
+            target.resize(len(content))
+        target.sync()
+    finally:
+        target.close()

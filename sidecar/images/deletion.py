@@ -1,0 +1,77 @@
+"""Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
+
+from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImageTombstoned
+from sidecar.images.image import Image, ImageState, not_found
+from sidecar.images.names import TIMESTAMP, TOMBSTONE, descriptor_name
+from sidecar.images.store import ImageStore
+
+
+def delete_image(store: ImageStore, image_id: str) -> None:
+    """Tombstones an image; ImageTombstoned when it was."""
+    try:
+        with store.lock(image_id, "delete"):
+            image = store.read(image_id)
+            if image.state is ImageState.TOMBSTONED:
+                raise ImageTombstoned(f"{image.key} is deleted (tombstoned) already")
+            store.datastore.create_file(image.path(TOMBSTONE), store.clock())
+    except FileNotFoundError:
+        raise not_found(store.key(image_id)) from None
+    store.changed(image_id)
+
+
+def restore_image(store: ImageStore, image_id: str) -> Image:
+    """Takes the tombstone away; ImageIncomplete, and no change, when a purge had begun to take the image apart."""
+    try:
+        with store.lock(image_id, "restore"):
+            image = store.read(image_id)
+            if image.state is not ImageState.TOMBSTONED:
+                raise ImageNotTombstoned(f"{image.key} is not deleted: there is nothing to restore")
+            names = store.datastore.names(image.directory)
+            if TIMESTAMP not in names or descriptor_name(image_id) not in names:
+                raise ImageIncomplete(f"{image.key} is no longer whole and cannot be restored; purge it")
+            store.datastore.remove_file(image.path(TOMBSTONE))
+            store.datastore.sync_directory(image.directory)
+    except FileNotFoundError:
+        raise not_found(store.key(image_id)) from None
+    store.changed(image_id)
+    return store.read(image_id)
+
+
+def purge_image(store: ImageStore, image_id: str, *, force: bool = False) -> int:
+    """Frees a tombstoned image, with `force` also one that is not; returns the allocated bytes of its files.
+
+    ImageInUse, and no change, when somebody has one of its files open.
+    """
+    try:
+        with store.lock(image_id, "purge"):
+            image = store.read(image_id)
+            if image.state is not ImageState.TOMBSTONED and not force:
+                raise ImageNotTombstoned(
+                    f"{image.key} is not deleted; delete it first (imagectl rm {image.key}), or force the deletion"
+                )
+            trash = discard_unused(store, image)
+    except FileNotFoundError:
+        raise not_found(store.key(image_id)) from None
+    store.changed(image_id)
+    free_discarded(store, image_id, trash)
+    return image.allocated
+
+
+def discard_unused(store: ImageStore, image: Image) -> str | None:
+    """Takes the image's directory away, when nobody uses it; call under the image's lock.
+
+    Readers are kept out from the check to the rename: none can begin in between. Returns what `free_discarded` frees.
+    """
+    paths = [image.path(file.name) for file in image.files]
+    try:
+        with store.datastore.exclude_users(paths):
+            return store.layout.discard(store.datastore, image.key.image_id, store.new_token())
+    except ImageInUse as error:
+        raise ImageInUse(f"{image.key} is in use by {error.message}; end that use first") from error
+
+
+def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
+    """Frees what `discard_unused` took away; call without the lock. A crash before leaves it to the reaper."""
+    if trash is not None:
+        store.datastore.remove_tree(trash)
+    store.layout.tidy(store.datastore, image_id)

@@ -1,0 +1,200 @@
+"""Keeps the catalogue true to one datastore, whoever changes it."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sidecar.datastores.interface import Capacity, ChangeWatcher, EntryKind
+from sidecar.errors import ImageNotFound, ImagesError, InvalidRequest
+from sidecar.images.catalog import Catalog, with_details
+from sidecar.images.image import ImageState
+from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP
+from sidecar.images.store import ImageStore
+
+RESCAN_WATCHED_SECONDS = 60.0  # a net below inotify, which does not hear of everything on every file system
+STATUS_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DatastoreStatus:
+    """What was last seen of a datastore; `fault` says why it is not accessible. `checked_ns` is since the epoch."""
+
+    capacity: Capacity
+    fault: str
+    checked_ns: int
+
+
+class Discovery:
+    """Reads a datastore's images into the catalogue, at first all, then what changes. Owns one thread."""
+
+    def __init__(
+        self,
+        store: ImageStore,
+        catalog: Catalog,
+        *,
+        rescan_seconds: float = 5.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`rescan_seconds`: how often to look at every image where changes by others are not told."""
+        self.store = store
+        self._catalog = catalog
+        self._rescan_seconds = rescan_seconds
+        self._monotonic = monotonic
+        self._refreshing = threading.Lock()  # from reading an image to putting it: the later reading wins
+        self._watcher: ChangeWatcher | None = None
+        self._stopping = threading.Event()
+        self._complete = threading.Event()
+        self._status = DatastoreStatus(Capacity(0, 0), "it was not looked at yet", 0)
+        self._thread = threading.Thread(target=self._run, name=f"discovery-{store.datastore.name}")
+
+    @property
+    def image_count(self) -> int:
+        """Of images that are there for use: tombstoned ones are not counted."""
+        return self._catalog.count(self.store.datastore.name, (ImageState.VALID, ImageState.INCOMPLETE))
+
+    @property
+    def status(self) -> DatastoreStatus:
+        return self._status
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._watcher:
+            self._watcher.wake()
+        if self._thread.ident:
+            self._thread.join()
+        if self._watcher:
+            self._watcher.close()
+
+    def wait_complete(self, timeout: float) -> bool:
+        """Waits, up to `timeout` seconds, until every image was read once."""
+        return self._complete.wait(timeout)
+
+    def refresh(self, image_id: str) -> None:
+        """Reads one image again; an error leaves what was known and is in the datastore's status."""
+        key = self.store.key(image_id)
+        try:
+            with self._refreshing:
+                try:
+                    image = self.store.read_for_listing(image_id)
+                except (ImageNotFound, InvalidRequest):
+                    self._catalog.remove(key)
+                else:
+                    self._catalog.put(with_details(image, self._catalog.get(key)))
+        except ImagesError as error:
+            _log.warning("image unreadable image=%s error=%s", key, error)
+
+    def check(self) -> DatastoreStatus:
+        """Looks at the datastore itself, and remembers what it saw."""
+        datastore = self.store.datastore
+        try:
+            datastore.check()
+            status = DatastoreStatus(datastore.capacity(), "", time.time_ns())
+        except ImagesError as error:
+            status = DatastoreStatus(self._status.capacity, error.message, time.time_ns())
+        if status.fault != self._status.fault:
+            _log.info("datastore changed datastore=%s fault=%r", datastore.name, status.fault)
+        self._status = status
+        return status
+
+    def _run(self) -> None:
+        next_scan = next_check = self._monotonic()
+        while not self._stopping.is_set():
+            try:
+                now = self._monotonic()
+                if now >= next_check:
+                    self.check()
+                    next_check = now + STATUS_SECONDS
+                if now >= next_scan:
+                    self._scan()
+                    self._complete.set()
+                    next_scan = self._monotonic() + self._rescan_interval()
+                if self._wait(min(next_scan, next_check) - self._monotonic()):
+                    next_scan = self._monotonic()
+            except ImagesError as error:
+                _log.warning("datastore unreadable datastore=%s error=%s", self.store.datastore.name, error)
+                next_scan = self._monotonic() + STATUS_SECONDS
+                self._stopping.wait(1.0)
+            except Exception:
+                # The thread must outlive a defect: without it the catalogue would be stale and nobody would know.
+                _log.exception("discovery failed datastore=%s", self.store.datastore.name)
+                next_scan = self._monotonic() + STATUS_SECONDS
+                self._stopping.wait(1.0)
+
+    def _rescan_interval(self) -> float:
+        return max(RESCAN_WATCHED_SECONDS, self._rescan_seconds) if self._watcher else self._rescan_seconds
+
+    def _scan(self) -> None:
+        """Looks at every image, and reads those that changed."""
+        store, layout = self.store, self.store.layout
+        layout.prepare(store.datastore)
+        if self._watcher is None:
+            self._watcher = store.datastore.watcher()
+        if (parent := layout.collection_parent()) is not None:
+            self._watch(parent)
+        known = set(self._catalog.ids(store.datastore.name))
+        for collection in layout.collections(store.datastore):
+            self._watch(collection)
+            for name in store.datastore.names(collection):
+                image_id = layout.image_id(collection, name)
+                if image_id is None:
+                    continue
+                known.discard(image_id)
+                self._watch(layout.image_directory(image_id))
+                if not self._is_unchanged(image_id):
+                    self.refresh(image_id)
+                if self._stopping.is_set():
+                    return
+        for image_id in known:
+            self.refresh(image_id)
+
+    def _watch(self, path: str) -> None:
+        if self._watcher and not self._watcher.watch(path):
+            self._watcher.close()
+            self._watcher = None
+
+    def _is_unchanged(self, image_id: str) -> bool:
+        """Whether directory and timestamp file are as they were when the image was read: two looks instead of reading it."""
+        image = self._catalog.get(self.store.key(image_id))
+        if image is None or self.store.layout.names_only:
+            return False
+        datastore = self.store.datastore
+        try:
+            place = datastore.entry(image.directory)
+            timestamp = datastore.entry(image.path(TIMESTAMP)).modified_ns if image.touched_ns is not None else 0
+        except FileNotFoundError:
+            return False
+        return place.kind is EntryKind.DIRECTORY and image.fingerprint == (place.inode, place.changed_ns, timestamp)
+
+    def _wait(self, timeout: float) -> bool:
+        """Waits for changes and reads what changed; whether everything has to be looked at again."""
+        if self._watcher is None:
+            self._stopping.wait(max(timeout, 0))
+            return False
+        changes = self._watcher.wait(max(timeout, 0))
+        layout = self.store.layout
+        changed: set[str] = set()
+        for directory, names in changes.names.items():
+            if directory == layout.collection_parent():
+                return True
+            found = {layout.image_id(directory, name) for name in names} - {None}
+            owner = self._owner(directory)
+            if owner is not None and any(not name.endswith(LOCK_SUFFIX) for name in names):
+                found.add(owner)
+            changed.update(image_id for image_id in found if image_id is not None)
+        for image_id in changed:
+            self._watch(layout.image_directory(image_id))
+            self.refresh(image_id)
+        return changes.lost
+
+    def _owner(self, directory: str) -> str | None:
+        """The image whose directory this is."""
+        collection, _, name = directory.rpartition("/")
+        image_id = self.store.layout.image_id(collection, name) if name else None
+        return image_id if image_id and self.store.layout.image_directory(image_id) == directory else None

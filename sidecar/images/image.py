@@ -1,0 +1,223 @@
+"""An image as it is on its datastore now: its state, its files, its times."""
+
+import enum
+from dataclasses import dataclass, field
+
+from sidecar.datastores.interface import Datastore, Entry, EntryKind
+from sidecar.errors import ImageNotFound, InvalidDisk
+from sidecar.images import vmdk
+from sidecar.images.layouts.interface import Layout
+from sidecar.images.names import (
+    TIMESTAMP,
+    TOMBSTONE,
+    UNUSED_MARKER,
+    descriptor_name,
+    is_bookkeeping,
+)
+
+_MARKER_LIMIT = 64
+
+
+class ImageState(enum.Enum):
+    VALID = "VALID"
+    INCOMPLETE = "INCOMPLETE"
+    TOMBSTONED = "TOMBSTONED"
+
+
+class FileKind(enum.IntEnum):
+    """In the order of listing: a `cp -r` is complete with the last file that it copies, the descriptor."""
+
+    COMPANION = 0
+    EXTENT = 1
+    DESCRIPTOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """Sizes are bytes, times nanoseconds since the epoch."""
+
+    name: str
+    kind: FileKind
+    size: int
+    allocated: int
+    modified_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageKey:
+    """Names an image among all datastores of a sidecar."""
+
+    datastore: str
+    image_id: str
+
+    def __str__(self) -> str:
+        return f"{self.datastore}/{self.image_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image. Times are nanoseconds since the epoch, None where there is none; sizes are bytes.
+
+    Where attributes are slow to read, `details_known` may be False: then there are no files, no sizes and no times.
+    """
+
+    key: ImageKey
+    directory: str
+    state: ImageState
+    details_known: bool = True
+    files: tuple[ImageFile, ...] = ()
+    capacity: int = 0
+    disk_type: str = ""
+    created_ns: int | None = None
+    touched_ns: int | None = None
+    tombstoned_ns: int | None = None
+    marked_unused_s: int | None = None
+    problems: tuple[str, ...] = ()
+    # What tells that the directory has changed since: its inode and ctime, and the timestamp file's mtime.
+    fingerprint: tuple[int, int, int] = field(default=(0, 0, 0), compare=False)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def allocated(self) -> int:
+        return sum(file.allocated for file in self.files)
+
+    @property
+    def disk_files(self) -> tuple[ImageFile, ...]:
+        return tuple(file for file in self.files if file.kind is not FileKind.COMPANION)
+
+    def path(self, name: str) -> str:
+        return f"{self.directory}/{name}"
+
+
+def image_state(names: set[str], image_id: str) -> ImageState:
+    if TOMBSTONE in names:
+        return ImageState.TOMBSTONED
+    if descriptor_name(image_id) in names and TIMESTAMP in names:
+        return ImageState.VALID
+    return ImageState.INCOMPLETE
+
+
+def read_image_names(datastore: Datastore, layout: Layout, image_id: str) -> Image:
+    """The image's state, from the names in its directory alone; ImageNotFound when there is no image."""
+    key = ImageKey(datastore.name, image_id)
+    directory = layout.image_directory(image_id)
+    try:
+        names = set(datastore.names(directory))
+    except FileNotFoundError:
+        raise not_found(key) from None
+    _require_something(key, names)
+    return Image(key, directory, image_state(names, image_id), details_known=False)
+
+
+def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
+    """The image with everything that its directory and its descriptor say; ImageNotFound when there is no image.
+
+    A disk that is not as it should be is told in `problems`; an I/O error is raised.
+    """
+    key = ImageKey(datastore.name, image_id)
+    directory = layout.image_directory(image_id)
+    try:
+        place = datastore.entry(directory)
+        entries = {entry.name: entry for entry in datastore.entries(directory)}
+    except FileNotFoundError:
+        raise not_found(key) from None
+    _require_something(key, set(entries))
+    problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
+    disk, fault = _read_disk(datastore, directory, image_id, entries)
+    if fault:
+        problems.append(fault)
+    kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
+    kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
+    files = sorted(
+        (
+            _image_file(entry, kinds.get(entry.name, FileKind.COMPANION))
+            for entry in entries.values()
+            if entry.kind is EntryKind.FILE and not is_bookkeeping(entry.name)
+        ),
+        key=lambda file: (file.kind, file.name),
+    )
+    timestamp, tombstone = entries.get(TIMESTAMP), entries.get(TOMBSTONE)
+    return Image(
+        key,
+        directory,
+        image_state(set(entries), image_id),
+        files=tuple(files),
+        capacity=disk.capacity_bytes if disk else 0,
+        disk_type=disk.descriptor.create_type if disk else "",
+        created_ns=min((file.modified_ns for file in files), default=None),
+        touched_ns=timestamp.modified_ns if timestamp else None,
+        tombstoned_ns=tombstone.modified_ns if tombstone else None,
+        marked_unused_s=_read_marker(datastore, directory, entries, problems),
+        problems=tuple(problems),
+        fingerprint=(place.inode, place.changed_ns, timestamp.modified_ns if timestamp else 0),
+    )
+
+
+def not_found(key: ImageKey) -> ImageNotFound:
+    return ImageNotFound(f"there is no image {key}; see `imagectl ls {key.datastore}`")
+
+
+class DirectoryReader:
+    """What the vmdk module needs of a directory. `sizes` are known already, so that no attribute is read twice."""
+
+    def __init__(self, datastore: Datastore, directory: str, sizes: dict[str, int]) -> None:
+        self._datastore, self._directory, self._sizes = datastore, directory, sizes
+
+    def size(self, name: str) -> int:
+        if name not in self._sizes:
+            raise FileNotFoundError(name)
+        return self._sizes[name]
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return self._datastore.read_range(f"{self._directory}/{name}", offset, length)
+
+
+def _read_disk(
+    datastore: Datastore, directory: str, image_id: str, entries: dict[str, Entry]
+) -> tuple[vmdk.Disk | None, str]:
+    """The disk, as far as it can be read, and what is wrong with it: only the presence and the sizes of its files."""
+    sizes = {entry.name: entry.size for entry in entries.values() if entry.kind is EntryKind.FILE}
+    try:
+        disk = vmdk.read_disk(descriptor_name(image_id), DirectoryReader(datastore, directory, sizes))
+    except FileNotFoundError:
+        return None, "it has no descriptor"
+    except InvalidDisk as error:
+        return None, error.message
+    for file in disk.files:
+        if file.name not in sizes:
+            return disk, f"the extent {file.name!r} is not there"
+        if not file.fits(sizes[file.name]):
+            return disk, f"the extent {file.name!r} has {sizes[file.name]} bytes, not {file.minimum_size_bytes}"
+    return disk, ""
+
+
+def _read_marker(datastore: Datastore, directory: str, entries: dict[str, Entry], problems: list[str]) -> int | None:
+    if UNUSED_MARKER not in entries:
+        return None
+    try:
+        return int(datastore.read_file(f"{directory}/{UNUSED_MARKER}", _MARKER_LIMIT))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        problems.append(f"{UNUSED_MARKER} does not hold a time")
+        return None
+
+
+def _require_something(key: ImageKey, names: set[str]) -> None:
+    # Staging directories and locks inside an image's directory (layout vsan) make no image.
+    if not any(name in (TIMESTAMP, TOMBSTONE) or not is_bookkeeping(name) for name in names):
+        raise not_found(key)
+
+
+def _is_misplaced(entry: Entry) -> bool:
+    if entry.kind is EntryKind.DIRECTORY:
+        return not is_bookkeeping(entry.name)
+    return entry.kind is EntryKind.OTHER
+
+
+def _image_file(entry: Entry, kind: FileKind) -> ImageFile:
+    return ImageFile(entry.name, kind, entry.size, entry.allocated, entry.modified_ns, entry.inode)

@@ -1,0 +1,112 @@
+"""The layouts whose images come and go by renaming their directory: `compound` and `sharded`."""
+
+import contextlib
+
+from sidecar.datastores.interface import Datastore
+from sidecar.images.layouts.interface import StagingPlace
+from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, is_image_id
+
+TRASH = "deleted_images"
+
+
+def parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+class RenamingLayout:
+    """What the two share: publish and discard are one rename each."""
+
+    names_only = False
+
+    def image_directory(self, image_id: str) -> str:
+        raise NotImplementedError
+
+    def prepare(self, datastore: Datastore) -> None:
+        _make(datastore, TRASH)
+
+    def image_lock(self, image_id: str) -> str:
+        return self.image_directory(image_id) + LOCK_SUFFIX
+
+    def make_lockable(self, datastore: Datastore, image_id: str) -> None:
+        if directory := parent(self.image_directory(image_id)):
+            _make(datastore, directory)
+
+    def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
+        destination = self.image_directory(image_id)
+        datastore.rename(staging.directory, destination)
+        datastore.sync_directory(parent(destination))
+        if parent(staging.directory) != parent(destination):
+            datastore.sync_directory(parent(staging.directory))
+
+    def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
+        _make(datastore, TRASH)
+        directory = self.image_directory(image_id)
+        trash = f"{TRASH}/{token}"
+        datastore.rename(directory, trash)
+        # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
+        datastore.sync_directory(TRASH)
+        datastore.sync_directory(parent(directory))
+        return trash
+
+    def tidy(self, datastore: Datastore, image_id: str) -> None:
+        """A directory that was renamed leaves nothing behind."""
+
+
+class CompoundLayout(RenamingLayout):
+    """The third version: `image_<id>/` in the root."""
+
+    id = "compound"
+
+    def image_directory(self, image_id: str) -> str:
+        return f"image_{image_id}"
+
+    def collections(self, datastore: Datastore) -> list[str]:
+        return [""]
+
+    def collection_parent(self) -> str | None:
+        return None
+
+    def image_id(self, collection: str, name: str) -> str | None:
+        return prefixed_image_id(name)
+
+    def staging_place(self, image_id: str, token: str) -> StagingPlace:
+        directory = f"{STAGING_PREFIX}{token}"
+        return StagingPlace(directory, directory + LOCK_SUFFIX)
+
+
+class ShardedLayout(RenamingLayout):
+    """The first and second version: `images/<first 2 characters>/<id>/`."""
+
+    id = "sharded"
+
+    def prepare(self, datastore: Datastore) -> None:
+        super().prepare(datastore)
+        for directory in ("images", "tmp_images"):
+            _make(datastore, directory)
+
+    def image_directory(self, image_id: str) -> str:
+        return f"images/{image_id[:2]}/{image_id}"
+
+    def collections(self, datastore: Datastore) -> list[str]:
+        return [f"images/{shard}" for shard in datastore.names("images") if len(shard) <= 2]
+
+    def collection_parent(self) -> str | None:
+        return "images"
+
+    def image_id(self, collection: str, name: str) -> str | None:
+        return name if name[:2] == collection.rpartition("/")[2] and is_image_id(name) else None
+
+    def staging_place(self, image_id: str, token: str) -> StagingPlace:
+        directory = f"tmp_images/{token}"
+        return StagingPlace(directory, directory + LOCK_SUFFIX)
+
+
+def prefixed_image_id(name: str) -> str | None:
+    """The id in a name of the form `image_<id>`."""
+    image_id = name.removeprefix("image_")
+    return image_id if image_id != name and is_image_id(image_id) else None
+
+
+def _make(datastore: Datastore, directory: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        datastore.make_directory(directory, parents=True)

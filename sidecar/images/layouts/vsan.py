@@ -1,0 +1,96 @@
+"""The layout for VSAN, where a directory is an object of its own that cannot be renamed into another one.
+
+Images are published and removed entry by entry. What makes an image valid comes last and goes first: after a crash
+in between there is an incomplete image, which nobody uses and the next publish or purge clears away.
+"""
+
+import contextlib
+
+from sidecar.datastores.interface import Datastore
+from sidecar.images.layouts.interface import StagingPlace
+from sidecar.images.layouts.renaming import prefixed_image_id
+from sidecar.images.names import (
+    LOCK_SUFFIX,
+    STAGING_PREFIX,
+    TIMESTAMP,
+    TOMBSTONE,
+    descriptor_name,
+    is_bookkeeping,
+)
+
+_LOCK = f"lock{LOCK_SUFFIX}"
+
+
+class VsanLayout:
+    """The third version on VSAN: staging inside the image's directory, entries moved one by one."""
+
+    id = "vsan"
+    names_only = True
+
+    def prepare(self, datastore: Datastore) -> None:
+        """Nothing is shared."""
+
+    def image_directory(self, image_id: str) -> str:
+        return f"image_{image_id}"
+
+    def image_lock(self, image_id: str) -> str:
+        return f"{self.image_directory(image_id)}/{_LOCK}"
+
+    def collections(self, datastore: Datastore) -> list[str]:
+        return [""]
+
+    def collection_parent(self) -> str | None:
+        return None
+
+    def image_id(self, collection: str, name: str) -> str | None:
+        return prefixed_image_id(name)
+
+    def make_lockable(self, datastore: Datastore, image_id: str) -> None:
+        with contextlib.suppress(FileExistsError):
+            datastore.make_directory(self.image_directory(image_id))
+
+    def staging_place(self, image_id: str, token: str) -> StagingPlace:
+        directory = f"{self.image_directory(image_id)}/{STAGING_PREFIX}{token}"
+        return StagingPlace(directory, f"{directory}/{_LOCK}")
+
+    def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
+        destination = self.image_directory(image_id)
+        if any(not _is_lock_or_staging(name) for name in datastore.names(destination)):
+            raise FileExistsError(destination)
+        # The descriptor after what it names, and the timestamp, which makes the image valid, after everything.
+        last = (descriptor_name(image_id), TIMESTAMP)
+        names = [name for name in datastore.names(staging.directory) if not _is_lock_or_staging(name)]
+        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+            if name == TIMESTAMP:
+                datastore.sync_directory(destination)
+            datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+        datastore.sync_directory(destination)
+
+    def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
+        directory = self.image_directory(image_id)
+        names = datastore.names(directory)
+        if TIMESTAMP in names:
+            # From here on a restore finds an image that is not whole: it cannot bring back one that is half gone.
+            datastore.remove_file(f"{directory}/{TIMESTAMP}")
+            datastore.sync_directory(directory)
+        for name in sorted(names, key=lambda name: _removal_rank(name, image_id)):
+            if name != TIMESTAMP and not _is_lock_or_staging(name):
+                datastore.remove_tree(f"{directory}/{name}")
+        datastore.sync_directory(directory)
+        return None
+
+    def tidy(self, datastore: Datastore, image_id: str) -> None:
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            datastore.remove_directory(self.image_directory(image_id))
+
+
+def _is_lock_or_staging(name: str) -> bool:
+    return name.endswith(LOCK_SUFFIX) or name.startswith(STAGING_PREFIX)
+
+
+def _removal_rank(name: str, image_id: str) -> int:
+    if name == descriptor_name(image_id):
+        return 0
+    if name == TOMBSTONE:
+        return 3
+    return 2 if is_bookkeeping(name) else 1

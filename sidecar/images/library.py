@@ -1,0 +1,71 @@
+"""All datastores of a sidecar together: what the services call, and what starts and ends with the process."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from sidecar.errors import DatastoreNotFound
+from sidecar.images.catalog import Catalog
+from sidecar.images.copying import copy_image
+from sidecar.images.discovery import Discovery
+from sidecar.images.image import Image, ImageKey
+from sidecar.images.operations import Operation, Operations
+from sidecar.images.sessions import StagingSessions
+from sidecar.images.store import ImageStore
+
+
+class Library:
+    """The datastores by name, the catalogue of their images, and the operations that run."""
+
+    def __init__(
+        self, discoveries: Sequence[Discovery], catalog: Catalog, *, max_copies: int, lease_seconds: float
+    ) -> None:
+        self.catalog = catalog
+        self.discoveries = {discovery.store.datastore.name: discovery for discovery in discoveries}
+        self.sessions = StagingSessions(lease_seconds)
+        self.copies: Operations[Image] = Operations(max_copies, "copy")
+        for discovery in discoveries:
+            discovery.store.observe(discovery.refresh)
+
+    def start(self) -> None:
+        """Prepares the datastores, as far as they can be used now, and begins to read them."""
+        for discovery in self.discoveries.values():
+            discovery.start()
+        self.sessions.start()
+
+    def close(self) -> None:
+        """Ends what runs, leaves nothing half made, joins every thread."""
+        self.copies.close()
+        self.sessions.close()
+        for discovery in self.discoveries.values():
+            discovery.close()
+        for discovery in self.discoveries.values():
+            discovery.store.datastore.close()
+
+    def store(self, datastore: str) -> ImageStore:
+        return self.discovery(datastore).store
+
+    def discovery(self, datastore: str) -> Discovery:
+        discovery = self.discoveries.get(datastore)
+        if discovery is None:
+            names = ", ".join(sorted(self.discoveries)) or "none"
+            raise DatastoreNotFound(f"there is no datastore {datastore[:128]!r}; this sidecar has {names}")
+        return discovery
+
+    def start_copy(self, source: ImageKey, destination: ImageKey, request_id: str) -> Operation[Image]:
+        """Starts a copy, or finds the one that this request id started."""
+        from_store, to_store = self.store(source.datastore), self.store(destination.datastore)
+        return self.copies.start(
+            request_id,
+            f"copy {source} to {destination}",
+            lambda progress: copy_image(from_store, source.image_id, to_store, destination.image_id, progress),
+        )
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

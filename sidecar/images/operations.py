@@ -1,0 +1,104 @@
+"""Operations that take long: each runs in a thread of its own, can be looked at while it runs, and ends when nobody does."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from sidecar.errors import InvalidRequest
+from sidecar.images.progress import Amount, Progress
+
+_REMEMBERED = 1_000
+
+Result = TypeVar("Result")
+
+
+class Operation(Generic[Result]):
+    """One running or finished piece of work."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.progress = Progress()
+        self._future: Future[Result] = Future()
+        self._lock = threading.Lock()  # guards the count
+        self._attending = 0
+
+    def run(self, work: Callable[[Progress], Result]) -> None:
+        try:
+            self._future.set_result(work(self.progress))
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    @property
+    def failed(self) -> bool:
+        return self._future.done() and self._future.exception() is not None
+
+    @contextmanager
+    def attend(self) -> Iterator[None]:
+        """Wants the result for as long as the block lasts. When the last one leaves, what is not done is cancelled."""
+        with self._lock:
+            self._attending += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._attending -= 1
+                last = self._attending == 0
+            if last and not self._future.done():
+                self.progress.cancel()
+
+    def wait(self, timeout: float) -> bool:
+        """Waits up to `timeout` seconds for the end; whether it is there."""
+        try:
+            self._future.exception(timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def amounts(self, interval: float) -> Iterator[Amount]:
+        """How far it is, every `interval` seconds until it has ended."""
+        while not self.wait(interval):
+            yield self.progress.amount
+
+    def result(self) -> Result:
+        """Of an operation that has ended."""
+        return self._future.result(timeout=0)
+
+
+class Operations(Generic[Result]):
+    """Starts operations; one that was asked for before, by its request id, is found instead. Owns the threads."""
+
+    def __init__(self, limit: int, name: str) -> None:
+        """At most `limit` run at once; more wait for their turn."""
+        self._executor = ThreadPoolExecutor(limit, thread_name_prefix=name)
+        self._lock = threading.Lock()  # guards the operations
+        self._by_request: OrderedDict[str, Operation[Result]] = OrderedDict()
+
+    def start(self, request_id: str, fingerprint: str, work: Callable[[Progress], Result]) -> Operation[Result]:
+        """The operation of this request id, running or done; a new one when there is none or it failed.
+
+        InvalidRequest when the id was used for something else.
+        """
+        with self._lock:
+            known = self._by_request.get(request_id) if request_id else None
+            if known and known.fingerprint != fingerprint:
+                raise InvalidRequest(f"request id {request_id} was used for {known.fingerprint}; take a new one")
+            if known and not known.failed and not known.progress.cancelled:
+                return known
+            operation: Operation[Result] = Operation(fingerprint)
+            if request_id:
+                self._by_request[request_id] = operation
+                self._by_request.move_to_end(request_id)
+                while len(self._by_request) > _REMEMBERED:
+                    self._by_request.popitem(last=False)
+            self._executor.submit(operation.run, work)
+            return operation
+
+    def close(self) -> None:
+        """Cancels what runs and waits until it has cleaned up."""
+        with self._lock:
+            for operation in self._by_request.values():
+                operation.progress.cancel()
+        self._executor.shutdown(wait=True)

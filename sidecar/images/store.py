@@ -1,0 +1,126 @@
+"""The images of one datastore: what every algorithm needs to read, lock and judge them."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sidecar.datastores.interface import Datastore
+from sidecar.errors import ImageAlreadyExists, ImageIncomplete, ImageNotFound, ImageTombstoned, LockTimeout, NoSpace
+from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
+from sidecar.images.layouts.interface import Layout
+from sidecar.images.names import check_image_id
+
+_LOCK_TRIES = 8
+
+
+class ImageStore:
+    """One datastore with its layout. Safe for use by several threads.
+
+    `clock` gives nanoseconds since the epoch, `new_token` a name that nobody else has.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        layout: Layout,
+        *,
+        reserve: int = 0,
+        lock_timeout: float = 30.0,
+        clock: Callable[[], int] = time.time_ns,
+        new_token: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self.datastore = datastore
+        self.layout = layout
+        self.reserve = reserve
+        self.clock = clock
+        self.new_token = new_token
+        self._lock_timeout = lock_timeout
+        self._observer: Callable[[str], None] = lambda image_id: None
+
+    def observe(self, observer: Callable[[str], None]) -> None:
+        """Sets who is told the id of each image that this process changed; once, before the store is used."""
+        self._observer = observer
+
+    def changed(self, image_id: str) -> None:
+        self._observer(image_id)
+
+    def key(self, image_id: str) -> ImageKey:
+        return ImageKey(self.datastore.name, image_id)
+
+    def read(self, image_id: str) -> Image:
+        """The image as it is now; ImageNotFound, InvalidImageId."""
+        check_image_id(image_id)
+        return read_image(self.datastore, self.layout, image_id)
+
+    def read_for_listing(self, image_id: str) -> Image:
+        """As `read`, but without what is slow to read on such a datastore."""
+        if self.layout.names_only:
+            return read_image_names(self.datastore, self.layout, image_id)
+        return read_image(self.datastore, self.layout, image_id)
+
+    def read_valid(self, image_id: str) -> Image:
+        """The image; ImageTombstoned or ImageIncomplete when it cannot be used."""
+        image = self.read(image_id)
+        require_valid(image)
+        return image
+
+    def require_absent(self, image_id: str) -> None:
+        """A quick look, without the lock, that spares work; publish decides."""
+        check_image_id(image_id)
+        with contextlib.suppress(ImageNotFound):
+            image = read_image_names(self.datastore, self.layout, image_id)
+            if image.state is not ImageState.INCOMPLETE:
+                raise already_exists(image)
+
+    def require_space(self, needed: int) -> None:
+        """NoSpace when so many bytes would leave less than the reserve."""
+        free = self.datastore.capacity().free
+        if needed > free - self.reserve:
+            raise NoSpace(
+                f"{self.datastore.name}: {needed} bytes are needed, and of {free} free ones {self.reserve} are kept in "
+                "reserve; purge images that are not needed, or make the datastore larger"
+            )
+
+    @contextmanager
+    def lock(self, image_id: str, operation: str, *, new: bool = False) -> Iterator[None]:
+        """Holds the image's lock; LockTimeout names its holder.
+
+        With `new`, also when nothing of the image is there yet; else a missing image may be a FileNotFoundError.
+        """
+        check_image_id(image_id)
+        path = self.layout.image_lock(image_id)
+        for _ in range(_LOCK_TRIES):
+            if new:
+                self.layout.make_lockable(self.datastore, image_id)
+            try:
+                held = self.datastore.lock(path, f"{operation} {image_id}", self._lock_timeout)
+                break
+            except FileNotFoundError:
+                # Whoever just removed the image may take away the directory that was made for the lock.
+                if not new:
+                    raise
+        else:
+            raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
+        with held:
+            yield
+
+
+def require_valid(image: Image) -> None:
+    if image.state is ImageState.TOMBSTONED:
+        raise ImageTombstoned(f"{image.key} is deleted (tombstoned); restore it first: imagectl restore {image.key}")
+    if image.state is ImageState.INCOMPLETE:
+        what = "; ".join(image.problems) or "its timestamp file is not there"
+        raise ImageIncomplete(f"{image.key} is incomplete: {what}; try `imagectl validate --repair {image.key}`")
+    if image.problems:
+        raise ImageIncomplete(f"{image.key} is not whole: {'; '.join(image.problems)}")
+
+
+def already_exists(image: Image) -> ImageAlreadyExists:
+    if image.state is ImageState.TOMBSTONED:
+        return ImageAlreadyExists(
+            f"{image.key} exists, deleted (tombstoned) but not purged; restore it, or purge it first: "
+            f"imagectl purge {image.key}"
+        )
+    return ImageAlreadyExists(f"{image.key} already exists; choose another name, or delete and purge it first")

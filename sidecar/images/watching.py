@@ -1,0 +1,83 @@
+"""Following the catalogue: what is there, then what changes, from where a watcher left off."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sidecar.errors import SidecarUnavailable
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
+from sidecar.images.image import Image, ImageKey
+
+FIRST_SCAN_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """With `everything`, the images are all there are. `datastores` are those to tell about now."""
+
+    images: list[Image]
+    removed: list[ImageKey]
+    everything: bool
+    resume_token: str
+    datastores: list[Discovery]
+
+
+class Watches:
+    """All those who follow the catalogue, until the sidecar ends.
+
+    A resume token is `<life>:<revision>`; another life of the sidecar counted its revisions anew.
+    """
+
+    def __init__(self, catalog: Catalog, discoveries: list[Discovery]) -> None:
+        self._catalog = catalog
+        self._discoveries = discoveries
+        self._life = uuid.uuid4().hex
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """Ends all of them with SidecarUnavailable: their clients come again when there is a sidecar again."""
+        self._ended.set()
+        self._catalog.wake()
+
+    def follow(self, datastore: str, resume_token: str, wanted: Callable[[], bool]) -> Iterator[WatchEvent]:
+        """Events of one datastore or (empty) of all, for as long as `wanted`. The first one comes at once."""
+        discoveries = [d for d in self._discoveries if not datastore or d.store.datastore.name == datastore]
+        revision = self._revision(resume_token)
+        if not revision:
+            # A snapshot of half a datastore would tell that the other half is gone.
+            for discovery in discoveries:
+                self._wait_complete(discovery, wanted)
+        told: dict[str, object] = {}
+        while wanted():
+            if self._ended.is_set():
+                raise SidecarUnavailable("the sidecar is shutting down; watch again when it is back")
+            changes = self._catalog.changes_since(revision, datastore)
+            changed = [d for d in discoveries if told.get(d.store.datastore.name) != _seen(d)]
+            first = not told
+            if first or changed or changes.images or changes.removed or changes.everything:
+                told.update((d.store.datastore.name, _seen(d)) for d in discoveries)
+                token = f"{self._life}:{changes.revision}"
+                everything = changes.everything and (first or bool(revision))
+                yield WatchEvent(changes.images, changes.removed, everything, token, discoveries if first else changed)
+            revision = changes.revision
+            self._catalog.wait(revision, LOOK_SECONDS)
+
+    def _revision(self, resume_token: str) -> int:
+        life, _, revision = resume_token.partition(":")
+        return int(revision) if life == self._life and revision.isdecimal() else 0
+
+    def _wait_complete(self, discovery: Discovery, wanted: Callable[[], bool]) -> None:
+        until = time.monotonic() + FIRST_SCAN_SECONDS
+        while wanted() and not self._ended.is_set() and time.monotonic() < until:
+            if discovery.wait_complete(0.1):
+                return
+
+
+def _seen(discovery: Discovery) -> object:
+    """What of a datastore's status is news."""
+    status = discovery.status
+    return status.capacity, status.fault, discovery.image_count

@@ -1,0 +1,28 @@
+"""DatastoreService: what the contract says, in terms of the domain."""
+
+import grpc
+
+from protos.images.v1 import datastore_service_pb2 as pb
+from protos.images.v1 import datastore_service_pb2_grpc as pb_grpc
+from sidecar.images.library import Library
+from sidecar.services.messages import datastore_message
+
+
+class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
+    """Translates; the domain decides."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def ListDatastores(
+        self, request: pb.ListDatastoresRequest, context: grpc.ServicerContext
+    ) -> pb.ListDatastoresResponse:
+        """As last seen, at most a few seconds ago: one datastore that hangs must not hide the others."""
+        discoveries = [self._library.discoveries[name] for name in sorted(self._library.discoveries)]
+        return pb.ListDatastoresResponse(datastores=[datastore_message(discovery) for discovery in discoveries])
+
+    def GetDatastore(self, request: pb.GetDatastoreRequest, context: grpc.ServicerContext) -> pb.GetDatastoreResponse:
+        """As it is now."""
+        discovery = self._library.discovery(request.name)
+        discovery.check()
+        return pb.GetDatastoreResponse(datastore=datastore_message(discovery))

@@ -1,0 +1,192 @@
+"""ImageService: what the contract says, in terms of the domain."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from protos.images.v1 import image_service_pb2 as pb
+from protos.images.v1 import image_service_pb2_grpc as pb_grpc
+from sidecar.errors import InvalidMetadata, InvalidRequest
+from sidecar.images.checking import touch_image, validate_image
+from sidecar.images.deletion import delete_image, purge_image, restore_image
+from sidecar.images.image import Image
+from sidecar.images.library import Library
+from sidecar.images.metadata import read_metadata, update_companions
+from sidecar.images.names import manifest_name, metadata_name
+from sidecar.images.watching import Watches
+from sidecar.services.messages import (
+    datastore_message,
+    image_key,
+    image_message,
+    image_ref,
+    image_states,
+    timestamp,
+)
+from sidecar.services.requests import Requests, fingerprint
+
+PROGRESS_SECONDS = 0.25
+DEFAULT_PAGE, LARGEST_PAGE = 500, 5_000
+FIRST_LISTING_SECONDS = 10.0
+IMAGES_A_MESSAGE = 500  # a few hundred bytes each, far below the limit of a message
+
+Answer = TypeVar("Answer")
+
+
+class ImageServicer(pb_grpc.ImageServiceServicer):
+    """Translates; the domain decides."""
+
+    def __init__(self, library: Library, requests: Requests, watches: Watches) -> None:
+        self._library = library
+        self._requests = requests
+        self._watches = watches
+
+    def ListImages(self, request: pb.ListImagesRequest, context: grpc.ServicerContext) -> pb.ListImagesResponse:
+        if not 0 <= request.page_size <= LARGEST_PAGE:
+            raise InvalidRequest(f"page_size is {request.page_size}; it is at most {LARGEST_PAGE}, 0 for the default")
+        discoveries = (
+            [self._library.discovery(request.datastore)]
+            if request.datastore
+            else list(self._library.discoveries.values())
+        )
+        # Only the first listing after the start ever waits here.
+        wait = min(context.time_remaining() or FIRST_LISTING_SECONDS, FIRST_LISTING_SECONDS) * 0.9
+        unknown = [d for d in discoveries if not d.wait_complete(wait) or d.status.fault]
+        page = self._library.catalog.page(
+            [discovery.store.datastore.name for discovery in discoveries],
+            image_states(request.states),
+            request.image_id,
+            request.page_token,
+            request.page_size or DEFAULT_PAGE,
+        )
+        return pb.ListImagesResponse(
+            images=[image_message(image) for image in page.images],
+            next_page_token=page.after or "",
+            total_size=page.total,
+            incomplete_datastores=[
+                f"{d.store.datastore.name}: {d.status.fault or 'its images are still being read'}" for d in unknown
+            ],
+        )
+
+    def GetImage(self, request: pb.GetImageRequest, context: grpc.ServicerContext) -> pb.GetImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+        image = store.read(key.image_id)
+        self._library.catalog.put(image)
+        message = image_message(image)
+        for field, name in (("metadata_json", metadata_name), ("manifest_json", manifest_name)):
+            try:
+                setattr(message, field, read_metadata(store.datastore, image, name(key.image_id)))
+            except InvalidMetadata as error:
+                message.problems.append(error.message)
+        with suppress(FileNotFoundError):  # deleted just now
+            message.users.extend(store.datastore.users([image.path(file.name) for file in image.files]))
+        return pb.GetImageResponse(image=message)
+
+    def ValidateImage(
+        self, request: pb.ValidateImageRequest, context: grpc.ServicerContext
+    ) -> pb.ValidateImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.ValidateImageResponse:
+            image, repaired = validate_image(store, key.image_id, repair=request.repair)
+            return pb.ValidateImageResponse(image=image_message(image), repaired=repaired)
+
+        return self._once("ValidateImage", request, context, work) if request.repair else work()
+
+    def TouchImage(self, request: pb.TouchImageRequest, context: grpc.ServicerContext) -> pb.TouchImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.TouchImageResponse:
+            return pb.TouchImageResponse(touch_time=timestamp(touch_image(store, key.image_id)))
+
+        return self._once("TouchImage", request, context, work)
+
+    def CopyImage(self, request: pb.CopyImageRequest, context: grpc.ServicerContext) -> Iterator[pb.CopyImageResponse]:
+        operation = self._library.start_copy(
+            image_key(request.source), image_key(request.destination), request.request_id
+        )
+        with operation.attend():
+            for amount in operation.amounts(PROGRESS_SECONDS):
+                if not context.is_active():
+                    return
+                yield pb.CopyImageResponse(done_bytes=amount.done, total_bytes=amount.total, cloned_bytes=amount.cloned)
+            image = operation.result()
+            amount = operation.progress.amount
+            yield pb.CopyImageResponse(
+                done_bytes=amount.done,
+                total_bytes=amount.total,
+                cloned_bytes=amount.cloned,
+                image=image_message(image),
+            )
+
+    def DeleteImage(self, request: pb.DeleteImageRequest, context: grpc.ServicerContext) -> pb.DeleteImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.DeleteImageResponse:
+            if request.force:
+                purge_image(store, key.image_id, force=True)
+            else:
+                delete_image(store, key.image_id)
+            return pb.DeleteImageResponse()
+
+        return self._once("DeleteImage", request, context, work)
+
+    def RestoreImage(self, request: pb.RestoreImageRequest, context: grpc.ServicerContext) -> pb.RestoreImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.RestoreImageResponse:
+            return pb.RestoreImageResponse(image=image_message(restore_image(store, key.image_id)))
+
+        return self._once("RestoreImage", request, context, work)
+
+    def PurgeImage(self, request: pb.PurgeImageRequest, context: grpc.ServicerContext) -> pb.PurgeImageResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.PurgeImageResponse:
+            return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id))
+
+        return self._once("PurgeImage", request, context, work)
+
+    def UpdateMetadata(
+        self, request: pb.UpdateMetadataRequest, context: grpc.ServicerContext
+    ) -> pb.UpdateMetadataResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+
+        def work() -> pb.UpdateMetadataResponse:
+            image: Image = update_companions(store, key.image_id, request.files, request.remove_files)
+            return pb.UpdateMetadataResponse(image=image_message(image))
+
+        return self._once("UpdateMetadata", request, context, work)
+
+    def WatchImages(
+        self, request: pb.WatchImagesRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchImagesResponse]:
+        if request.datastore:
+            self._library.discovery(request.datastore)
+        context.add_callback(self._library.catalog.wake)
+        for event in self._watches.follow(request.datastore, request.resume_token, context.is_active):
+            datastores = [datastore_message(discovery) for discovery in event.datastores]
+            batches = range(0, max(len(event.images), 1), IMAGES_A_MESSAGE)
+            for start in batches:
+                last = start == batches[-1]
+                yield pb.WatchImagesResponse(
+                    snapshot_start=event.everything and start == 0,
+                    snapshot_complete=event.everything and last,
+                    images=[image_message(image) for image in event.images[start : start + IMAGES_A_MESSAGE]],
+                    removed=[image_ref(key) for key in event.removed] if last else [],
+                    resume_token=event.resume_token if last else "",
+                    datastores=datastores if start == 0 else [],
+                )
+
+    def _once(self, method: str, request: Message, context: grpc.ServicerContext, work: Callable[[], Answer]) -> Answer:
+        request_id: str = request.request_id  # type: ignore[attr-defined]
+        return self._requests.run(request_id, fingerprint(method, request), work, context.time_remaining())

@@ -1,0 +1,200 @@
+"""StagingService: what the contract says, in terms of the domain."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+
+import grpc
+
+from protos.images.v1 import staging_service_pb2 as pb
+from protos.images.v1 import staging_service_pb2_grpc as pb_grpc
+from sidecar.datastores.interface import Datastore, ReadableFile
+from sidecar.errors import FileNotInImage, InvalidRequest, OperationCancelled
+from sidecar.images.copying import OpenImage, clone_files, require_space_for_copy
+from sidecar.images.image import Image
+from sidecar.images.library import Library
+from sidecar.images.names import check_file_name
+from sidecar.images.operations import Operation, Operations
+from sidecar.images.progress import Progress
+from sidecar.images.staging import StagingDirectory
+from sidecar.services.image_service import PROGRESS_SECONDS
+from sidecar.services.messages import image_key, image_message, timestamp
+from sidecar.services.requests import Requests, fingerprint
+
+MESSAGE_DATA_BYTES = 1 << 20
+CLONE_SECONDS = 1.0
+CLONE_PIECE = 64 << 20  # bytes between two looks at the clock
+LARGEST_FILE = 64 << 40
+
+
+class StagingServicer(pb_grpc.StagingServiceServicer):
+    """Translates; the domain decides."""
+
+    def __init__(self, library: Library, requests: Requests, clones: Operations[None]) -> None:
+        self._library = library
+        self._requests = requests
+        self._clones = clones
+
+    def CreateStaging(
+        self, request: pb.CreateStagingRequest, context: grpc.ServicerContext
+    ) -> pb.CreateStagingResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+        session = self._library.sessions.create(store, key.image_id, request.expected_bytes, request.request_id)
+        return pb.CreateStagingResponse(
+            staging_id=session.id,
+            directory=session.staging.directory,
+            lease_seconds=int(self._library.sessions.lease_seconds),
+        )
+
+    def WriteFile(
+        self, request_iterator: Iterator[pb.WriteFileRequest], context: grpc.ServicerContext
+    ) -> pb.WriteFileResponse:
+        first = next(request_iterator, None)
+        if first is None:
+            raise InvalidRequest(
+                "the stream ended before its first message, which names the staging directory and file"
+            )
+        check_file_name(first.name)
+        written = 0
+        with (
+            self._library.sessions.using(first.staging_id) as staging,
+            closing(staging.open_writable(first.name)) as target,
+        ):
+            for message in _with_first(first, request_iterator):
+                _check_range(message.offset, len(message.data) + message.hole_bytes)
+                if message.data:
+                    target.write(message.offset, message.data)
+                    written += len(message.data)
+                if message.hole_bytes:
+                    target.make_hole(message.offset + len(message.data), message.hole_bytes)
+                if message.HasField("size_bytes"):
+                    _check_range(0, message.size_bytes)
+                    target.resize(message.size_bytes)
+            if not context.is_active():
+                raise OperationCancelled("the stream was cancelled before its end")
+            return pb.WriteFileResponse(written_bytes=written, size_bytes=target.size())
+
+    def ReadFile(self, request: pb.ReadFileRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadFileResponse]:
+        check_file_name(request.name)
+        _check_range(request.offset, request.length)
+        with self._open_for_reading(request) as file:
+            end = min(request.offset + request.length, file.size) if request.length else file.size
+            yield pb.ReadFileResponse(offset=request.offset, size_bytes=file.size)
+            position = request.offset
+            for start, length in file.data_ranges(position, max(end - position, 0)):
+                if start > position:
+                    yield pb.ReadFileResponse(offset=position, hole_bytes=start - position)
+                position = start
+                while position < start + length:
+                    data = file.read(position, min(MESSAGE_DATA_BYTES, start + length - position))
+                    if not data:
+                        return
+                    yield pb.ReadFileResponse(offset=position, data=data)
+                    position += len(data)
+            if position < end:
+                yield pb.ReadFileResponse(offset=position, hole_bytes=end - position)
+
+    def CloneRange(self, request: pb.CloneRangeRequest, context: grpc.ServicerContext) -> pb.CloneRangeResponse:
+        key = image_key(request.source)
+        store = self._library.store(key.datastore)
+        check_file_name(request.source_name)
+        check_file_name(request.name)
+        _check_range(request.source_offset, request.length)
+        _check_range(request.offset, request.length)
+        until = time.monotonic() + CLONE_SECONDS
+        progress = Progress()
+        with self._library.sessions.using(request.staging_id) as staging, ExitStack() as stack:
+            image = store.read_valid(key.image_id)
+            source = stack.enter_context(closing(_open_file(store.datastore, image, request.source_name)))
+            store.read_valid(key.image_id)  # again, now that it cannot be purged any more
+            if request.source_offset == 0 and request.length >= source.size:
+                if not staging.store.datastore.shares_extents_with(store.datastore):
+                    staging.store.require_space(_allocated(image, request.source_name))
+            target = stack.enter_context(closing(staging.open_writable(request.name)))
+            done = 0
+            while done < request.length and (not done or time.monotonic() < until) and context.is_active():
+                piece = min(CLONE_PIECE, request.length - done)
+                moved = target.clone(source, request.source_offset + done, request.offset + done, piece, progress)
+                if not moved:
+                    break
+                done += moved
+        return pb.CloneRangeResponse(done_bytes=done, cloned_bytes=progress.amount.cloned)
+
+    def CloneDisk(self, request: pb.CloneDiskRequest, context: grpc.ServicerContext) -> Iterator[pb.CloneDiskResponse]:
+        key = image_key(request.source)
+        store = self._library.store(key.datastore)
+
+        def clone(progress: Progress) -> None:
+            with self._library.sessions.using(request.staging_id) as staging, OpenImage(store, key.image_id) as opened:
+                require_space_for_copy(opened, staging.store)
+                clone_files(opened, staging, progress, disk_only=True)
+
+        operation: Operation[None] = self._clones.start("", f"clone {key}", clone)
+        with operation.attend():
+            for amount in operation.amounts(PROGRESS_SECONDS):
+                if not context.is_active():
+                    return
+                yield pb.CloneDiskResponse(done_bytes=amount.done, total_bytes=amount.total, cloned_bytes=amount.cloned)
+            operation.result()
+            amount = operation.progress.amount
+            yield pb.CloneDiskResponse(done_bytes=amount.done, total_bytes=amount.total, cloned_bytes=amount.cloned)
+
+    def CommitStaging(
+        self, request: pb.CommitStagingRequest, context: grpc.ServicerContext
+    ) -> pb.CommitStagingResponse:
+        def work() -> pb.CommitStagingResponse:
+            image, renames = self._library.sessions.commit(request.staging_id)
+            return pb.CommitStagingResponse(
+                image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
+            )
+
+        return self._requests.run(
+            request.request_id, fingerprint("CommitStaging", request), work, context.time_remaining()
+        )
+
+    def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
+        self._library.sessions.abort(request.staging_id)
+        return pb.AbortStagingResponse()
+
+    @contextmanager
+    def _open_for_reading(self, request: pb.ReadFileRequest) -> Iterator[ReadableFile]:
+        if request.WhichOneof("from") == "staging_id":
+            with (
+                self._library.sessions.using(request.staging_id) as staging,
+                closing(_open_staged(staging, request.name)) as file,
+            ):
+                yield file
+            return
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+        image = store.read(key.image_id)
+        with closing(_open_file(store.datastore, image, request.name)) as file:
+            yield file
+
+
+def _open_staged(staging: StagingDirectory, name: str) -> ReadableFile:
+    with suppress(FileNotFoundError):
+        return staging.open_readable(name)
+    raise FileNotInImage(f"the staging directory has no file {name!r}")
+
+
+def _open_file(datastore: Datastore, image: Image, name: str) -> ReadableFile:
+    if any(file.name == name for file in image.files):
+        with suppress(FileNotFoundError):
+            return datastore.open_readable(image.path(name))
+    raise FileNotInImage(f"{image.key} has no file {name!r}")
+
+
+def _allocated(image: Image, name: str) -> int:
+    return sum(file.allocated for file in image.files if file.name == name)
+
+
+def _with_first(first: pb.WriteFileRequest, rest: Iterator[pb.WriteFileRequest]) -> Iterator[pb.WriteFileRequest]:
+    yield first
+    yield from rest
+
+
+def _check_range(offset: int, length: int) -> None:
+    if offset < 0 or length < 0 or offset + length > LARGEST_FILE:
+        raise InvalidRequest(f"offset {offset} and length {length} are not in a file of at most {LARGEST_FILE} bytes")

@@ -1,0 +1,83 @@
+"""The parts of a sidecar, made from its configuration and joined."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protos.images.v1 import datastore_service_pb2_grpc, image_service_pb2_grpc, staging_service_pb2_grpc
+from sidecar.config import SidecarConfig
+from sidecar.datastores.kinds import DATASTORE_TYPES
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.library import Library
+from sidecar.images.operations import Operations
+from sidecar.images.store import ImageStore
+from sidecar.images.watching import Watches
+from sidecar.server import Service
+from sidecar.services.datastore_service import DatastoreServicer
+from sidecar.services.image_service import ImageServicer
+from sidecar.services.requests import Requests
+from sidecar.services.staging_service import StagingServicer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the server serves, and how it ends."""
+
+    services: tuple[Service, ...]
+    # Ends the streams that have no end of their own (watches), so that a shutdown does not wait for them. Returns at
+    # once.
+    end_watches: Callable[[], None]
+    # Gives up what is held: staging directories, locks, threads. Called when no handler runs any more, or, when the
+    # storage hangs, while some still do.
+    close: Callable[[], None]
+
+
+def build(config: SidecarConfig) -> Parts:
+    """Opens the datastores and makes the services. A datastore that cannot be reached now is no error."""
+    catalog = Catalog()
+    discoveries = []
+    for place in config.datastores:
+        store = ImageStore(
+            DATASTORE_TYPES[place.type](place.name, place.path),
+            LAYOUTS[place.layout],
+            reserve=place.reserve,
+            lock_timeout=config.limits.lock_timeout_seconds,
+        )
+        discoveries.append(Discovery(store, catalog, rescan_seconds=place.rescan_seconds))
+    library = Library(
+        discoveries,
+        catalog,
+        max_copies=config.limits.max_copies,
+        lease_seconds=config.limits.staging_lease_seconds,
+    )
+    watches = Watches(catalog, discoveries)
+    clones: Operations[None] = Operations(config.limits.max_copies, "clone")
+    requests = Requests()
+
+    images = ImageServicer(library, requests, watches)
+    staging = StagingServicer(library, requests, clones)
+    datastores = DatastoreServicer(library)
+
+    def close() -> None:
+        clones.close()
+        library.close()
+
+    library.start()
+    return Parts(
+        services=(
+            Service(
+                "images.v1.ImageService", lambda s: image_service_pb2_grpc.add_ImageServiceServicer_to_server(images, s)
+            ),
+            Service(
+                "images.v1.StagingService",
+                lambda s: staging_service_pb2_grpc.add_StagingServiceServicer_to_server(staging, s),
+            ),
+            Service(
+                "images.v1.DatastoreService",
+                lambda s: datastore_service_pb2_grpc.add_DatastoreServiceServicer_to_server(datastores, s),
+            ),
+        ),
+        end_watches=watches.end,
+        close=close,
+    )
