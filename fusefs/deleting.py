@@ -82,7 +82,7 @@ class Deletions:
             once = self._deleting.setdefault(key, threading.Lock())
         with once:
             current = self._tree.image(*key)
-            if current is image and image.is_valid:
+            if current is not None and current.is_valid and current.number == image.number:
                 ref = ImageRef(datastore=key[0], image_id=key[1])
                 try:
                     self._client.delete(ref)

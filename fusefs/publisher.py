@@ -68,10 +68,17 @@ class Publisher:
     def _pause(self) -> float | None:
         """Until something may be due; None while there is nothing to look after, so that an idle mount sleeps."""
         now = self._clock()
-        pauses = [max(self._settle_seconds - directory.quiet_seconds, 0.25) for directory in self._area.directories]
+        pauses = [self._pause_for(directory, now) for directory in self._area.directories if not directory.writers]
         if (due := self._deletions.next_due()) is not None:
-            pauses.append(max(due - now, 0.05))
-        return min(pauses, default=None)
+            pauses.append(due - now)
+        return max(min(pauses), 0.05) if pauses else None
+
+    def _pause_for(self, directory: StagedDirectory, now: float) -> float:
+        if directory.version != directory.tried_version or directory.maker_was_killed:
+            return max(self._settle_seconds - directory.quiet_seconds, 0.25)
+        if directory.retry_at:
+            return directory.retry_at - now
+        return ABANDONED_SECONDS - directory.quiet_seconds + 1
 
     def look_at(self, directory: StagedDirectory) -> None:
         """Publishes a staged image that is complete and was left alone for the settle time, or drops a given up one."""

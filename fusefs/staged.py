@@ -75,6 +75,7 @@ class StagedDirectory:
         self.tried_version = -1  # the version that could not be published
         self.retry_at = 0.0  # when to try that version again; 0: not before it changes
         self.reason = ""  # why it is not published
+        self.maker_was_killed = False
 
     @property
     def inode(self) -> int:
@@ -92,12 +93,17 @@ class StagedDirectory:
     def quiet_seconds(self) -> float:
         return self._clock() - self.touched_at
 
+    def wait_published(self) -> None:
+        """Returns when no publish is running."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self.state is not State.PUBLISHING, PUBLISH_WAIT_SECONDS):
+                fail(errno.EBUSY, f"{self} is being published")
+
     @contextlib.contextmanager
     def change(self, *, of_content: bool = True) -> Iterator[None]:
         """For the time of one change: waits for a publish to end, then EROFS when it succeeded."""
         with self._condition:
-            if not self._condition.wait_for(lambda: self.state is not State.PUBLISHING, PUBLISH_WAIT_SECONDS):
-                fail(errno.EBUSY, f"{self} is being published")
+            self.wait_published()
             if self.state is State.PUBLISHED:
                 fail(errno.EROFS, f"{self} is published")
             if self.state is State.GONE:
@@ -132,6 +138,12 @@ class StagedDirectory:
                     if self.state is State.PUBLISHING:
                         self.state = State.OPEN
                     self._condition.notify_all()
+
+    def give_up(self, file: StagedFile, process: int) -> None:
+        """A process was killed while it had the file open for writing: the file is not complete until written anew."""
+        file.given_up = True
+        if process and process == self.maker:
+            self.maker_was_killed = True
 
     def create(self, name: str) -> StagedFile:
         """A new empty file, with one handle that may write; FileExistsError when there is one of that name."""

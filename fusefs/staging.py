@@ -176,6 +176,12 @@ class StagingArea:
                 fail(errno.EBUSY, f"{directory} has a file open for writing")
             self._drop(directory, reason)
 
+    def lost(self, directory: StagedDirectory, reason: str) -> None:
+        """The sidecar dropped the staging directory, or was restarted: what was written is gone."""
+        if directory.state is State.OPEN:
+            _log.warning("staging lost image=%s reason=%s", directory, reason)
+            self._drop(directory, reason)
+
     def add_companion(self, recent: Recent, name: str, data: bytes) -> None:
         """A companion file arrived after its image was published."""
         if len(data) > MAX_COMPANION_BYTES:

@@ -138,7 +138,7 @@ class Tree:
         self._snapshot: dict[Key, IndexedImage] | None = None
         self._own_changes: dict[Key, float] = {}  # until when an event about the image is doubted
         self._complete = threading.Event()
-        self.on_change: Callable[[str, IndexedImage], None] = lambda datastore, image: None
+        self._changes: list[tuple[str, IndexedImage]] = []
 
     @property
     def datastores(self) -> list[IndexedDatastore]:
@@ -221,6 +221,12 @@ class Tree:
             self._own_changes[key] = self._clock() + DOUBT_SECONDS
             self._put(key, None)
 
+    def take_changes(self) -> list[tuple[str, IndexedImage]]:
+        """The images that are not what they were, as they were, by datastore: what the kernel knows of them is old."""
+        with self._lock:
+            changes, self._changes = self._changes, []
+            return changes
+
     def now(self) -> float:
         return self._clock()
 
@@ -272,7 +278,7 @@ class Tree:
         else:
             datastore.images[image.image_id] = image
         if before is not None and (image is None or not before.same_content(image)):
-            self.on_change(key[0], before)
+            self._changes.append((key[0], before))
 
     def _is_doubted(self, key: Key) -> bool:
         until = self._own_changes.get(key)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fusefs.tree import Key, Tree
+from fusefs.tree import IndexedImage, Key, Tree
 from sidecar.client import ImageRef, SidecarClient, WatchCall
 from sidecar.errors import ImageNotFound, ImagesError
 
@@ -18,9 +18,18 @@ _LONGEST_PAUSE_SECONDS = 2.0
 class Watcher:
     """Feeds a tree until it is stopped. While the sidecar is away the tree goes on showing what was known last."""
 
-    def __init__(self, client: SidecarClient, tree: Tree, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        client: SidecarClient,
+        tree: Tree,
+        *,
+        on_change: Callable[[str, IndexedImage], None] = lambda datastore, image: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`on_change` is called with each image that changed or went, as it was; `clock` is the time of day."""
         self._client = client
         self._tree = tree
+        self._on_change = on_change
         self._clock = clock
         self._stop = threading.Event()
         self._lock = threading.Lock()  # guards _call
@@ -68,6 +77,8 @@ class Watcher:
                 heard = True
                 for key in self._tree.apply(answer):
                     self._resolve(key)
+                for datastore, image in self._tree.take_changes():
+                    self._on_change(datastore, image)
                 self._resume_token = answer.resume_token
                 if self.stale_since is not None:
                     _log.info("sidecar is back address=%s away_seconds=%.1f", self._client.address, self._away())

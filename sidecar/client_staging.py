@@ -88,7 +88,7 @@ class Staging:
         finally:
             cancel()
 
-    def clone_range(  # noqa: PLR0917 - from, to, how much
+    def clone_range(
         self,
         source_ref: ImageRef | str,
         source_name: str,

@@ -220,6 +220,9 @@ def _take_file(settings: _Settings, path: str, named_by: str) -> None:
         raise ConfigError(f"{named_by}{path}: {error.strerror}") from error
     except ValueError as error:  # of the TOML, or of its UTF-8
         raise ConfigError(f"{named_by}{path}: {error}") from error
+    # The model's own name for it would otherwise be taken, and then replaced.
+    if "datastores" in table:
+        raise ConfigError(f"{path}: datastores: no such key; did you mean datastore?")
     datastores = table.pop("datastore", None)
     for key, value in table.items():
         settings.values[key] = _Given(path, key, value)

@@ -291,7 +291,8 @@ def _require_vmdk(path: str, head: bytes) -> None:
     for offset, magic, what in _DISKS:
         if head.startswith(magic, offset):
             raise errors.InvalidDisk(f"{path} is {what}, not a VMDK: {_convert(path)}")
-    text = len(head) < HEAD_BYTES and b"\0" not in head
+    # qemu-img fills the descriptor's last sector with zeroes.
+    text = len(head) < HEAD_BYTES and b"\0" not in head.rstrip(b"\0")
     if head.startswith(_VMDK_MAGICS) or text:
         return
     descriptor = path.removesuffix(".gz").removesuffix("-flat.vmdk") + ".vmdk"
@@ -301,8 +302,9 @@ def _require_vmdk(path: str, head: bytes) -> None:
 
 
 def _convert(path: str) -> str:
-    target = os.path.splitext(path.removesuffix(".gz"))[0]
-    return f"convert it with qemu-img convert -O vmdk {path} {target}.vmdk"
+    stem, ending = os.path.splitext(path.removesuffix(".gz"))
+    target = f"{stem}-converted.vmdk" if ending == ".vmdk" else f"{stem}.vmdk"
+    return f"convert it with qemu-img convert -O vmdk {path} {target}"
 
 
 def _without_zeroes(chunk: bytes) -> Iterator[tuple[int, bytes]]:

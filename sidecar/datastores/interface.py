@@ -79,7 +79,7 @@ class WritableFile(Protocol):
     def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
         """Makes the range equal to the source's: extents shared where possible, else copied with holes kept.
 
-        Returns the bytes done from the start of the range, holes included; fewer than `length` only at the source's end.
+        Returns the bytes done from the start of the range, holes included; fewer than `length` at the source's end.
         """
 
     def close(self) -> None: ...
@@ -146,7 +146,7 @@ class Datastore(Protocol):
     def make_directory(self, path: str, *, parents: bool = False) -> None: ...
 
     def rename(self, source: str, destination: str) -> None:
-        """Moves without replacing: FileExistsError when the destination is there. Not yet durable: see sync_directory."""
+        """Moves without replacing: FileExistsError when the destination is there. Durable after sync_directory."""
 
     def remove_file(self, path: str) -> None: ...
 
@@ -154,7 +154,7 @@ class Datastore(Protocol):
         """Removes an empty directory; FileExistsError when it is not empty."""
 
     def remove_tree(self, path: str) -> int:
-        """Removes a directory and what is in it, never following a link; gone already is no error. Returns allocated bytes."""
+        """Removes a directory with all in it, following no link; gone already is no error. Returns allocated bytes."""
 
     def sync_file(self, path: str) -> None: ...
 

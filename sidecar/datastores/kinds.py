@@ -6,7 +6,7 @@ from sidecar.datastores.interface import Datastore
 from sidecar.datastores.posix import PosixDatastore
 
 DATASTORE_TYPES: dict[str, Callable[[str, str], Datastore]] = {
-    "local": lambda name, path: PosixDatastore(name, path),
+    "local": PosixDatastore,
     "nfs": lambda name, path: PosixDatastore(name, path, "nfs"),
 }
 """Opens a datastore of that type from its name and path."""

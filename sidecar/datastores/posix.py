@@ -10,7 +10,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from sidecar.datastores import open_files
@@ -426,10 +426,8 @@ def _remove_tree(parent: int, name: str) -> int:
         freed = sum(_remove_tree(fd, child) for child in os.listdir(fd))
     finally:
         os.close(fd)
-    try:
+    with suppress(FileNotFoundError):
         os.rmdir(name, dir_fd=parent)
-    except FileNotFoundError:
-        pass
     return freed
 
 

@@ -47,7 +47,7 @@ def data_ranges(fd: int, offset: int, length: int) -> list[tuple[int, int]]:
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Makes the range read as zeroes; writes them where the file system cannot punch. Beyond the end, nothing is there yet."""
+    """Makes the range, up to the end of the file, read as zeroes; writes them where the file system cannot punch."""
     length = min(offset + length, os.fstat(fd).st_size) - offset
     if length <= 0:
         return
@@ -65,7 +65,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def transfer_range(
     source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
 ) -> int:
-    """Makes a range of one open file equal to a range of another; returns the bytes done, fewer only at the source's end."""
+    """Makes a range of one open file equal to one of another; returns the bytes done, fewer at the source's end."""
     length = min(length, os.fstat(source).st_size - source_offset)
     if length <= 0:
         return 0
@@ -90,7 +90,7 @@ def transfer_range(
 
 
 def can_clone(directory: int) -> bool:
-    """Whether files of the file system that holds an open directory can share extents; found by trying on unnamed files."""
+    """Whether files of the file system that an open directory is on can share extents; tried on unnamed files."""
     with contextlib.ExitStack() as stack:
         try:
             files = []

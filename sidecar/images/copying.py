@@ -18,7 +18,7 @@ class OpenImage:
     """A valid image with all its files open, so that nobody can purge it until it is closed."""
 
     def __init__(self, store: ImageStore, image_id: str) -> None:
-        """Opens and locks the files first and judges the image then; ImageTombstoned, ImageIncomplete, ImageNotFound."""
+        """Opens and locks the files, and judges the image then; ImageTombstoned, ImageIncomplete, ImageNotFound."""
         self.store = store
         self.files: dict[str, ReadableFile] = {}
         before = store.read_valid(image_id)
@@ -128,10 +128,7 @@ def _adopt_disk(opened: OpenImage, staging: StagingDirectory, renames: dict[str,
 def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, renames: dict[str, str], raw: bytes) -> None:
     """Writes the descriptor `raw`, with the new names of its extents, into the staged disk under its new name."""
     new_name = renames[disk.name]
-    if disk.embedded:
-        content = vmdk.rewrite_embedded(raw, new_name)
-    else:
-        content = vmdk.rewrite_descriptor(raw, renames)
+    content = vmdk.rewrite_embedded(raw, new_name) if disk.embedded else vmdk.rewrite_descriptor(raw, renames)
     if content == raw:
         return
     target = staging.open_writable(new_name)

@@ -1,9 +1,13 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
-from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImageTombstoned
+import logging
+
+from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
 from sidecar.images.image import Image, ImageState, not_found
 from sidecar.images.names import TIMESTAMP, TOMBSTONE, descriptor_name
 from sidecar.images.store import ImageStore
+
+_log = logging.getLogger(__name__)
 
 
 def delete_image(store: ImageStore, image_id: str) -> None:
@@ -71,7 +75,13 @@ def discard_unused(store: ImageStore, image: Image) -> str | None:
 
 
 def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
-    """Frees what `discard_unused` took away; call without the lock. A crash before leaves it to the reaper."""
+    """Frees what `discard_unused` took away; call without the lock.
+
+    The image is gone already: what cannot be freed now, or is not because of a crash, is left to the reaper.
+    """
     if trash is not None:
-        store.datastore.remove_tree(trash)
+        try:
+            store.datastore.remove_tree(trash)
+        except ImagesError as error:
+            _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)
     store.layout.tidy(store.datastore, image_id)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sidecar.datastores.interface import Capacity, ChangeWatcher, EntryKind
-from sidecar.errors import ImageNotFound, ImagesError, InvalidRequest
+from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, InvalidRequest
 from sidecar.images.catalog import Catalog, with_details
-from sidecar.images.image import ImageState
+from sidecar.images.image import Image, ImageState
 from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP
 from sidecar.images.store import ImageStore
 
@@ -47,7 +47,8 @@ class Discovery:
         self._refreshing = threading.Lock()  # from reading an image to putting it: the later reading wins
         self._watcher: ChangeWatcher | None = None
         self._stopping = threading.Event()
-        self._complete = threading.Event()
+        self._complete = False
+        self._settled = threading.Event()  # the first scan has ended, in whatever way
         self._status = DatastoreStatus(Capacity(0, 0), "it was not looked at yet", 0)
         self._thread = threading.Thread(target=self._run, name=f"discovery-{store.datastore.name}")
 
@@ -72,9 +73,21 @@ class Discovery:
         if self._watcher:
             self._watcher.close()
 
-    def wait_complete(self, timeout: float) -> bool:
-        """Waits, up to `timeout` seconds, until every image was read once."""
-        return self._complete.wait(timeout)
+    @property
+    def complete(self) -> bool:
+        """Every image was read once."""
+        return self._complete
+
+    def wait_first_scan(self, timeout: float) -> bool:
+        """Waits, up to `timeout` seconds, for the end of the first scan, complete or not; whether it has ended."""
+        return self._settled.wait(timeout)
+
+    def read(self, image_id: str) -> Image:
+        """One image with all its details, from the datastore; ImageNotFound. The catalogue learns of it."""
+        with self._refreshing:
+            image = self.store.read(image_id)
+            self._catalog.put(image)
+            return image
 
     def refresh(self, image_id: str) -> None:
         """Reads one image again; an error leaves what was known and is in the datastore's status."""
@@ -112,26 +125,33 @@ class Discovery:
                     self.check()
                     next_check = now + STATUS_SECONDS
                 if now >= next_scan:
+                    next_scan = now + STATUS_SECONDS
                     self._scan()
-                    self._complete.set()
                     next_scan = self._monotonic() + self._rescan_interval()
                 if self._wait(min(next_scan, next_check) - self._monotonic()):
                     next_scan = self._monotonic()
             except ImagesError as error:
                 _log.warning("datastore unreadable datastore=%s error=%s", self.store.datastore.name, error)
-                next_scan = self._monotonic() + STATUS_SECONDS
                 self._stopping.wait(1.0)
             except Exception:
                 # The thread must outlive a defect: without it the catalogue would be stale and nobody would know.
                 _log.exception("discovery failed datastore=%s", self.store.datastore.name)
-                next_scan = self._monotonic() + STATUS_SECONDS
                 self._stopping.wait(1.0)
 
     def _rescan_interval(self) -> float:
         return max(RESCAN_WATCHED_SECONDS, self._rescan_seconds) if self._watcher else self._rescan_seconds
 
     def _scan(self) -> None:
-        """Looks at every image, and reads those that changed."""
+        """Looks at every image and reads what changed; while the datastore cannot be used, what is known stays."""
+        try:
+            if not self._status.fault:
+                self._complete = self._look_at_all() or self._complete
+        except FileNotFoundError as error:
+            raise DatastoreUnavailable(f"{self.store.datastore.name}: {error} vanished") from error
+        finally:
+            self._settled.set()
+
+    def _look_at_all(self) -> bool:
         store, layout = self.store, self.store.layout
         layout.prepare(store.datastore)
         if self._watcher is None:
@@ -150,9 +170,10 @@ class Discovery:
                 if not self._is_unchanged(image_id):
                     self.refresh(image_id)
                 if self._stopping.is_set():
-                    return
+                    return False
         for image_id in known:
             self.refresh(image_id)
+        return True
 
     def _watch(self, path: str) -> None:
         if self._watcher and not self._watcher.watch(path):
@@ -160,7 +181,7 @@ class Discovery:
             self._watcher = None
 
     def _is_unchanged(self, image_id: str) -> bool:
-        """Whether directory and timestamp file are as they were when the image was read: two looks instead of reading it."""
+        """Whether directory and timestamp file are as when the image was read: two looks instead of reading it."""
         image = self._catalog.get(self.store.key(image_id))
         if image is None or self.store.layout.names_only:
             return False

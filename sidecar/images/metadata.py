@@ -51,7 +51,7 @@ def read_metadata(datastore: Datastore, image: Image, name: str) -> str:
 
 
 def update_companions(store: ImageStore, image_id: str, files: Mapping[str, bytes], remove: Iterable[str]) -> Image:
-    """Writes and removes companion files of a valid image; all names and contents are checked before the first change."""
+    """Writes and removes companion files of a valid image; all is checked before the first change."""
     removed = list(remove)
     for name in (*files, *removed):
         check_file_name(name)

@@ -1,4 +1,4 @@
-"""Operations that take long: each runs in a thread of its own, can be looked at while it runs, and ends when nobody does."""
+"""Operations that take long: each has a thread of its own, tells how far it is, and ends when nobody wants it."""
 
 import threading
 from collections import OrderedDict

@@ -57,13 +57,12 @@ class StagingSessions:
             self._end(session)
 
     def create(self, store: ImageStore, image_id: str, expected_bytes: int, request_id: str) -> StagingSession:
-        """A new staging directory for an image that is not there; the same one, its lease renewed, for the same request id."""
+        """A new staging directory for an image that is not there.
+
+        For the request id of one that there is, that one, its lease renewed.
+        """
         with self._changed:
-            known = self._by_request.get(request_id) if request_id else None
-            if known and not known.closing:
-                if known.staging.store is not store or known.staging.image_id != image_id:
-                    raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
-                known.expires = self._monotonic() + self.lease_seconds
+            if known := self._renewed(store, image_id, request_id):
                 return known
         if expected_bytes < 0:
             raise InvalidRequest(f"expected_bytes is {expected_bytes}; it cannot be negative")
@@ -72,10 +71,14 @@ class StagingSessions:
         staging = StagingDirectory(store, image_id, "import")
         session = StagingSession(staging, request_id, self._monotonic() + self.lease_seconds)
         with self._changed:
-            self._sessions[session.id] = session
-            if request_id:
-                self._by_request[request_id] = session
-        return session
+            known = self._renewed(store, image_id, request_id)
+            if known is None:
+                self._sessions[session.id] = session
+                if request_id:
+                    self._by_request[request_id] = session
+                return session
+        staging.abort()  # the same call came twice, at the same time
+        return known
 
     @contextmanager
     def using(self, staging_id: str) -> Iterator[StagingDirectory]:
@@ -83,6 +86,9 @@ class StagingSessions:
         session = self._enter(staging_id)
         try:
             yield session.staging
+        except FileNotFoundError as error:
+            # Taken away by somebody who does not heed the lock: what was staged is lost.
+            raise _gone(staging_id) from error
         finally:
             with self._changed:
                 session.calls -= 1
@@ -97,7 +103,10 @@ class StagingSessions:
         """
         session = self._close_session(staging_id)
         try:
-            staged = StagedDisk(session.staging)
+            try:
+                staged = StagedDisk(session.staging)
+            except FileNotFoundError as error:
+                raise _gone(staging_id) from error
         except BaseException:
             with self._changed:
                 session.closing = False
@@ -115,6 +124,16 @@ class StagingSessions:
         except StagingNotFound:
             return
         self._end(session)
+
+    def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
+        """The session of that request id, its lease renewed; call with the lock."""
+        known = self._by_request.get(request_id) if request_id else None
+        if known is None or known.closing:
+            return None
+        if known.staging.store is not store or known.staging.image_id != image_id:
+            raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
+        known.expires = self._monotonic() + self.lease_seconds
+        return known
 
     def _enter(self, staging_id: str) -> StagingSession:
         with self._changed:

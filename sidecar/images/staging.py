@@ -31,7 +31,10 @@ class StagingDirectory:
             if not lock_inside:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
-            self.abort()
+            if self._lock:
+                self.abort()
+            else:
+                store.datastore.remove_tree(self.place.directory)
             raise
 
     @property

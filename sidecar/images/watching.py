@@ -73,7 +73,7 @@ class Watches:
     def _wait_complete(self, discovery: Discovery, wanted: Callable[[], bool]) -> None:
         until = time.monotonic() + FIRST_SCAN_SECONDS
         while wanted() and not self._ended.is_set() and time.monotonic() < until:
-            if discovery.wait_complete(0.1):
+            if discovery.wait_first_scan(0.1):
                 return
 
 

@@ -53,7 +53,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         )
         # Only the first listing after the start ever waits here.
         wait = min(context.time_remaining() or FIRST_LISTING_SECONDS, FIRST_LISTING_SECONDS) * 0.9
-        unknown = [d for d in discoveries if not d.wait_complete(wait) or d.status.fault]
+        unknown = [d for d in discoveries if not d.wait_first_scan(wait) or not d.complete or d.status.fault]
         page = self._library.catalog.page(
             [discovery.store.datastore.name for discovery in discoveries],
             image_states(request.states),
@@ -73,8 +73,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
     def GetImage(self, request: pb.GetImageRequest, context: grpc.ServicerContext) -> pb.GetImageResponse:
         key = image_key(request.ref)
         store = self._library.store(key.datastore)
-        image = store.read(key.image_id)
-        self._library.catalog.put(image)
+        image = self._library.discovery(key.datastore).read(key.image_id)
         message = image_message(image)
         for field, name in (("metadata_json", metadata_name), ("manifest_json", manifest_name)):
             try:

@@ -108,9 +108,9 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             image = store.read_valid(key.image_id)
             source = stack.enter_context(closing(_open_file(store.datastore, image, request.source_name)))
             store.read_valid(key.image_id)  # again, now that it cannot be purged any more
-            if request.source_offset == 0 and request.length >= source.size:
-                if not staging.store.datastore.shares_extents_with(store.datastore):
-                    staging.store.require_space(_allocated(image, request.source_name))
+            whole = request.source_offset == 0 and request.length >= source.size
+            if whole and not staging.store.datastore.shares_extents_with(store.datastore):
+                staging.store.require_space(_allocated(image, request.source_name))
             target = stack.enter_context(closing(staging.open_writable(request.name)))
             done = 0
             while done < request.length and (not done or time.monotonic() < until) and context.is_active():

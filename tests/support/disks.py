@@ -20,7 +20,7 @@ def make_disk(
     data: Sequence[tuple[int, int]] = ((0, 1 * MIB), (4 * MIB, 1 * MIB)),
     seed: int = 1,
 ) -> Path:
-    """A VMDK with pseudo-random bytes in the (offset, length) ranges of `data`, holes elsewhere; its descriptor's path."""
+    """A VMDK with pseudo-random bytes in the (offset, length) ranges of `data`, else holes; its descriptor's path."""
     directory.mkdir(parents=True, exist_ok=True)
     raw = directory / f".{name}.raw"
     with raw.open("wb") as file:
@@ -39,7 +39,9 @@ def pseudo_random(length: int, seed: int) -> bytes:
     return hashlib.shake_256(seed.to_bytes(8, "little", signed=False)).digest(length)
 
 
-def import_image(client: SidecarClient, ref: str, descriptor: Path, *, companions: dict[str, bytes] | None = None) -> None:
+def import_image(
+    client: SidecarClient, ref: str, descriptor: Path, *, companions: dict[str, bytes] | None = None
+) -> None:
     """Imports every file beside the descriptor, and companion files."""
     with client.create_staging(ref) as staging:
         for path in sorted(descriptor.parent.iterdir()):

@@ -1,0 +1,91 @@
+"""Writes into staged files, and which of them are copies of an image's file.
+
+A copy_file_range names its source: the sidecar copies that range. A copier that reads and writes has the source open:
+what it writes is compared with the bytes at the same place there, and where they are equal that is remembered.
+"""
+
+import errno
+
+from fusefs.errors import fail
+from fusefs.handles import Handles, ImageHandle, StagedHandle
+from fusefs.processes import thread_group
+from fusefs.provenance import SourceFile
+from fusefs.reading import LocalReader
+from fusefs.staged import StagedDirectory, StagedFile
+from fusefs.tree import Tree
+from sidecar.client import ImageRef
+from sidecar.errors import TooManyCalls
+
+# A writer whose bytes differ this often in a row is making something else.
+_MOST_MISMATCHES = 8
+
+
+class Copying:
+    def __init__(self, tree: Tree, handles: Handles) -> None:
+        self._tree = tree
+        self._handles = handles
+
+    def write(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> None:
+        file = handle.file
+        with handle.directory.change():
+            source = self._equal_source(handle, data, offset, pid)
+            with file.lock:
+                file.content.write(data, offset)
+                file.provenance.wrote(offset, len(data), source)
+
+    def truncate(self, directory: StagedDirectory, file: StagedFile, size: int) -> None:
+        with directory.change(), file.lock:
+            file.content.truncate(size)
+            file.provenance.truncated(size)
+            if size == 0:
+                file.given_up = False
+
+    def clone(
+        self, source: ImageHandle, source_offset: int, target: StagedHandle, offset: int, length: int
+    ) -> int:
+        """Has the sidecar copy a range; returns how much it did. EXDEV where the caller has to copy by itself."""
+        origin, file = source.source, target.file
+        length = min(length, origin.generation.size - source_offset)
+        if length <= 0:
+            return 0
+        if not self._is_current(origin):
+            fail(errno.EXDEV)
+        with target.directory.change(), file.lock:
+            # The sidecar's copy keeps holes as they are: it is exact only where there was nothing.
+            if file.removed or file.provenance.was_written(offset, length):
+                fail(errno.EXDEV)
+            ref = ImageRef(datastore=origin.datastore, image_id=origin.image_id)
+            try:
+                answer = target.directory.staging.clone_range(
+                    ref, origin.name, source_offset, file.name, offset, length
+                )
+            except TooManyCalls:
+                fail(errno.EXDEV)
+            if answer.done_bytes <= 0:
+                fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
+            file.content.changed_elsewhere()
+            file.provenance.wrote(offset, answer.done_bytes, origin if source_offset == offset else None)
+            return answer.done_bytes
+
+    def _equal_source(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> SourceFile | None:
+        """The file with the same bytes at the same offset, out of those of images that the writer has open."""
+        if not handle.compared or pid == 0:
+            return None
+        if handle.writer[0] != pid:
+            handle.writer = (pid, thread_group(pid))
+        candidates = self._handles.images_open_in(handle.writer[1])
+        if not candidates:
+            return None
+        candidates.sort(key=lambda candidate: candidate.source.name != handle.file.name)
+        for candidate in candidates:
+            if isinstance(candidate.reader, LocalReader) and candidate.reader.read(len(data), offset) == data:
+                handle.mismatches = 0
+                return candidate.source
+        handle.mismatches += 1
+        handle.compared = handle.mismatches < _MOST_MISMATCHES
+        return None
+
+    def _is_current(self, source: SourceFile) -> bool:
+        image = self._tree.image(source.datastore, source.image_id)
+        file = image.file(source.name) if image is not None and image.is_valid else None
+        return file is not None and file.generation == source.generation

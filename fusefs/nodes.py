@@ -1,0 +1,141 @@
+"""What a path in the mount leads to."""
+
+from dataclasses import dataclass
+
+from fusefs.deleting import Deletions, Ghost
+from fusefs.staged import StagedDirectory, StagedFile
+from fusefs.staging import Recent, StagingArea
+from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage, Key, Tree
+from sidecar.client import ImageRef, SidecarClient
+from sidecar.errors import ImageNotFound
+
+
+@dataclass(frozen=True, slots=True)
+class RootNode:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class DatastoreNode:
+    datastore: IndexedDatastore
+
+
+@dataclass(frozen=True, slots=True)
+class ImageNode:
+    """An image; `recent` while it remembers its making."""
+
+    datastore: IndexedDatastore
+    image: IndexedImage
+    recent: Recent | None
+
+    @property
+    def key(self) -> Key:
+        return (self.datastore.name, self.image.image_id)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFileNode:
+    """A file of an image, by its own name or by the one that its copier used."""
+
+    parent: ImageNode
+    file: IndexedFile
+
+
+@dataclass(frozen=True, slots=True)
+class GhostNode:
+    datastore: IndexedDatastore
+    ghost: Ghost
+
+    @property
+    def key(self) -> Key:
+        return (self.datastore.name, self.ghost.image.image_id)
+
+
+@dataclass(frozen=True, slots=True)
+class GhostFileNode:
+    parent: GhostNode
+    file: IndexedFile
+
+
+@dataclass(frozen=True, slots=True)
+class StagedNode:
+    directory: StagedDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFileNode:
+    directory: StagedDirectory
+    file: StagedFile
+
+
+Node = (
+    RootNode | DatastoreNode | ImageNode | ImageFileNode | GhostNode | GhostFileNode | StagedNode | StagedFileNode
+)
+
+
+def split(path: str) -> list[str]:
+    """The names that a path of libfuse is made of."""
+    return [name for name in path.split("/") if name]
+
+
+class Resolver:
+    """Finds what a path leads to: an image in the making first, then the index, then the ghost of an image."""
+
+    def __init__(self, client: SidecarClient, tree: Tree, area: StagingArea, deletions: Deletions) -> None:
+        self._client = client
+        self._tree = tree
+        self._area = area
+        self._deletions = deletions
+
+    def find(self, path: str) -> Node | None:
+        names = split(path)
+        if not names:
+            return RootNode()
+        datastore = self._tree.datastore(names[0])
+        if datastore is None or len(names) > 3:
+            return None
+        if len(names) == 1:
+            return DatastoreNode(datastore)
+        parent = self._directory(datastore, names[1])
+        if len(names) == 2 or parent is None:
+            return parent
+        if isinstance(parent, ImageNode) and (parent := self.with_details(parent)) is None:
+            return None
+        return self._file(parent, names[2])
+
+    def with_details(self, node: ImageNode) -> ImageNode | None:
+        """The image with its files, which some datastores tell only when asked; None when it is not whole then."""
+        if node.image.details_known:
+            return node
+        ref = ImageRef(datastore=node.datastore.name, image_id=node.image.image_id)
+        try:
+            image = self._tree.learn(self._client.image(ref))
+        except ImageNotFound:
+            return None
+        return ImageNode(node.datastore, image, node.recent) if image.is_valid else None
+
+    def _directory(self, datastore: IndexedDatastore, image_id: str) -> ImageNode | GhostNode | StagedNode | None:
+        key = (datastore.name, image_id)
+        if (directory := self._area.directory(key)) is not None:
+            return StagedNode(directory)
+        image = datastore.images.get(image_id)
+        if image is not None and image.is_valid:
+            return ImageNode(datastore, image, self._area.recent(key))
+        ghost = self._deletions.ghost(key)
+        return GhostNode(datastore, ghost) if ghost is not None else None
+
+    def _file(self, parent: ImageNode | GhostNode | StagedNode, name: str) -> Node | None:
+        match parent:
+            case StagedNode(directory):
+                staged = directory.file(name)
+                return StagedFileNode(directory, staged) if staged is not None else None
+            case GhostNode(_, ghost):
+                gone = None if name in ghost.removed else ghost.image.file(name)
+                return GhostFileNode(parent, gone) if gone is not None else None
+            case ImageNode(_, image, recent):
+                file = image.file(name)
+                if file is None and recent is not None and name in recent.renamed:
+                    file = image.file(recent.renamed[name])
+                if file is None or file.name in self._deletions.hidden(parent.key):
+                    return None
+                return ImageFileNode(parent, file)

@@ -1,0 +1,125 @@
+"""What stat and readdir show of the things that paths lead to."""
+
+from functools import partial
+from typing import NamedTuple
+
+from fusefs.attributes import Attributes, Owner
+from fusefs.deleting import Deletions
+from fusefs.errors import fail
+from fusefs.handles import Entry
+from fusefs.nodes import (
+    DatastoreNode,
+    GhostFileNode,
+    GhostNode,
+    ImageFileNode,
+    ImageNode,
+    Node,
+    RootNode,
+    StagedFileNode,
+    StagedNode,
+)
+from fusefs.tree import ROOT_INODE, IndexedDatastore, IndexedFile, IndexedImage, Tree, file_inode
+
+import errno
+import time
+
+_BLOCK = 4096
+
+
+class Capacity(NamedTuple):
+    """A file system's room, in blocks of `block_size` bytes."""
+
+    block_size: int
+    blocks: int
+    free: int
+    available: int  # of the free ones, what new images may take
+    files: int
+
+
+class Views:
+    """Turns what is known into attributes and entries, without asking anybody."""
+
+    def __init__(self, tree: Tree, deletions: Deletions, owner: Owner) -> None:
+        self._tree = tree
+        self._deletions = deletions
+        self._owner = owner
+        self._started_ns = time.time_ns()
+
+    def attributes(self, node: Node) -> Attributes:
+        match node:
+            case RootNode():
+                return self._owner.directory(
+                    ROOT_INODE, subdirectories=len(self._tree.datastores), modified_ns=self._started_ns
+                )
+            case DatastoreNode(datastore):
+                return self._of_datastore(datastore)
+            case ImageNode(_, image, _):
+                return self._of_image(image)
+            case GhostNode(_, ghost):
+                return self._of_image(ghost.image)
+            case ImageFileNode(parent, file):
+                return self._of_file(parent.image, file)
+            case GhostFileNode(parent, file):
+                return self._of_file(parent.ghost.image, file)
+            case StagedNode(directory):
+                return self._owner.directory(directory.inode, modified_ns=directory.modified_ns)
+            case StagedFileNode(directory, file):
+                return file.attributes(directory.number, self._owner)
+
+    def entries(self, node: Node) -> list[Entry]:
+        """What readdir lists; files of an image in the order that completes a copy with its last file."""
+        own: list[Entry] = [(".", partial(self.attributes, node)), ("..", partial(self.attributes, RootNode()))]
+        match node:
+            case RootNode():
+                return own + [(each.name, partial(self._of_datastore, each)) for each in self._tree.datastores]
+            case DatastoreNode(datastore):
+                return own + [(each.image_id, partial(self._of_image, each)) for each in datastore.valid_images()]
+            case ImageNode(_, image, _):
+                return own + self._files(image, self._deletions.hidden(node.key))
+            case GhostNode(_, ghost):
+                return own + self._files(ghost.image, ghost.removed)
+            case StagedNode(directory):
+                staged = directory.files
+                return own + [(file.name, partial(file.attributes, directory.number, self._owner)) for file in staged]
+            case _:
+                fail(errno.ENOTDIR)
+
+    def companion(self, inode: int, size: int) -> Attributes:
+        return self._owner.file(inode, size, size, time.time_ns(), writable=True)
+
+    def capacity(self, node: Node | None) -> Capacity:
+        """Of the datastore that the path is in; of all of them together for the root."""
+        match node:
+            case DatastoreNode(datastore) | ImageNode(datastore, _, _) | GhostNode(datastore, _):
+                infos = [datastore.info]
+            case ImageFileNode(parent, _):
+                infos = [parent.datastore.info]
+            case GhostFileNode(parent, _):
+                infos = [parent.datastore.info]
+            case StagedNode(directory) | StagedFileNode(directory, _):
+                found = self._tree.datastore(directory.ref.datastore)
+                infos = [found.info] if found is not None else []
+            case _:
+                infos = [datastore.info for datastore in self._tree.datastores]
+        return Capacity(
+            block_size=_BLOCK,
+            blocks=sum(info.capacity_bytes for info in infos) // _BLOCK,
+            free=sum(info.free_bytes for info in infos) // _BLOCK,
+            available=sum(max(info.free_bytes - info.reserve_bytes, 0) for info in infos) // _BLOCK,
+            files=sum(info.image_count for info in infos),
+        )
+
+    def _files(self, image: IndexedImage, without: set[str]) -> list[Entry]:
+        return [(file.name, partial(self._of_file, image, file)) for file in image.files if file.name not in without]
+
+    def _of_datastore(self, datastore: IndexedDatastore) -> Attributes:
+        return self._owner.directory(
+            datastore.inode, subdirectories=len(datastore.images), modified_ns=self._started_ns
+        )
+
+    def _of_image(self, image: IndexedImage) -> Attributes:
+        modified = image.created_ns or image.touched_ns or self._started_ns
+        return self._owner.directory(image.inode, modified_ns=modified, accessed_ns=image.touched_ns)
+
+    def _of_file(self, image: IndexedImage, file: IndexedFile) -> Attributes:
+        return self._owner.file(file_inode(image.number, file.name), file.size, file.allocated, file.modified_ns)
