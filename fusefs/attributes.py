@@ -13,6 +13,8 @@ class Attributes(NamedTuple):
     mode: int
     inode: int
     links: int
+    uid: int
+    gid: int
     size: int
     sectors: int  # of 512 bytes: what the file takes on its datastore
     accessed_ns: int
@@ -27,10 +29,14 @@ class Owner:
     gid: int
     umask: int = 0
 
-    def directory(self, inode: int, *, subdirectories: int = 0, modified_ns: int = 0, accessed_ns: int = 0) -> Attributes:
+    def directory(
+        self, inode: int, *, subdirectories: int = 0, modified_ns: int = 0, accessed_ns: int = 0
+    ) -> Attributes:
         mode = stat.S_IFDIR | (0o755 & ~self.umask)
-        return Attributes(mode, inode, 2 + subdirectories, 0, 0, accessed_ns or modified_ns, modified_ns)
+        accessed = accessed_ns or modified_ns
+        return Attributes(mode, inode, 2 + subdirectories, self.uid, self.gid, 0, 0, accessed, modified_ns)
 
     def file(self, inode: int, size: int, allocated: int, modified_ns: int, *, writable: bool = False) -> Attributes:
         mode = stat.S_IFREG | ((0o644 if writable else 0o444) & ~self.umask)
-        return Attributes(mode, inode, 1, size, -(-allocated // SECTOR), modified_ns, modified_ns)
+        sectors = -(-allocated // SECTOR)
+        return Attributes(mode, inode, 1, self.uid, self.gid, size, sectors, modified_ns, modified_ns)

@@ -54,7 +54,7 @@ class LocalPlace:
     """
 
     def __init__(self, path: str, free_for_images: Callable[[int], bool]) -> None:
-        """`free_for_images` tells from a descriptor whether there is room left; OSError when this is no place to write."""
+        """`free_for_images` tells from a descriptor whether there is room left. OSError when one cannot write there."""
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._free_for_images = free_for_images
         if not os.access(path, os.W_OK | os.X_OK):

@@ -40,9 +40,7 @@ class Copying:
             if size == 0:
                 file.given_up = False
 
-    def clone(
-        self, source: ImageHandle, source_offset: int, target: StagedHandle, offset: int, length: int
-    ) -> int:
+    def clone(self, source: ImageHandle, source_offset: int, target: StagedHandle, offset: int, length: int) -> int:
         """Has the sidecar copy a range; returns how much it did. EXDEV where the caller has to copy by itself."""
         origin, file = source.source, target.file
         length = min(length, origin.generation.size - source_offset)

@@ -5,6 +5,7 @@ libfuse calls them from several threads at once. They raise OSError; nothing her
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -94,13 +95,14 @@ class FileSystem:
         return self._handles.add(DirectoryHandle(path, self._views.entries(node)))
 
     @operation
-    def readdir(self, handle: int, offset: int) -> Iterator[tuple[str, Attributes]]:
+    def readdir(self, handle: int, offset: int) -> Iterator[tuple[int, str, Attributes]]:
+        """The entries from `offset` on, each with the offset of the next one."""
         directory = self._handles.get(handle)
         if not isinstance(directory, DirectoryHandle):
             fail(errno.ENOTDIR)
         return self._describe(directory, offset)
 
-    def _describe(self, directory: DirectoryHandle, offset: int) -> Iterator[tuple[str, Attributes]]:
+    def _describe(self, directory: DirectoryHandle, offset: int) -> Iterator[tuple[int, str, Attributes]]:
         entries = directory.entries
         for index in range(offset, len(entries)):
             name, attributes = entries[index]
@@ -108,7 +110,7 @@ class FileSystem:
                 described = attributes()
             except OSError:  # a staged file that was closed for good since
                 continue
-            yield name, described
+            yield index + 1, name, described
 
     @operation
     def releasedir(self, handle: int) -> None:
@@ -390,7 +392,7 @@ class FileSystem:
                     with directory.change(of_content=False):
                         file.content.set_times(*times)
             case ImageNode(recent=None):
-                if times is not None and _UTIME_NOW not in times and abs(times[1] - _now_ns()) > _NOW_NS:
+                if times is not None and _UTIME_NOW not in times and abs(times[1] - time.time_ns()) > _NOW_NS:
                     fail(errno.EROFS, "an image's time is that of its last use")
                 self._client.touch(ImageRef(datastore=node.key[0], image_id=node.key[1]))
             case ImageFileNode(parent=ImageNode(recent=None)):

@@ -4,15 +4,14 @@ import errno
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fusefs.attributes import Attributes
 from fusefs.errors import fail
 from fusefs.provenance import SourceFile
 from fusefs.reading import Reader
 from fusefs.staged import StagedDirectory, StagedFile
-from fusefs.staging import Recent
-
+from fusefs.staging import LateCompanion, Recent
 
 # A name, and how to find out what stat shows of it: asked for when the kernel asks, so that opening is cheap.
 Entry = tuple[str, Callable[[], Attributes]]
@@ -47,10 +46,8 @@ class CompanionHandle:
 
     path: str
     recent: Recent
-    name: str
-    inode: int
-    data: bytearray = field(default_factory=bytearray)
-    changed: bool = True
+    companion: LateCompanion
+    writable: bool
 
 
 @dataclass(slots=True, eq=False)

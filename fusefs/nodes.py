@@ -68,9 +68,7 @@ class StagedFileNode:
     file: StagedFile
 
 
-Node = (
-    RootNode | DatastoreNode | ImageNode | ImageFileNode | GhostNode | GhostFileNode | StagedNode | StagedFileNode
-)
+Node = RootNode | DatastoreNode | ImageNode | ImageFileNode | GhostNode | GhostFileNode | StagedNode | StagedFileNode
 
 
 def split(path: str) -> list[str]:

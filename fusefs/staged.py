@@ -4,6 +4,7 @@ import contextlib
 import enum
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from fusefs.attributes import Attributes, Owner
@@ -72,6 +73,7 @@ class StagedDirectory:
         self.writers = 0  # open handles that may write
         self.version = 0  # counts what changed
         self.touched_at = clock()
+        self.modified_ns = time.time_ns()
         self.tried_version = -1  # the version that could not be published
         self.retry_at = 0.0  # when to try that version again; 0: not before it changes
         self.reason = ""  # why it is not published
@@ -117,6 +119,7 @@ class StagedDirectory:
                 self.touched_at = self._clock()
                 if of_content:
                     self.version += 1
+                    self.modified_ns = time.time_ns()
                 self._condition.notify_all()
 
     @contextlib.contextmanager

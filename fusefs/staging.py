@@ -1,4 +1,4 @@
-"""The images in the making of one mount: made by mkdir, published by a close, a sync or the passing of time, or dropped.
+"""The images in the making of one mount: made by mkdir; published by a close, a sync or time passing; or dropped.
 
 An image that was just published keeps a little of its past for some seconds: the names that its copier used go on
 resolving, for the chmod, chown and utimens that copiers end with, and companion files may still arrive.
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fusefs.contents import RemotePlace, open_place
 from fusefs.errors import fail
@@ -28,6 +28,33 @@ RECENT_SECONDS = 10.0
 MAX_COMPANION_BYTES = 1 << 20
 
 
+@dataclass(slots=True, eq=False)
+class LateCompanion:
+    """A companion file on its way into an image that is published already."""
+
+    name: str  # as its writer calls it
+    inode: int
+    data: bytearray = field(default_factory=bytearray)
+    changed: bool = True
+    handles: int = 1
+
+    def write(self, data: bytes, offset: int) -> None:
+        end = offset + len(data)
+        if end > MAX_COMPANION_BYTES:
+            fail(errno.EFBIG, f"{self.name}: companion files have at most {MAX_COMPANION_BYTES} bytes")
+        if len(self.data) < end:
+            self.data.extend(bytes(end - len(self.data)))
+        self.data[offset:end] = data
+        self.changed = True
+
+    def truncate(self, size: int) -> None:
+        if size > MAX_COMPANION_BYTES:
+            fail(errno.EFBIG)
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
+        self.changed = True
+
+
 @dataclass(slots=True)
 class Recent:
     """What is remembered of the making of an image that was just published."""
@@ -35,6 +62,7 @@ class Recent:
     ref: ImageRef
     renamed: dict[str, str]  # names that the copier used, and what the files are called now
     until: float
+    late: dict[str, LateCompanion] = field(default_factory=dict)
 
     def final_name(self, name: str) -> str:
         """What a file that the copier calls `name` is to be called: companions follow the disk."""
@@ -113,7 +141,9 @@ class StagingArea:
         if lost:
             self._drop(directory, "made twice")
             fail(errno.EEXIST)
-        _log.info("staging begun image=%s directory=%s local=%s", directory, staging.directory, not _is_remote(directory))
+        _log.info(
+            "staging begun image=%s directory=%s local=%s", directory, staging.directory, not _is_remote(directory)
+        )
         self.wake()
         return directory
 
@@ -130,7 +160,9 @@ class StagingArea:
         if directory.state is State.OPEN and directory.writers == 0:
             self._publish_copy(directory, closing=False)
 
-    def publish(self, directory: StagedDirectory, copied_from: ImageRef | None = None, *, closing: bool = False) -> None:
+    def publish(
+        self, directory: StagedDirectory, copied_from: ImageRef | None = None, *, closing: bool = False
+    ) -> None:
         """Publishes, whatever the rules say of completeness: the sidecar checks the disk.
 
         EBUSY while a file is open for writing. After another error the directory is still there, unless the image
@@ -182,15 +214,12 @@ class StagingArea:
             _log.warning("staging lost image=%s reason=%s", directory, reason)
             self._drop(directory, reason)
 
-    def add_companion(self, recent: Recent, name: str, data: bytes) -> None:
-        """A companion file arrived after its image was published."""
-        if len(data) > MAX_COMPANION_BYTES:
-            fail(errno.EFBIG, f"{name}: companion files have at most {MAX_COMPANION_BYTES} bytes")
-        final = recent.final_name(name)
-        image = self._client.update_metadata(recent.ref, files={final: data})
-        if final != name:
-            recent.renamed[name] = final
-        self._tree.changed(image)
+    def add_companion(self, recent: Recent, companion: LateCompanion) -> None:
+        """A companion file arrived after its image was published: the image gets it now."""
+        final = recent.final_name(companion.name)
+        companion.changed = False
+        self._tree.changed(self._client.update_metadata(recent.ref, files={final: bytes(companion.data)}))
+        recent.renamed[companion.name] = final
 
     def end(self) -> None:
         """The mount is gone: publishes what is complete, drops the rest."""

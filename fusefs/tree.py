@@ -27,6 +27,13 @@ DOUBT_SECONDS = 30.0
 _FILE = Struct("<BqqqQ")
 _ID_MARK = "\0"  # stands for the image id where names are stored; no name has it
 
+_RANKS = {
+    FileKind.FILE_KIND_UNSPECIFIED: 1,
+    FileKind.FILE_KIND_COMPANION: 1,
+    FileKind.FILE_KIND_EXTENT: 2,
+    FileKind.FILE_KIND_DESCRIPTOR: 3,
+}
+
 Key = tuple[str, str]  # datastore, image id
 
 
@@ -55,7 +62,17 @@ class IndexedImage:
     The names of its files are kept with the id taken out, so that all images share a few tuples of them.
     """
 
-    __slots__ = ("_directory", "_files", "_names", "created_ns", "details_known", "image_id", "number", "state", "touched_ns")
+    __slots__ = (
+        "_directory",
+        "_files",
+        "_names",
+        "created_ns",
+        "details_known",
+        "image_id",
+        "number",
+        "state",
+        "touched_ns",
+    )
 
     def __init__(self, image: Image, number: int, shapes: dict[tuple[str, ...], tuple[str, ...]]) -> None:
         self.image_id = sys.intern(image.ref.image_id)
@@ -165,7 +182,7 @@ class Tree:
         """Takes in an answer of the watch stream; returns the images about which to ask the sidecar instead."""
         with self._lock:
             if answer.datastores:
-                self._set_datastores(answer.datastores)
+                self._set_datastores(answer.datastores, these_are_all=answer.snapshot_start)
             if answer.snapshot_start:
                 self._snapshot = {}
             doubted = []
@@ -188,6 +205,11 @@ class Tree:
             if answer.snapshot_complete:
                 doubted += self._take_snapshot()
             return doubted
+
+    def forget_half_snapshot(self) -> None:
+        """A new stream begins: what the one before left unfinished does not count."""
+        with self._lock:
+            self._snapshot = None
 
     def settle(self, key: Key, asked_at: float, image: Image | None) -> None:
         """What the sidecar said about a doubted image, asked at `asked_at`; None when there is none.
@@ -230,9 +252,9 @@ class Tree:
     def now(self) -> float:
         return self._clock()
 
-    def _set_datastores(self, infos: Iterable[Datastore]) -> None:
+    def _set_datastores(self, infos: Iterable[Datastore], *, these_are_all: bool) -> None:
         known = self._datastores
-        datastores = {}
+        datastores = {} if these_are_all else dict(known)
         for info in infos:
             before = known.get(info.name)
             number = before.number if before is not None else next(self._numbers)
@@ -263,7 +285,12 @@ class Tree:
         if number is None:
             number = before.number if before is not None else next(self._numbers)
         indexed = IndexedImage(image, number, self._shapes)
-        if before is not None and before.details_known and not image.details_known and before.is_valid == indexed.is_valid:
+        if (
+            before is not None
+            and before.details_known
+            and not image.details_known
+            and before.is_valid == indexed.is_valid
+        ):
             # Names only, again: what was asked for once goes on being known, as long as the image is the same.
             return before
         return indexed
@@ -294,11 +321,14 @@ def directory_inode(number: int) -> int:
     return (number << 32) | 1
 
 
-def file_inode(number: int, name: str) -> int:
-    """The inode number of a file in a directory of this number: the same for the life of the mount."""
-    return (number << 32) | 0x8000_0000 | (crc32(name.encode(errors="surrogateescape")) & 0x7FFF_FFFF)
+def file_inode(number: int, name: str, kind: int = FileKind.FILE_KIND_COMPANION) -> int:
+    """The inode number of a file in a directory of this number: the same for the life of the mount.
+
+    GNU cp copies the files of a directory in the order of these numbers, not in that of the listing: companion files
+    come first and the descriptor comes last in both.
+    """
+    return (number << 32) | (_RANKS[kind] << 30) | (crc32(name.encode(errors="surrogateescape")) & 0x3FFF_FFFF)
 
 
 def _packed(file: ImageFile) -> bytes:
     return _FILE.pack(file.kind, file.size_bytes, file.allocated_bytes, file.modify_time.ToNanoseconds(), file.inode)
-

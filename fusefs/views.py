@@ -1,5 +1,7 @@
 """What stat and readdir show of the things that paths lead to."""
 
+import errno
+import time
 from functools import partial
 from typing import NamedTuple
 
@@ -19,9 +21,6 @@ from fusefs.nodes import (
     StagedNode,
 )
 from fusefs.tree import ROOT_INODE, IndexedDatastore, IndexedFile, IndexedImage, Tree, file_inode
-
-import errno
-import time
 
 _BLOCK = 4096
 
@@ -122,4 +121,4 @@ class Views:
         return self._owner.directory(image.inode, modified_ns=modified, accessed_ns=image.touched_ns)
 
     def _of_file(self, image: IndexedImage, file: IndexedFile) -> Attributes:
-        return self._owner.file(file_inode(image.number, file.name), file.size, file.allocated, file.modified_ns)
+        return self._owner.file(file_inode(image.number, file.name, file.kind), file.size, file.allocated, file.modified_ns)

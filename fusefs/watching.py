@@ -1,4 +1,4 @@
-"""The thread that keeps the index true: follows the sidecar's watch stream, and finds the sidecar again when it is gone."""
+"""The thread that keeps the index true: follows the sidecar's watch stream, and finds a sidecar again that was gone."""
 
 import logging
 import threading
@@ -70,6 +70,7 @@ class Watcher:
         with self._lock:
             self._call = call
         heard = False
+        self._tree.forget_half_snapshot()
         try:
             if self._stop.is_set():
                 return False
@@ -79,7 +80,8 @@ class Watcher:
                     self._resolve(key)
                 for datastore, image in self._tree.take_changes():
                     self._on_change(datastore, image)
-                self._resume_token = answer.resume_token
+                if answer.resume_token:  # not in every part of a long answer
+                    self._resume_token = answer.resume_token
                 if self.stale_since is not None:
                     _log.info("sidecar is back address=%s away_seconds=%.1f", self._client.address, self._away())
                     self.stale_since = None

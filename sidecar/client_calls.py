@@ -23,6 +23,8 @@ MAX_MESSAGE_BYTES = 8 << 20
 # sun_path of Linux holds 108 bytes, the terminating zero among them.
 MAX_SOCKET_PATH_BYTES = 107
 ATTEMPTS = 3
+# How long an answer that is not wanted any more is waited for.
+UNDO_SECONDS = 5.0
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -103,16 +105,21 @@ class Caller:
         request: Request,
         *,
         timeout: float | None = None,
+        undo: Callable[[Answer], object] | None = None,
     ) -> Answer:
         """One answer to one request, within `timeout` seconds (the client's, when None) for all attempts together.
 
-        Only what the status UNAVAILABLE says is tried again: the request's request_id makes that one change.
+        Only what the status UNAVAILABLE says is tried again: the request's request_id makes that one change. `undo`:
+        for a call whose answer names what it made. When Ctrl-C, or another signal that raises, comes before the answer,
+        the answer is waited for and undone.
         """
         deadline = _Deadline(self.timeout if timeout is None else timeout)
 
         def attempt() -> Answer:
             try:
-                return method(request, timeout=deadline.remaining())
+                if undo is None:
+                    return method(request, timeout=deadline.remaining())
+                return _undone_when_interrupted(method.future(request, timeout=deadline.remaining()), undo)
             except grpc.RpcError as failure:
                 raise self.translated(failure) from None
 
@@ -264,6 +271,19 @@ class Outgoing(Generic[Answer]):
 def is_unavailable(error: BaseException) -> bool:
     """Whether the same call may succeed in a moment."""
     return isinstance(error, errors.ImagesError) and error.code == "UNAVAILABLE"
+
+
+def _undone_when_interrupted(call: "grpc.Future[Answer]", undo: Callable[[Answer], object]) -> Answer:
+    try:
+        return call.result()
+    except grpc.RpcError:
+        raise
+    except BaseException:
+        # No answer within that time: the sidecar's own limits take care of what it made.
+        with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, errors.ImagesError):
+            undo(call.result(timeout=UNDO_SECONDS))
+        call.cancel()
+        raise
 
 
 def _from_error_info(failure: grpc.RpcError, details: str) -> errors.ImagesError | None:

@@ -49,7 +49,9 @@ class Staging:
         self._request = wire.CreateStagingRequest(
             ref=ref, expected_bytes=expected_bytes, request_id=request_id or new_request_id()
         )
-        answer = caller.unary(self._stub.CreateStaging, self._request)
+        answer = caller.unary(
+            self._stub.CreateStaging, self._request, undo=lambda unwanted: self._abort(unwanted.staging_id)
+        )
         self.id = answer.staging_id
         self.directory = answer.directory
         self.lease_seconds = answer.lease_seconds

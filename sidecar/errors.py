@@ -67,10 +67,6 @@ class ImageInUse(ImagesError):
     reason, code, errno, exit_code = "IMAGE_IN_USE", "FAILED_PRECONDITION", errno.EBUSY, 5
 
 
-class TaskAlreadyRunning(ImagesError):
-    reason, code, errno, exit_code = "TASK_ALREADY_RUNNING", "FAILED_PRECONDITION", errno.EBUSY, 5
-
-
 class InvalidImageId(ImagesError):
     reason, code, errno, exit_code = "INVALID_IMAGE_ID", "INVALID_ARGUMENT", errno.EINVAL, 2
 

@@ -20,7 +20,7 @@ def cp(session: Session, source: ImageRef, destination: ImageRef) -> None:
     last = CopyImageResponse()
     with session.client() as sidecar:
         try:
-            with progress_bar(f"{ref_text(source)} to {ref_text(destination)}") as advance:
+            with progress_bar(ref_text(destination)) as advance:
 
                 def progress(answer: CopyImageResponse) -> None:
                     last.CopyFrom(answer)

@@ -17,7 +17,7 @@ from sidecar.images import vmdk
 
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 20
-# A run of zeroes in decompressed data is left out when it is at least one of these, and starts at a multiple of it.
+# A run of zeroes in the data is left out when it is at least one of these, and starts at a multiple of it.
 BLOCK_BYTES = 64 << 10
 # A hole is given in pieces of this size, so that endless zeroes come with signs of life.
 HOLE_BYTES = 256 << 20
@@ -73,51 +73,58 @@ class SourceFile:
 
     def _plain(self, advance: Callable[[int], None]) -> Iterator[Part]:
         assert self.size is not None
+        holes = _Holes()
         with open(self.path, "rb", buffering=0) as file:
-            end = 0
             for start, stop in data_ranges(file.fileno(), self.size):
-                if start > end:
-                    yield Hole(end, start - end)
                 for offset in range(start, stop, CHUNK_BYTES):
                     wanted = min(CHUNK_BYTES, stop - offset)
-                    data = os.pread(file.fileno(), wanted, offset)
-                    if len(data) < wanted:
+                    chunk = os.pread(file.fileno(), wanted, offset)
+                    if len(chunk) < wanted:
                         raise errors.DiskFileFault(f"{self.path} changed while it was read: it is shorter now")
-                    yield offset, data
+                    yield from holes.between(_without_zeroes(chunk, offset))
                     advance(wanted)
-                end = stop
-            if end < self.size:
-                yield Hole(end, self.size - end)
+        yield from holes.up_to(self.size)
 
     def _decompressed(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        position = consumed = hole = 0  # hole: bytes of zeroes before `position` that were not given yet
+        holes = _Holes()
+        position = consumed = 0
         with open(self.path, "rb") as raw, gzip.GzipFile(fileobj=raw, mode="rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 if self.limit is not None and position + len(chunk) > self.limit:
                     raise errors.InvalidDisk(
                         f"{self.path} decompresses to more than the {self.limit} bytes that {self.name} can have"
                     )
-                for offset, data in _without_zeroes(chunk):
-                    if data:
-                        if hole:
-                            yield Hole(position + offset - hole, hole)
-                            hole = 0
-                        yield position + offset, data
-                    else:
-                        hole += min(BLOCK_BYTES, len(chunk) - offset)
+                yield from holes.between(_without_zeroes(chunk, position))
                 position += len(chunk)
-                if hole >= HOLE_BYTES:
-                    yield Hole(position - hole, hole)
-                    hole = 0
+                if position - holes.end >= HOLE_BYTES:
+                    yield from holes.up_to(position)
                 advance(raw.tell() - consumed)
                 consumed = raw.tell()
-        if hole:
-            yield Hole(position - hole, hole)
+        yield from holes.up_to(position)
         if self.exact and position != self.limit:
             raise errors.InvalidDisk(
                 f"{self.path} decompresses to {position} bytes, and {self.name} has {self.limit}: it is not whole"
             )
         self.size = position
+
+
+class _Holes:
+    """Fills what is between the data with holes."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        """Everything before this was given."""
+
+    def between(self, data: Iterator[tuple[int, bytes]]) -> Iterator[Part]:
+        for offset, piece in data:
+            yield from self.up_to(offset)
+            yield offset, piece
+            self.end = offset + len(piece)
+
+    def up_to(self, offset: int) -> Iterator[Part]:
+        if offset > self.end:
+            yield Hole(self.end, offset - self.end)
+            self.end = offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,19 +314,16 @@ def _convert(path: str) -> str:
     return f"convert it with qemu-img convert -O vmdk {path} {target}"
 
 
-def _without_zeroes(chunk: bytes) -> Iterator[tuple[int, bytes]]:
-    """The chunk in runs of data, at their offsets; each block of zeroes as empty data at its own."""
+def _without_zeroes(chunk: bytes, position: int) -> Iterator[tuple[int, bytes]]:
+    """The data of a chunk, whose first byte is at `position`, in runs between the blocks of zeroes."""
     if chunk == _ZEROES:
-        for offset in range(0, len(chunk), BLOCK_BYTES):
-            yield offset, b""
         return
     start = 0
     for offset in range(0, len(chunk), BLOCK_BYTES):
         block = chunk[offset : offset + BLOCK_BYTES]
         if block == _ZEROES[: len(block)]:
             if start < offset:
-                yield start, chunk[start:offset]
-            yield offset, b""
+                yield position + start, chunk[start:offset]
             start = offset + len(block)
     if start < len(chunk):
-        yield start, chunk[start:] if start else chunk
+        yield position + start, chunk[start:] if start else chunk

@@ -28,7 +28,7 @@ def export(session: Session, image: ImageRef, directory: str) -> None:
     with session.client() as sidecar:
         found = sidecar.image(image)
         _require_whole(found)
-        with progress_bar(f"{ref_text(image)} to {directory}") as advance:
+        with progress_bar(ref_text(image)) as advance:
             written = _write(sidecar, found, target, advance)
     session.answer(
         f"{ref_text(image)} exported to {directory}: {len(found.files)} files, {human_size(written)}",

@@ -35,7 +35,7 @@ def import_image(session: Session, file: str, image: ImageRef, metadata: str | N
     }
     with session.client() as sidecar:
         try:
-            with progress_bar(f"{file} to {ref_text(image)}") as advance:
+            with progress_bar(ref_text(image)) as advance:
                 made = _send(sidecar, image, disk, companions, advance).image
         except KeyboardInterrupt:
             raise what_came_of_it(sidecar, image) from None

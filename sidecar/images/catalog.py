@@ -93,7 +93,11 @@ class Catalog:
         images: list[Image] = []
         with self._changed:
             chosen = sorted(datastores)
-            total = 0 if image_id else sum(self._counts[name, state] for name in chosen for state in states)
+            if image_id:
+                found_images = (self._latest.get(ImageKey(name, image_id), (0, None))[1] for name in chosen)
+                total = sum(image is not None and image.state in states for image in found_images)
+            else:
+                total = sum(self._counts[name, state] for name in chosen for state in states)
             after_datastore, _, after_id = after.partition("/")
             for name in chosen:
                 ids = self._keys.get(name, [])
@@ -107,7 +111,7 @@ class Catalog:
                     if len(images) == size:
                         return Page(images, str(images[-1].key), total)
                     images.append(image)
-        return Page(images, None, len(images) if image_id else total)
+        return Page(images, None, total)
 
     def changes_since(self, revision: int, datastore: str) -> CatalogChanges:
         """What changed after `revision`, of one datastore or (empty) of all; everything when that is too long ago."""

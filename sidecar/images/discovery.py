@@ -89,17 +89,22 @@ class Discovery:
             self._catalog.put(image)
             return image
 
-    def refresh(self, image_id: str) -> None:
-        """Reads one image again; an error leaves what was known and is in the datastore's status."""
+    def refresh(self, image_id: str, *, changed: bool = True) -> None:
+        """Reads one image again; an error leaves what was known and is in the datastore's status.
+
+        Where attributes are slow to read, they are read again only of an image that did change and has them listed.
+        """
         key = self.store.key(image_id)
         try:
             with self._refreshing:
+                known = self._catalog.get(key)
+                detailed = changed and known is not None and known.details_known
                 try:
-                    image = self.store.read_for_listing(image_id)
+                    image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
                 except (ImageNotFound, InvalidRequest):
                     self._catalog.remove(key)
                 else:
-                    self._catalog.put(with_details(image, self._catalog.get(key)))
+                    self._catalog.put(with_details(image, known))
         except ImagesError as error:
             _log.warning("image unreadable image=%s error=%s", key, error)
 
@@ -168,7 +173,7 @@ class Discovery:
                 known.discard(image_id)
                 self._watch(layout.image_directory(image_id))
                 if not self._is_unchanged(image_id):
-                    self.refresh(image_id)
+                    self.refresh(image_id, changed=False)
                 if self._stopping.is_set():
                     return False
         for image_id in known:

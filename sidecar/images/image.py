@@ -16,6 +16,7 @@ from sidecar.images.names import (
 )
 
 _MARKER_LIMIT = 64
+_START_BYTES = 4096
 
 
 class ImageState(enum.Enum):
@@ -166,6 +167,7 @@ class DirectoryReader:
 
     def __init__(self, datastore: Datastore, directory: str, sizes: dict[str, int]) -> None:
         self._datastore, self._directory, self._sizes = datastore, directory, sizes
+        self._start = ("", b"")  # the file read last, and its first bytes: a descriptor is read by its magic, then whole
 
     def size(self, name: str) -> int:
         if name not in self._sizes:
@@ -173,7 +175,11 @@ class DirectoryReader:
         return self._sizes[name]
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        return self._datastore.read_range(f"{self._directory}/{name}", offset, length)
+        if offset + length > _START_BYTES:
+            return self._datastore.read_range(f"{self._directory}/{name}", offset, length)
+        if self._start[0] != name:
+            self._start = (name, self._datastore.read_range(f"{self._directory}/{name}", 0, _START_BYTES))
+        return self._start[1][offset : offset + length]
 
 
 def _read_disk(

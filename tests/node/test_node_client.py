@@ -1,16 +1,19 @@
 """The contract holds for others than Python: a Node.js client that has no .proto file and asks the server for it."""
 
+import fcntl
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from protos.images.v1.types_pb2 import IMAGE_STATE_TOMBSTONED
+from sidecar import errors
 from sidecar.client import SidecarClient
 from tests.support.disks import assert_same_disk
-from tests.support.processes import Sidecar, run
+from tests.support.processes import Sidecar, background, run
 
 CLIENT = Path(__file__).with_name("call.js")
 IMAGES = "images.v1.ImageService"
@@ -56,10 +59,7 @@ def test_a_client_that_is_not_python_lists_copies_and_deletes(
     assert [image["ref"] for image in page["images"]] == [ref("one/a")]
     assert page["images"][0]["state"] == "IMAGE_STATE_VALID"
 
-    *progress, last = node(
-        f"{IMAGES}/CopyImage", {"source": ref("one/a"), "destination": ref("two/b"), "request_id": "from-node"}
-    )
-    assert all("image" not in answer for answer in progress)
+    *_, last = node(f"{IMAGES}/CopyImage", {"source": ref("one/a"), "destination": ref("two/b")})
     assert last["done_bytes"] == last["total_bytes"]
     assert int(last["total_bytes"]) == sum(file.size_bytes for file in client.image("one/a").files)
     assert last["image"]["ref"] == ref("two/b")
@@ -69,6 +69,27 @@ def test_a_client_that_is_not_python_lists_copies_and_deletes(
     assert node(f"{IMAGES}/DeleteImage", {"ref": ref("two/b")}) == [{}]
     assert client.image("two/b").state == IMAGE_STATE_TOMBSTONED
     assert node(f"{IMAGES}/ListImages", {"datastore": "two"}) == [{}]
+
+
+def test_progress_arrives_while_the_copy_runs(
+    sidecar: Sidecar, client: SidecarClient, make_image: Callable[[str], Path], tmp_path: Path
+) -> None:
+    make_image("one/a")
+    request = json.dumps({"source": ref("one/a"), "destination": ref("one/b")})
+    with ExitStack() as stack:
+        # Whoever else holds the image's lock keeps the copy from its end.
+        lock = stack.enter_context((tmp_path / "one/image_b.ec_lock").open("wb"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copy = stack.enter_context(background("node", CLIENT, sidecar.address, f"{IMAGES}/CopyImage", request))
+        assert copy.stdout is not None
+        progress = json.loads(copy.stdout.readline())
+        assert "image" not in progress
+        with pytest.raises(errors.ImageNotFound):
+            client.image("one/b")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        *_, last = [json.loads(line) for line in copy.stdout]
+    assert last["image"]["ref"] == ref("one/b")
+    assert last["done_bytes"] == last["total_bytes"]
 
 
 @pytest.mark.parametrize(

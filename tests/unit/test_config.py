@@ -269,4 +269,4 @@ def test_a_socket_path_that_no_client_could_name_is_refused_with_its_length() ->
 def test_the_configuration_cannot_be_changed_while_it_is_used() -> None:
     config = load_config(None, {}, Flags(datastores=["one=/one"]))
     with pytest.raises(ValueError, match="frozen"):
-        config.listen = "unix:/elsewhere"  # type: ignore[misc]
+        config.listen = "unix:/elsewhere"

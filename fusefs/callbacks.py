@@ -1,0 +1,170 @@
+"""The file system in the form in which the bindings of libfuse call it."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fusefs.attributes import BLOCK_SIZE, Attributes
+from fusefs.filesystem import FileSystem, Opened
+
+
+class Callbacks:
+    """The file system in the form in which both bindings call it: with paths, and file infos instead of handles.
+
+    What is not here is answered with ENOSYS by libfuse: extended attributes among it, which the kernel then stops
+    asking for.
+    """
+
+    use_ns = True
+
+    def __init__(self, filesystem: FileSystem, pid: Callable[[], int], on_init: Callable[[Any, Any], None]) -> None:
+        """`pid` tells which thread the running request comes from; `on_init` gets libfuse 3's connection and config."""
+        self.filesystem = filesystem
+        self._pid = pid
+        self._on_init = on_init
+
+    def init(self, path: str) -> None:
+        self._on_init(None, None)
+
+    def init_with_config(self, connection: Any, config: Any) -> None:
+        self._on_init(connection, config)
+
+    def getattr(self, path: str | None, fi: Any = None) -> dict[str, Any]:
+        return as_dictionary(self.filesystem.getattr(path, _handle(fi)))
+
+    def opendir(self, path: str) -> int:
+        return self.filesystem.opendir(path)
+
+    def readdir(self, path: str | None, handle: int) -> Iterator[tuple[str, dict[str, Any], int]]:
+        for _, name, attributes in self.filesystem.readdir(handle, 0):
+            yield name, as_dictionary(attributes), 0
+
+    def releasedir(self, path: str | None, handle: int) -> int:
+        self.filesystem.releasedir(handle)
+        return 0
+
+    def fsyncdir(self, path: str | None, datasync: int, handle: int) -> int:
+        self.filesystem.fsyncdir(handle)
+        return 0
+
+    def statfs(self, path: str) -> dict[str, int]:
+        capacity = self.filesystem.statfs(path)
+        return {
+            "f_bsize": capacity.block_size,
+            "f_frsize": capacity.block_size,
+            "f_blocks": capacity.blocks,
+            "f_bfree": capacity.free,
+            "f_bavail": capacity.available,
+            "f_files": capacity.files,
+            "f_namemax": 255,
+        }
+
+    def mkdir(self, path: str, mode: int) -> int:
+        self.filesystem.mkdir(path, self._pid())
+        return 0
+
+    def unlink(self, path: str) -> int:
+        self.filesystem.unlink(path)
+        return 0
+
+    def rmdir(self, path: str) -> int:
+        self.filesystem.rmdir(path)
+        return 0
+
+    def rename(self, old: str, new: str, flags: int = 0) -> int:
+        self.filesystem.rename(old, new, flags)
+        return 0
+
+    def link(self, target: str, source: str) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def symlink(self, target: str, source: str) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def mknod(self, path: str, mode: int, device: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def open(self, path: str, fi: Any) -> int:
+        return _opened(fi, self.filesystem.open(path, fi.flags, self._pid()))
+
+    def create(self, path: str, mode: int, fi: Any) -> int:
+        return _opened(fi, self.filesystem.create(path, fi.flags, self._pid()))
+
+    def read(self, path: str | None, size: int, offset: int, fi: Any) -> bytes:
+        return self.filesystem.read(fi.fh, size, offset)
+
+    def write(self, path: str | None, data: bytes, offset: int, fi: Any) -> int:
+        return self.filesystem.write(fi.fh, data, offset, self._pid())
+
+    def copy_file_range(self, fi_in: Any, offset_in: int, fi_out: Any, offset_out: int, size: int) -> int:
+        return self.filesystem.copy_file_range(fi_in.fh, offset_in, fi_out.fh, offset_out, size)
+
+    def lseek(self, fi: Any, offset: int, whence: int) -> int:
+        return self.filesystem.lseek(fi.fh, offset, whence)
+
+    def truncate(self, path: str | None, size: int, fi: Any = None) -> int:
+        self.filesystem.truncate(path, size, _handle(fi))
+        return 0
+
+    def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> int:
+        self.filesystem.fallocate(fi.fh, mode, offset, size)
+        return 0
+
+    def flush(self, path: str | None, fi: Any) -> int:
+        self.filesystem.flush(fi.fh, self._pid())
+        return 0
+
+    def release(self, path: str | None, fi: Any) -> int:
+        self.filesystem.release(fi.fh)
+        return 0
+
+    def fsync(self, path: str | None, datasync: int, fi: Any) -> int:
+        self.filesystem.fsync(fi.fh)
+        return 0
+
+    def chmod(self, path: str | None, mode: int, fi: Any = None) -> int:
+        self.filesystem.chmod(path, _handle(fi))
+        return 0
+
+    def chown(self, path: str | None, uid: int, gid: int, fi: Any = None) -> int:
+        self.filesystem.chmod(path, _handle(fi))
+        return 0
+
+    def utimens(self, path: str | None, times: tuple[int, int] | None, fi: Any = None) -> int:
+        self.filesystem.utimens(path, times, _handle(fi))
+        return 0
+
+
+class CallableCallbacks(Callbacks):
+    """As fusepy calls: one method, which is told the operation."""
+
+    def __call__(self, operation: str, *arguments: Any) -> Any:
+        return getattr(self, operation)(*arguments)
+
+
+def as_dictionary(attributes: Attributes) -> dict[str, Any]:
+    return {
+        "st_mode": attributes.mode,
+        "st_uid": attributes.uid,
+        "st_gid": attributes.gid,
+        "st_ino": attributes.inode,
+        "st_nlink": attributes.links,
+        "st_size": attributes.size,
+        "st_blocks": attributes.sectors,
+        "st_blksize": BLOCK_SIZE,
+        "st_atime": attributes.accessed_ns,
+        "st_mtime": attributes.modified_ns,
+        "st_ctime": attributes.modified_ns,
+    }
+
+
+def _handle(fi: Any) -> int | None:
+    return fi.fh if fi is not None else None
+
+
+def _opened(fi: Any, opened: Opened) -> int:
+    fi.fh = opened.handle
+    fi.keep_cache = opened.keep_cache
+    fi.direct_io = opened.direct_io
+    return 0

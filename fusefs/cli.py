@@ -1,0 +1,73 @@
+"""image-mount: shows the images of a sidecar as directories."""
+
+import logging
+import logging.handlers
+import os
+import sys
+
+import click
+
+from fusefs.binding import BINDINGS
+from fusefs.daemon import EndSignals, Parent, into_background
+from fusefs.mount import CALL_SECONDS, MountError, run
+from fusefs.options import MountOptions, OptionError, parse_options
+from sidecar.client import SidecarClient, default_address
+from sidecar.errors import ImagesError
+
+_SYSLOG_SOCKET = "/dev/log"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("mountpoint", type=click.Path())
+@click.option(
+    "--sidecar", "address", metavar="ADDRESS", envvar="IMAGE_SIDECAR", help="Of the sidecar: unix:PATH or HOST:PORT."
+)
+@click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground, with the log on standard error.")
+@click.option("--binding", type=click.Choice(BINDINGS), default=BINDINGS[0], show_default=True, help="Of libfuse.")
+@click.option("--log", "log_path", type=click.Path(dir_okay=False), help="Append the log to this file.")
+@click.option("-o", "options", multiple=True, metavar="OPTION,…", help="settle=SECONDS, ro, allow_other, uid=, …")
+def main(
+    mountpoint: str, address: str | None, foreground: bool, binding: str, log_path: str | None, options: tuple[str, ...]
+) -> None:
+    """Mount the images of a sidecar at MOUNTPOINT, and unmount with fusermount3 -u MOUNTPOINT."""
+    try:
+        parsed = parse_options(options)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from None
+    # Paths of the command line are meant from here; the daemon leaves for the root directory.
+    mountpoint = os.path.abspath(mountpoint)
+    log_path = os.path.abspath(log_path) if log_path else None
+    parent = Parent(None) if foreground else into_background()
+    _start_log(log_path, foreground=foreground)
+    try:
+        _serve(mountpoint, address or default_address(), parsed, binding, parent)
+    except (MountError, ImagesError) as error:
+        if not parent.failed(str(error)):
+            click.echo(f"image-mount: {error}", err=True)
+        sys.exit(1)
+
+
+def _serve(mountpoint: str, address: str, options: MountOptions, binding: str, parent: Parent) -> None:
+    signals = EndSignals()
+    with SidecarClient(address, timeout=CALL_SECONDS) as client:
+        run(mountpoint, client, options, binding, signals, parent.ready)
+
+
+def _start_log(path: str | None, *, foreground: bool) -> None:
+    handler: logging.Handler
+    layout = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    if path is not None:
+        handler = logging.FileHandler(path)
+    elif foreground:
+        handler = logging.StreamHandler()
+    elif os.path.exists(_SYSLOG_SOCKET):
+        handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET)
+        layout = "image-mount[%(process)d]: %(levelname)s %(message)s"
+    else:
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(layout))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+if __name__ == "__main__":
+    main()

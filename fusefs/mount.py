@@ -1,0 +1,155 @@
+"""One mount: its parts, put together, started, and ended in order."""
+
+import contextlib
+import logging
+import os
+import resource
+import threading
+from collections.abc import Callable
+
+from fusefs import binding, mountpoints
+from fusefs.binding import BindingError, Session
+from fusefs.daemon import EndSignals
+from fusefs.deleting import Deletions
+from fusefs.filesystem import FileSystem
+from fusefs.mountpoints import MountpointError
+from fusefs.options import MountOptions
+from fusefs.provenance import SourceFile
+from fusefs.publisher import Publisher
+from fusefs.reading import LocalReader, Reader
+from fusefs.rules import Rules
+from fusefs.staging import StagingArea
+from fusefs.tree import IndexedImage, Tree
+from fusefs.views import Views
+from fusefs.watching import Watcher
+from sidecar.client import SidecarClient
+from sidecar.errors import ImagesError, SidecarUnavailable
+
+_log = logging.getLogger(__name__)
+
+# How long a change waits for a sidecar that does not answer, and the start for one that is not there.
+CALL_SECONDS = 5.0
+# How long the start waits for the first listing of everything.
+_LISTING_SECONDS = 60.0
+
+
+class MountError(Exception):
+    """The mount cannot be made: why, and what to do."""
+
+
+def run(
+    mountpoint: str,
+    client: SidecarClient,
+    options: MountOptions,
+    binding_name: str,
+    signals: EndSignals,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serves until the mount is gone, by a signal or by an unmount; `on_ready` is called when it answers.
+
+    Raises MountError when it cannot be made.
+    """
+    try:
+        path = mountpoints.prepare(mountpoint, may_cover_files=options.may_cover_files)
+        client.wait_ready(CALL_SECONDS)
+    except (MountpointError, ImagesError) as error:
+        raise MountError(str(error)) from error
+    _allow_many_files()
+    _Mount(path, client, options, binding_name).run(signals, on_ready)
+
+
+class _Mount:
+    def __init__(self, path: str, client: SidecarClient, options: MountOptions, binding_name: str) -> None:
+        self._path = path
+        self._client = client
+        self._options = options
+        self._binding = binding_name
+        self._session: Session | None = None
+        self._tree = Tree()
+        self._watcher = Watcher(client, self._tree, on_change=self._forget_image)
+        rules = Rules(self._tree, self._open_source)
+        self._area = StagingArea(client, self._tree, rules, invalidate=self._invalidate)
+        self._deletions = Deletions(client, self._tree, options.settle_seconds)
+        self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
+        views = Views(self._tree, self._deletions, options.owner)
+        self._filesystem = FileSystem(client, self._tree, self._area, self._deletions, views)
+
+    def run(self, signals: EndSignals, on_ready: Callable[[], None]) -> None:
+        with contextlib.ExitStack() as running:
+            self._watcher.start()
+            running.callback(self._watcher.stop)
+            if not self._tree.wait_complete(_LISTING_SECONDS):
+                raise MountError(f"the sidecar at {self._client.address} did not list its images: see its log")
+            self._publisher.start()
+            running.callback(self._finish)
+            signals.call(self._end)
+            try:
+                binding.serve(
+                    self._binding,
+                    self._filesystem,
+                    self._path,
+                    self._options.for_libfuse(self._client.address),
+                    lambda session: self._ready(session, on_ready),
+                )
+            except BindingError as error:
+                raise MountError(str(error)) from error
+            _log.info("unmounted mountpoint=%s", self._path)
+
+    def _ready(self, session: Session, on_ready: Callable[[], None]) -> None:
+        """In a thread of libfuse, before the kernel has its answer: what asks the mount has to wait for that."""
+        self._session = session
+
+        def probe() -> None:
+            try:
+                os.stat(self._path)
+                mountpoints.raise_read_ahead(self._path)
+            except OSError as error:
+                _log.warning("mount does not answer mountpoint=%s cause=%s", self._path, error)
+                return
+            _log.info("mounted mountpoint=%s sidecar=%s", self._path, self._client.address)
+            on_ready()
+
+        threading.Thread(target=probe, name="probe", daemon=True).start()
+
+    def _end(self) -> None:
+        """Makes libfuse return: it looks for that after a request, so there has to be one."""
+        _log.info("ending mountpoint=%s", self._path)
+        if self._session is None:
+            os._exit(1)  # still starting: nothing is made yet
+        self._session.exit()
+        with contextlib.suppress(OSError):
+            os.statvfs(self._path)
+
+    def _finish(self) -> None:
+        self._session = None
+        self._publisher.stop()
+        self._deletions.run_due(everything=True)
+        self._area.end()
+
+    def _invalidate(self, path: str) -> None:
+        session = self._session
+        if session is not None:
+            session.invalidate(path)
+
+    def _forget_image(self, datastore: str, image: IndexedImage) -> None:
+        path = f"/{datastore}/{image.image_id}"
+        self._invalidate(path)
+        for file in image.files:
+            self._invalidate(f"{path}/{file.name}")
+
+    def _open_source(self, source: SourceFile) -> Reader:
+        datastore = self._tree.datastore(source.datastore)
+        image = self._tree.image(source.datastore, source.image_id)
+        file = image.file(source.name) if image is not None else None
+        if datastore is None or image is None or file is None or file.generation != source.generation:
+            raise FileNotFoundError(source.name)
+        path = os.path.join(datastore.info.root_path, image.directory, file.name)
+        return LocalReader(path, file.generation)
+
+
+def _allow_many_files() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+__all__ = ["MountError", "SidecarUnavailable", "run"]

@@ -1,0 +1,111 @@
+"""imagectl export: a directory that is complete or not there."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.ctl.conftest import Imagectl
+from tests.support.disks import allocated, assert_same_disk
+from tests.support.processes import loop_mount
+
+MIB = 1 << 20
+MakeImage = Callable[[str], Path]
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_an_image_is_exported_with_its_holes(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
+    source = make_image("one/a")
+    (tmp_path / "meta").write_text('{"a": 1}')
+    imagectl("import", source, "one/b", "--metadata", tmp_path / "meta")
+    output = imagectl("export", "one/b", tmp_path / "out")
+    assert output.startswith(f"one/b exported to {tmp_path}/out: 3 files, 2.0 MiB")
+    assert names(tmp_path / "out") == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert_same_disk(source, tmp_path / "out" / "b.vmdk")
+    assert allocated(tmp_path / "out") < 3 * MIB
+    assert (tmp_path / "out" / "b.ecv").read_text() == '{"a": 1}'
+    assert not [name for name in names(tmp_path) if "partial" in name]
+
+
+def test_the_directory_has_the_usual_permissions(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
+    make_image("one/a")
+    imagectl("export", "one/a", tmp_path / "out")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "out" / "a.vmdk").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_programs_are_told_what_was_written(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
+    make_image("one/a")
+    document = imagectl.json("export", "one/a", tmp_path / "out")
+    assert (document["image"], document["directory"]) == ("one/a", str(tmp_path / "out"))
+    assert set(document["files"]) == names(tmp_path / "out")
+
+
+def test_an_empty_directory_is_filled_also_through_a_link(
+    imagectl: Imagectl, make_image: MakeImage, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    imagectl("export", "one/a", tmp_path / "link")
+    assert names(tmp_path / "empty") == {"a.vmdk", "a-flat.vmdk"}
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_relative_directory_is_of_the_current_one(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
+    make_image("one/a")
+    imagectl("export", "one/a", "out/", cwd=tmp_path)
+    assert (tmp_path / "out" / "a.vmdk").exists()
+
+
+def test_what_is_there_is_never_touched(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
+    make_image("one/a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis").write_text("years")
+    (tmp_path / "file").write_text("years")
+    (tmp_path / "here").mkdir()
+    before = names(tmp_path)
+    assert "not empty" in imagectl.error("export", "one/a", tmp_path / "full", code=2)
+    assert "not a directory" in imagectl.error("export", "one/a", tmp_path / "file", code=2)
+    assert "cannot be made" in imagectl.error("export", "one/a", tmp_path / "no" / "out", code=2)
+    # Replacing the directory that the shell is in would leave it nowhere.
+    assert "current directory" in imagectl.error("export", "one/a", ".", code=2, cwd=tmp_path / "here")
+    assert names(tmp_path) == before
+    assert names(tmp_path / "full") == {"thesis"}
+
+
+def test_no_image_makes_no_directory(imagectl: Imagectl, tmp_path: Path) -> None:
+    imagectl.error("export", "one/none", tmp_path / "out", code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_deleted_or_broken_is_not_exported(
+    imagectl: Imagectl, make_image: MakeImage, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    make_image("one/b")
+    imagectl("rm", "one/a")
+    (tmp_path / "one" / "image_b" / "b-flat.vmdk").unlink()
+    assert "restore" in imagectl.error("export", "one/a", tmp_path / "out", code=5)
+    assert "b-flat.vmdk" in imagectl.error("export", "one/b", tmp_path / "out", code=5)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_nothing(
+    there: bool, imagectl: Imagectl, make_image: MakeImage, tmp_path: Path, stack: ExitStack
+) -> None:
+    make_image("one/a")
+    root = stack.enter_context(loop_mount(tmp_path / "fs", 2 * MIB, ("mkfs.ext4", "-q", "-O", "^has_journal")))
+    (root / "dir").mkdir()
+    if there:
+        (root / "dir" / "out").mkdir()
+    assert "No space left" in imagectl.error("export", "one/a", root / "dir" / "out", code=7)
+    assert names(root / "dir") == ({"out"} if there else set())

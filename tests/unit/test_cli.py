@@ -1,0 +1,163 @@
+"""image-sidecar as a process: how it starts, how it ends, and what it tells."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos.images.v1 import image_service_pb2 as images
+from protos.images.v1 import image_service_pb2_grpc as images_grpc
+from protos.images.v1 import staging_service_pb2 as staging
+from protos.images.v1 import staging_service_pb2_grpc as staging_grpc
+from protos.images.v1 import types_pb2
+from sidecar.cli import LineFormatter
+from tests.support.processes import BIN, Sidecar, run, wait_until
+
+LIMIT = 20.0
+
+
+def make(directory: Path, config: str = "") -> Sidecar:
+    (directory / "one").mkdir()
+    return Sidecar(directory / "run", f"one={directory / 'one'}", config=config)
+
+
+def staged(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory / "one") if name.startswith("tmp_image_")]
+
+
+class Upload:
+    """A WriteFile stream that does not end by itself."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        stub = staging_grpc.StagingServiceStub(channel)
+        request = staging.CreateStagingRequest(ref=types_pb2.ImageRef(datastore="one", image_id="a"))
+        self._id = stub.CreateStaging(request, timeout=LIMIT).staging_id
+        self._written = threading.Event()
+        self.end = threading.Event()
+        self.call = stub.WriteFile.future(self._messages(), timeout=LIMIT)
+        assert self._written.wait(LIMIT)
+
+    def _messages(self) -> Iterator[staging.WriteFileRequest]:
+        yield staging.WriteFileRequest(staging_id=self._id, name="a.bin", data=b"x")
+        # gRPC asks for the next message when this one is on its way.
+        self._written.set()
+        self.end.wait(LIMIT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_sidecar_at_once_and_leaves_no_socket(tmp_path: Path, number: signal.Signals) -> None:
+    with make(tmp_path) as sidecar, sidecar.client() as client:
+        assert [datastore.name for datastore in client.datastores()] == ["one"]
+        sidecar.signal(number)
+        assert sidecar.process is not None
+        assert sidecar.process.wait(LIMIT) == 0
+        assert not Path(sidecar.address.removeprefix("unix:")).exists()
+        assert "Traceback" not in sidecar.log.read_text()
+
+
+def test_a_watch_does_not_hold_up_the_end_and_is_told_to_come_again(tmp_path: Path) -> None:
+    config = "[limits]\nshutdown_seconds = 3600\n"
+    with make(tmp_path, config) as sidecar, grpc.insecure_channel(sidecar.address) as channel:
+        watch = images_grpc.ImageServiceStub(channel).WatchImages(images.WatchImagesRequest(), timeout=LIMIT)
+        assert next(iter(watch)).snapshot_start
+        started = time.monotonic()
+        assert sidecar.stop(LIMIT) == 0
+        assert time.monotonic() - started < 3
+        with pytest.raises(grpc.RpcError) as caught:
+            list(watch)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_call_that_runs_when_the_sidecar_is_told_to_end_may_end(tmp_path: Path) -> None:
+    with make(tmp_path, f"[limits]\nshutdown_seconds = {LIMIT}\n") as sidecar:
+        with grpc.insecure_channel(sidecar.address) as channel:
+            upload = Upload(channel)
+            sidecar.signal(signal.SIGTERM)
+            wait_until(lambda: "stopping signal=SIGTERM" in sidecar.log.read_text(), "the signal is seen")
+            upload.end.set()
+            assert upload.call.result(LIMIT).written_bytes == 1
+        # Without a second signal, which would cancel what has not quite ended.
+        assert sidecar.process is not None
+        assert sidecar.process.wait(LIMIT) == 0
+        assert "calls cancelled" not in sidecar.log.read_text()
+
+
+def test_a_call_that_does_not_end_in_time_is_cancelled_and_leaves_nothing_half_made(tmp_path: Path) -> None:
+    with make(tmp_path, "[limits]\nshutdown_seconds = 0.1\n") as sidecar:
+        with grpc.insecure_channel(sidecar.address) as channel:
+            upload = Upload(channel)
+            assert staged(tmp_path)
+            assert sidecar.stop(LIMIT) == 0
+            assert isinstance(upload.call.exception(LIMIT), grpc.RpcError)
+            upload.end.set()
+        assert "Traceback" not in sidecar.log.read_text()
+    assert staged(tmp_path) == []
+
+
+def test_a_second_signal_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
+    config = "[limits]\nshutdown_seconds = 3600\n"
+    with make(tmp_path, config) as sidecar, grpc.insecure_channel(sidecar.address) as channel:
+        upload = Upload(channel)
+        sidecar.signal(signal.SIGTERM)
+        wait_until(lambda: "stopping signal=SIGTERM" in sidecar.log.read_text(), "the signal is seen")
+        sidecar.signal(signal.SIGINT)
+        assert sidecar.process is not None
+        assert sidecar.process.wait(LIMIT) == 0
+        upload.end.set()
+    assert staged(tmp_path) == []
+
+
+def test_a_killed_sidecar_does_not_keep_the_next_one_from_starting(tmp_path: Path) -> None:
+    with make(tmp_path) as sidecar:
+        sidecar.kill()
+        assert Path(sidecar.address.removeprefix("unix:")).is_socket()
+        sidecar.start()
+        with sidecar.client() as client:
+            assert [datastore.name for datastore in client.datastores()] == ["one"]
+
+
+def test_a_second_sidecar_at_the_same_address_says_who_is_there_and_leaves_it_alone(tmp_path: Path) -> None:
+    with make(tmp_path) as sidecar:
+        again = ("serve", "--listen", sidecar.address, "--datastore", f"one={tmp_path / 'one'}")
+        second = run(BIN / "image-sidecar", *again, check=False)
+        assert second.returncode == 1
+        assert f"another sidecar (process {sidecar.pid}) serves there" in second.stderr
+        assert "Traceback" not in second.stderr
+        with sidecar.client() as client:
+            assert [datastore.name for datastore in client.datastores()] == ["one"]
+
+
+def test_the_chosen_port_is_told(tmp_path: Path, stack: ExitStack) -> None:
+    sidecar = make(tmp_path, 'listen = "127.0.0.1:0"\n')
+    listen = sidecar._command.index("--listen")
+    del sidecar._command[listen : listen + 2]
+    stack.enter_context(sidecar)
+    line = next(line for line in sidecar.log.read_text().splitlines() if line.startswith("image-sidecar: ready"))
+    address = dict(pair.split("=", 1) for pair in line.split()[2:])["address"]
+    assert address.startswith("127.0.0.1:")
+    with grpc.insecure_channel(address) as channel:
+        images_grpc.ImageServiceStub(channel).ListImages(images.ListImagesRequest(), timeout=LIMIT)
+
+
+def test_a_faulty_configuration_is_told_without_a_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "images.toml"
+    file.write_text('[datastore.one]\npath = "/one"\nlayout = "foo"\n')
+    result = run(BIN / "image-sidecar", "serve", "--config", file, "--listen", "0.0.0.0:1", check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"image-sidecar: {file}: datastore.one.layout: 'foo' is not one of compound, sharded, vsan",
+        "image-sidecar: --listen: '0.0.0.0' is not a loopback address: others are refused until there is TLS",
+    ]
+
+
+def test_what_a_client_sends_cannot_start_a_line_of_the_log() -> None:
+    record = logging.LogRecord("sidecar", logging.INFO, "", 0, "copied ref=%s", ("a\nERROR é \x1b[2J",), None)
+    line = LineFormatter().format(record)
+    assert line.endswith(" INFO copied ref=a\\nERROR é \\x1b[2J")
