@@ -182,7 +182,7 @@ def _libfuse3(module: Any) -> tuple[Any, dict[str, str | bool]]:
 
         def read(self, path: bytes | None, buffer: Any, size: int, offset: int, fip: Any) -> int:
             view = memory_view(ctypes.addressof(buffer.contents), size, _BUFFER_WRITABLE)
-            return self.operations.filesystem.read_into(fip.contents.fh, view, offset)
+            return self.operations.files.read_into(fip.contents.fh, view, offset)
 
         def copy_file_range(
             self, path_in: bytes | None, fip_in: Any, offset_in: int,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fusefs.attributes import BLOCK_SIZE, Attributes
-from fusefs.filesystem import FileSystem, Opened
+from fusefs.files import Opened
+from fusefs.filesystem import FileSystem
 
 
 class Callbacks:
@@ -21,6 +22,7 @@ class Callbacks:
     def __init__(self, filesystem: FileSystem, pid: Callable[[], int], on_init: Callable[[Any, Any], None]) -> None:
         """`pid` tells which thread the running request comes from; `on_init` gets libfuse 3's connection and config."""
         self.filesystem = filesystem
+        self.files = filesystem.files
         self._pid = pid
         self._on_init = on_init
 
@@ -86,41 +88,41 @@ class Callbacks:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     def open(self, path: str, fi: Any) -> int:
-        return _opened(fi, self.filesystem.open(path, fi.flags, self._pid()))
+        return _opened(fi, self.files.open(path, fi.flags, self._pid()))
 
     def create(self, path: str, mode: int, fi: Any) -> int:
-        return _opened(fi, self.filesystem.create(path, fi.flags, self._pid()))
+        return _opened(fi, self.files.create(path, fi.flags, self._pid()))
 
     def read(self, path: str | None, size: int, offset: int, fi: Any) -> bytes:
-        return self.filesystem.read(fi.fh, size, offset)
+        return self.files.read(fi.fh, size, offset)
 
     def write(self, path: str | None, data: bytes, offset: int, fi: Any) -> int:
-        return self.filesystem.write(fi.fh, data, offset, self._pid())
+        return self.files.write(fi.fh, data, offset, self._pid())
 
     def copy_file_range(self, fi_in: Any, offset_in: int, fi_out: Any, offset_out: int, size: int) -> int:
-        return self.filesystem.copy_file_range(fi_in.fh, offset_in, fi_out.fh, offset_out, size)
+        return self.files.copy_file_range(fi_in.fh, offset_in, fi_out.fh, offset_out, size)
 
     def lseek(self, fi: Any, offset: int, whence: int) -> int:
-        return self.filesystem.lseek(fi.fh, offset, whence)
+        return self.files.lseek(fi.fh, offset, whence)
 
     def truncate(self, path: str | None, size: int, fi: Any = None) -> int:
-        self.filesystem.truncate(path, size, _handle(fi))
+        self.files.truncate(path, size, _handle(fi))
         return 0
 
     def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> int:
-        self.filesystem.fallocate(fi.fh, mode, offset, size)
+        self.files.fallocate(fi.fh, mode, offset, size)
         return 0
 
     def flush(self, path: str | None, fi: Any) -> int:
-        self.filesystem.flush(fi.fh, self._pid())
+        self.files.flush(fi.fh, self._pid())
         return 0
 
     def release(self, path: str | None, fi: Any) -> int:
-        self.filesystem.release(fi.fh)
+        self.files.release(fi.fh)
         return 0
 
     def fsync(self, path: str | None, datasync: int, fi: Any) -> int:
-        self.filesystem.fsync(fi.fh)
+        self.files.fsync(fi.fh)
         return 0
 
     def chmod(self, path: str | None, mode: int, fi: Any = None) -> int:

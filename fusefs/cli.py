@@ -15,6 +15,7 @@ from sidecar.client import SidecarClient, default_address
 from sidecar.errors import ImagesError
 
 _SYSLOG_SOCKET = "/dev/log"
+_LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,9 +26,16 @@ _SYSLOG_SOCKET = "/dev/log"
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground, with the log on standard error.")
 @click.option("--binding", type=click.Choice(BINDINGS), default=BINDINGS[0], show_default=True, help="Of libfuse.")
 @click.option("--log", "log_path", type=click.Path(dir_okay=False), help="Append the log to this file.")
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
 @click.option("-o", "options", multiple=True, metavar="OPTION,…", help="settle=SECONDS, ro, allow_other, uid=, …")
 def main(
-    mountpoint: str, address: str | None, foreground: bool, binding: str, log_path: str | None, options: tuple[str, ...]
+    mountpoint: str,
+    address: str | None,
+    foreground: bool,
+    binding: str,
+    log_path: str | None,
+    log_level: str,
+    options: tuple[str, ...],
 ) -> None:
     """Mount the images of a sidecar at MOUNTPOINT, and unmount with fusermount3 -u MOUNTPOINT."""
     try:
@@ -38,7 +46,7 @@ def main(
     mountpoint = os.path.abspath(mountpoint)
     log_path = os.path.abspath(log_path) if log_path else None
     parent = Parent(None) if foreground else into_background()
-    _start_log(log_path, foreground=foreground)
+    _start_log(log_path, log_level, foreground=foreground)
     try:
         _serve(mountpoint, address or default_address(), parsed, binding, parent)
     except (MountError, ImagesError) as error:
@@ -53,7 +61,7 @@ def _serve(mountpoint: str, address: str, options: MountOptions, binding: str, p
         run(mountpoint, client, options, binding, signals, parent.ready)
 
 
-def _start_log(path: str | None, *, foreground: bool) -> None:
+def _start_log(path: str | None, level: str, *, foreground: bool) -> None:
     handler: logging.Handler
     layout = "%(asctime)s %(levelname)s %(name)s %(message)s"
     if path is not None:
@@ -66,7 +74,9 @@ def _start_log(path: str | None, *, foreground: bool) -> None:
     else:
         handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter(layout))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # What the bindings say at debug is every call, with traceback: more than anyone can read.
+    logging.getLogger("fuse").setLevel(max(logging.INFO, logging.getLogger().level))
 
 
 if __name__ == "__main__":

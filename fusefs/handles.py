@@ -25,6 +25,7 @@ class ImageHandle:
     source: SourceFile
     reader: Reader
     process: int  # whose it is; 0: not known
+    attributes: Attributes  # what stat showed: a file that is open outlives its name
 
 
 @dataclass(slots=True, eq=False)

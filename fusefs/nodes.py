@@ -1,10 +1,12 @@
 """What a path in the mount leads to."""
 
+import errno
 from dataclasses import dataclass
 
 from fusefs.deleting import Deletions, Ghost
+from fusefs.errors import fail
 from fusefs.staged import StagedDirectory, StagedFile
-from fusefs.staging import Recent, StagingArea
+from fusefs.staging import LateCompanion, Recent, StagingArea
 from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage, Key, Tree
 from sidecar.client import ImageRef, SidecarClient
 from sidecar.errors import ImageNotFound
@@ -68,7 +70,26 @@ class StagedFileNode:
     file: StagedFile
 
 
-Node = RootNode | DatastoreNode | ImageNode | ImageFileNode | GhostNode | GhostFileNode | StagedNode | StagedFileNode
+@dataclass(frozen=True, slots=True)
+class LateNode:
+    """A companion file that is being written into an image that is published already."""
+
+    parent: ImageNode
+    recent: Recent
+    companion: LateCompanion
+
+
+Node = (
+    RootNode
+    | DatastoreNode
+    | ImageNode
+    | ImageFileNode
+    | LateNode
+    | GhostNode
+    | GhostFileNode
+    | StagedNode
+    | StagedFileNode
+)
 
 
 def split(path: str) -> list[str]:
@@ -101,6 +122,19 @@ class Resolver:
             return None
         return self._file(parent, names[2])
 
+    def get(self, path: str | None) -> Node:
+        """What the path leads to; ENOENT for nothing, which a removed file's path is too."""
+        node = self.find(path) if path is not None else None
+        return node if node is not None else fail(errno.ENOENT)
+
+    def settled(self, path: str | None) -> Node:
+        """What the path leads to when no publish is running there."""
+        node = self.get(path)
+        if isinstance(node, StagedNode | StagedFileNode):
+            node.directory.wait_published()
+            node = self.get(path)
+        return node
+
     def with_details(self, node: ImageNode) -> ImageNode | None:
         """The image with its files, which some datastores tell only when asked; None when it is not whole then."""
         if node.image.details_known:
@@ -114,9 +148,11 @@ class Resolver:
 
     def _directory(self, datastore: IndexedDatastore, image_id: str) -> ImageNode | GhostNode | StagedNode | None:
         key = (datastore.name, image_id)
-        if (directory := self._area.directory(key)) is not None:
-            return StagedNode(directory)
+        directory = self._area.directory(key)
         image = datastore.images.get(image_id)
+        # The image that came out of a staged directory has its number: from then on it is the image.
+        if directory is not None and (image is None or image.number != directory.number):
+            return StagedNode(directory)
         if image is not None and image.is_valid:
             return ImageNode(datastore, image, self._area.recent(key))
         ghost = self._deletions.ghost(key)
@@ -131,6 +167,8 @@ class Resolver:
                 gone = None if name in ghost.removed else ghost.image.file(name)
                 return GhostFileNode(parent, gone) if gone is not None else None
             case ImageNode(_, image, recent):
+                if recent is not None and (companion := recent.late.get(name)) is not None:
+                    return LateNode(parent, recent, companion)
                 file = image.file(name)
                 if file is None and recent is not None and name in recent.renamed:
                     file = image.file(recent.renamed[name])

@@ -190,14 +190,13 @@ class StagingArea:
                 if isinstance(error, StagingNotFound):
                     self._drop(directory, error.message)
                 raise
+            _log.info(
+                "published image=%s copied_from=%s seconds=%.2f",
+                directory,
+                f"{copied_from.datastore}/{copied_from.image_id}" if copied_from else "",
+                self._clock() - started,
+            )
             self._published(directory, answer.image, dict(answer.renamed_files))
-        key = (directory.ref.datastore, directory.ref.image_id)
-        _log.info(
-            "published image=%s/%s copied_from=%s seconds=%.2f",
-            *key,
-            f"{copied_from.datastore}/{copied_from.image_id}" if copied_from else "",
-            self._clock() - started,
-        )
 
     def abort(self, directory: StagedDirectory, reason: str) -> None:
         """Drops a staged image."""
@@ -242,11 +241,12 @@ class StagingArea:
     def _published(self, directory: StagedDirectory, image: Image, renamed: dict[str, str]) -> None:
         key = (directory.ref.datastore, directory.ref.image_id)
         names = {file.name: renamed.get(file.name, file.name) for file in directory.files}
-        self._tree.changed(image, number=directory.number)
-        directory.end(State.PUBLISHED)
         with self._lock:
             self._recent[key] = Recent(directory.ref, names, self._clock() + RECENT_SECONDS)
+        self._tree.changed(image, number=directory.number)
+        with self._lock:
             self._directories.pop(key, None)
+        directory.end(State.PUBLISHED)
         path = f"/{key[0]}/{key[1]}"
         for name in {*names, *names.values()}:
             self.invalidate(f"{path}/{name}")

@@ -27,7 +27,7 @@ DOUBT_SECONDS = 30.0
 _FILE = Struct("<BqqqQ")
 _ID_MARK = "\0"  # stands for the image id where names are stored; no name has it
 
-_RANKS = {
+_RANKS: dict[int, int] = {
     FileKind.FILE_KIND_UNSPECIFIED: 1,
     FileKind.FILE_KIND_COMPANION: 1,
     FileKind.FILE_KIND_EXTENT: 2,

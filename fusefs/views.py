@@ -15,6 +15,7 @@ from fusefs.nodes import (
     GhostNode,
     ImageFileNode,
     ImageNode,
+    LateNode,
     Node,
     RootNode,
     StagedFileNode,
@@ -58,6 +59,9 @@ class Views:
                 return self._of_image(ghost.image)
             case ImageFileNode(parent, file):
                 return self._of_file(parent.image, file)
+            case LateNode(_, _, companion):
+                size = len(companion.data)
+                return self._owner.file(companion.inode, size, size, time.time_ns(), writable=True)
             case GhostFileNode(parent, file):
                 return self._of_file(parent.ghost.image, file)
             case StagedNode(directory):
@@ -83,15 +87,12 @@ class Views:
             case _:
                 fail(errno.ENOTDIR)
 
-    def companion(self, inode: int, size: int) -> Attributes:
-        return self._owner.file(inode, size, size, time.time_ns(), writable=True)
-
     def capacity(self, node: Node | None) -> Capacity:
         """Of the datastore that the path is in; of all of them together for the root."""
         match node:
             case DatastoreNode(datastore) | ImageNode(datastore, _, _) | GhostNode(datastore, _):
                 infos = [datastore.info]
-            case ImageFileNode(parent, _):
+            case ImageFileNode(parent, _) | LateNode(parent, _, _):
                 infos = [parent.datastore.info]
             case GhostFileNode(parent, _):
                 infos = [parent.datastore.info]
@@ -121,4 +122,6 @@ class Views:
         return self._owner.directory(image.inode, modified_ns=modified, accessed_ns=image.touched_ns)
 
     def _of_file(self, image: IndexedImage, file: IndexedFile) -> Attributes:
-        return self._owner.file(file_inode(image.number, file.name, file.kind), file.size, file.allocated, file.modified_ns)
+        return self._owner.file(
+            file_inode(image.number, file.name, file.kind), file.size, file.allocated, file.modified_ns
+        )

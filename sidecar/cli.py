@@ -69,7 +69,7 @@ def run(config: SidecarConfig) -> bool:
     parts = build(config)
     with Wakeups() as wakeups:
         try:
-            server = SidecarServer(parts.services, config)
+            server = SidecarServer(parts.services, config, interrupt=parts.interrupt)
             server.start()
         except BaseException:
             _bounded(parts.close, CLOSE_SECONDS)
@@ -119,30 +119,29 @@ def _bounded(close: Callable[[], None], seconds: float) -> bool:
 class Wakeups:
     """SIGTERM and SIGINT, and a wake-up of our own, as something to wait for.
 
-    A pipe, since a signal handler runs in the middle of whatever the main thread does: setting the Event that the
-    same thread waits for can deadlock in its lock.
+    The interpreter writes the signal's number into a pipe at the moment the signal comes, in whatever thread. A handler
+    in Python would run only when the main thread gets to it: never, when the signal comes just before it blocks.
     """
 
     def __enter__(self) -> "Wakeups":
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        # A full pipe has thousands of them waiting already.
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._ignore) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
         # The descriptors stay open: a thread that is late may still wake us, and the process ends with us.
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._send(number)
+    def _ignore(self, number: int, frame: FrameType | None) -> None:
+        """Only there so that the signal does not do what it does otherwise."""
 
     def wake(self) -> None:
-        self._send(0)
-
-    def _send(self, number: int) -> None:
-        # A full pipe has thousands of them waiting already.
         with contextlib.suppress(BlockingIOError):
-            os.write(self._write, bytes([number]))
+            os.write(self._write, b"\0")
 
     def wait(self) -> str | None:
         """The name of the signal that came, or None for a wake-up."""

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
@@ -117,9 +118,7 @@ class Caller:
 
         def attempt() -> Answer:
             try:
-                if undo is None:
-                    return method(request, timeout=deadline.remaining())
-                return _undone_when_interrupted(method.future(request, timeout=deadline.remaining()), undo)
+                return method(request, timeout=deadline.remaining())
             except grpc.RpcError as failure:
                 raise self.translated(failure) from None
 
@@ -129,7 +128,7 @@ class Caller:
             wait=tenacity.wait_exponential(multiplier=0.2, max=2.0, exp_base=2.5) + tenacity.wait_random(0, 0.1),
             reraise=True,
         )
-        return retrying(attempt)
+        return retrying(attempt) if undo is None else _undone_when_interrupted(lambda: retrying(attempt), undo)
 
     def start(self, method: "grpc.UnaryStreamMultiCallable[Request, Answer]", request: Request) -> Call[Answer]:
         """A call that streams its answers; no deadline, no retries."""
@@ -273,16 +272,24 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, errors.ImagesError) and error.code == "UNAVAILABLE"
 
 
-def _undone_when_interrupted(call: "grpc.Future[Answer]", undo: Callable[[Answer], object]) -> Answer:
+def _undone_when_interrupted(work: Callable[[], Answer], undo: Callable[[Answer], object]) -> Answer:
+    # In a thread of its own, where no signal handler raises: whatever moment it is, the answer is not lost.
+    answer: futures.Future[Answer] = futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as failure:
+            answer.set_exception(failure)
+
     try:
-        return call.result()
-    except grpc.RpcError:
-        raise
-    except BaseException:
-        # No answer within that time: the sidecar's own limits take care of what it made.
-        with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, errors.ImagesError):
-            undo(call.result(timeout=UNDO_SECONDS))
-        call.cancel()
+        threading.Thread(target=run, daemon=True).start()
+        return answer.result()
+    except BaseException as failure:
+        if not (answer.done() and failure is answer.exception()):
+            # No answer within that time: the sidecar's own limits take care of what it made.
+            with contextlib.suppress(errors.ImagesError, TimeoutError):
+                undo(answer.result(timeout=UNDO_SECONDS))
         raise
 
 

@@ -53,9 +53,16 @@ class SidecarServer:
     """One server at one address, started once and stopped once."""
 
     def __init__(
-        self, services: Sequence[Service], config: SidecarConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        services: Sequence[Service],
+        config: SidecarConfig,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
+        """`interrupt` is called when the calls that still run are cancelled: it ends what they wait for."""
         self._clock = clock
+        self._interrupt = interrupt
         self._grace = config.limits.shutdown_seconds
         self._refused: float | None = None
         self._activity = Activity()
@@ -96,11 +103,15 @@ class SidecarServer:
             raise
 
     def refuse(self) -> None:
-        """Begins the end: health says NOT_SERVING, new calls are refused, the grace time of the running ones starts."""
+        """Begins the end: health says NOT_SERVING, new calls are refused, the grace time of the running ones starts.
+
+        gRPC itself goes on until stop: from a server that is shutting down, a call that comes at the wrong moment gets
+        CANCELLED, which no client takes for a reason to try again.
+        """
         if self._refused is None:
             self._refused = self._clock()
             self._health.enter_graceful_shutdown()
-            self._server.stop(self._grace)
+            self._interceptor.refuse()
 
     def cancel(self) -> None:
         """Ends the grace time now; from any thread, while another is in stop."""
@@ -115,9 +126,10 @@ class SidecarServer:
         assert self._refused is not None
         self._interceptor.cancel_foreign()
         if not self._activity.wait_idle(self._refused + self._grace - self._clock()):
-            logger.warning("calls cancelled grace_seconds=%g", self._grace)
+            logger.warning("calls cancelled waited_seconds=%.1f", self._clock() - self._refused)
         # The calls that did not end, and the health watches, which never do.
         self._server.stop(0)
+        self._interrupt()
         ended = self._activity.wait_idle(CANCEL_SECONDS, hurried=False)
         self._server.wait_for_termination(CANCEL_SECONDS)
         self._pool.shutdown(wait=False, cancel_futures=True)

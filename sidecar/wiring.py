@@ -1,10 +1,11 @@
 """The parts of a sidecar, made from its configuration and joined."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from protos.images.v1 import datastore_service_pb2_grpc, image_service_pb2_grpc, staging_service_pb2_grpc
-from sidecar.config import SidecarConfig
+from sidecar.config import ConfigError, SidecarConfig
 from sidecar.datastores.kinds import DATASTORE_TYPES
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
@@ -28,6 +29,8 @@ class Parts:
     # Ends the streams that have no end of their own (watches), so that a shutdown does not wait for them. Returns at
     # once.
     end_watches: Callable[[], None]
+    # Ends the waits of calls that were cancelled: for locks, which others may hold for long. Returns at once.
+    interrupt: Callable[[], None]
     # Gives up what is held: staging directories, locks, threads. Called when no handler runs any more, or, when the
     # storage hangs, while some still do.
     close: Callable[[], None]
@@ -35,6 +38,7 @@ class Parts:
 
 def build(config: SidecarConfig) -> Parts:
     """Opens the datastores and makes the services. A datastore that cannot be reached now is no error."""
+    _refuse_aliases(config)
     catalog = Catalog()
     discoveries = []
     for place in config.datastores:
@@ -79,5 +83,19 @@ def build(config: SidecarConfig) -> Parts:
             ),
         ),
         end_watches=watches.end,
+        interrupt=library.interrupt,
         close=close,
     )
+
+
+def _refuse_aliases(config: SidecarConfig) -> None:
+    """ConfigError when two names lead to one directory, as links and bind mounts do: each image would be there twice."""
+    names: dict[tuple[int, int], str] = {}
+    for place in config.datastores:
+        try:
+            status = os.stat(place.path)
+        except OSError:  # away now; its other name would be a datastore that is away, too
+            continue
+        first = names.setdefault((status.st_dev, status.st_ino), place.name)
+        if first != place.name:
+            raise ConfigError(f"datastores {first} and {place.name} are the same directory, {place.path}: keep one")

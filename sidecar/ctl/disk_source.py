@@ -75,14 +75,18 @@ class SourceFile:
         assert self.size is not None
         holes = _Holes()
         with open(self.path, "rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
             for start, stop in data_ranges(file.fileno(), self.size):
                 for offset in range(start, stop, CHUNK_BYTES):
                     wanted = min(CHUNK_BYTES, stop - offset)
                     chunk = os.pread(file.fileno(), wanted, offset)
-                    if len(chunk) < wanted:
-                        raise errors.DiskFileFault(f"{self.path} changed while it was read: it is shorter now")
                     yield from holes.between(_without_zeroes(chunk, offset))
                     advance(wanted)
+            after = os.fstat(file.fileno())
+            if after.st_mtime_ns != before.st_mtime_ns or not before.st_size == after.st_size == self.size:
+                raise errors.DiskFileFault(
+                    f"{self.path} changed while it was read: import it when nothing writes to it"
+                )
         yield from holes.up_to(self.size)
 
     def _decompressed(self, advance: Callable[[int], None]) -> Iterator[Part]:

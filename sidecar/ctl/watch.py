@@ -1,5 +1,11 @@
 """imagectl watch: what happens to images, as it happens."""
 
+import os
+import select
+import signal
+import stat
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +34,7 @@ def watch(session: Session, datastore: str) -> None:
     Of DATASTORE, or of all; until Ctrl-C, also over restarts of the sidecar.
     """
     known = Known()
+    _end_with_the_reader()
     with session.client() as sidecar:
         for answer in _answers(session, sidecar, datastore):
             for text, document in known.take(answer):
@@ -58,6 +65,27 @@ def _answers(session: Session, sidecar: SidecarClient, datastore: str) -> Iterat
             except errors.SidecarUnavailable:
                 continue
         session.note("the sidecar is back")
+
+
+def _end_with_the_reader() -> None:
+    """Raises BrokenPipeError in the main thread when nobody reads any more, even when nothing happens to images.
+
+    Otherwise `imagectl watch | head -1` would not end before the next event.
+    """
+    if not stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+        return
+
+    def raise_broken_pipe(number: int, frame: object) -> None:
+        raise BrokenPipeError
+
+    def look() -> None:
+        reader = select.poll()
+        reader.register(sys.stdout.fileno(), 0)
+        reader.poll()
+        os.kill(os.getpid(), signal.SIGPIPE)
+
+    signal.signal(signal.SIGPIPE, raise_broken_pipe)
+    threading.Thread(target=look, daemon=True).start()
 
 
 @dataclass(slots=True)

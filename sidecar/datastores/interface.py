@@ -6,7 +6,7 @@ ImagesError that names the datastore, so an I/O error is never taken for "not th
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -168,8 +168,14 @@ class Datastore(Protocol):
     def shares_extents_with(self, other: "Datastore") -> bool:
         """Copies from there to here share their bytes instead of taking space."""
 
-    def lock(self, path: str, operation: str, timeout: float) -> HeldLock:
-        """Takes the datastore's lock of that path, waiting up to `timeout` seconds; LockTimeout names who holds it."""
+    def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
+        """Takes the datastore's lock of that path, waiting up to `timeout` seconds; LockTimeout names who holds it.
+
+        `check` is called several times a second while it waits: what that raises ends the wait, and passes.
+        """
+
+    def interrupt(self) -> None:
+        """Ends every wait for a lock, those to come too, with OperationCancelled. Free locks can be had still."""
 
     def users(self, paths: Sequence[str]) -> list[str]:
         """Who has one of these files open, in words; empty when nobody has."""

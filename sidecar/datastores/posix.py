@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -19,7 +19,15 @@ from sidecar.datastores.inotify import InotifyWatcher
 from sidecar.datastores.interface import Capacity, Datastore, Entry, EntryKind, ReadableFile, Transfer, WritableFile
 from sidecar.datastores.renaming import rename_no_replace
 from sidecar.datastores.transfer import can_clone, data_ranges, punch_hole, transfer_range
-from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImageInUse, ImagesError, InvalidRequest, NoSpace
+from sidecar.errors import (
+    DatastoreDenied,
+    DatastoreUnavailable,
+    ImageInUse,
+    ImagesError,
+    InvalidRequest,
+    NoSpace,
+    OperationCancelled,
+)
 from sidecar.locks.files import FileLocks
 from sidecar.locks.interface import HeldLock
 
@@ -50,6 +58,7 @@ class PosixDatastore:
         self.shared = datastore_type == "nfs"
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
+        self._interrupted = threading.Event()
 
     def close(self) -> None:
         with self._opening:
@@ -77,7 +86,7 @@ class PosixDatastore:
                     raise DatastoreUnavailable(
                         f"datastore {self.name}: cannot open {self.root_path}: {error.strerror}; create or mount it"
                     ) from error
-                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), FileLocks(fd))
+                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), FileLocks(fd, wait=self._wait_for_lock))
             return self._root
 
     def names(self, path: str) -> list[str]:
@@ -217,9 +226,16 @@ class PosixDatastore:
         here, there = self._open_root(), other._open_root()
         return here.reflink and here.device == there.device
 
-    def lock(self, path: str, operation: str, timeout: float) -> HeldLock:
+    def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         with self._faults("lock", path):
-            return self._open_root().locks.acquire(path, operation, timeout)
+            return self._open_root().locks.acquire(path, operation, timeout, check)
+
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
+    def _wait_for_lock(self, seconds: float) -> None:
+        if self._interrupted.wait(seconds):
+            raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
     def users(self, paths: Sequence[str]) -> list[str]:
         with ExitStack() as stack, self._faults("ask who has open", ", ".join(paths)):

@@ -3,7 +3,7 @@
 import bisect
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from sidecar.images.image import Image, ImageKey, ImageState
@@ -130,13 +130,13 @@ class Catalog:
                     removed.append(key)
             return CatalogChanges(self._revision, images, removed, everything)
 
-    def wait(self, revision: int, timeout: float) -> bool:
-        """Waits until there is something after `revision`, up to `timeout` seconds; whether there is."""
+    def wait(self, revision: int, timeout: float, ended: Callable[[], bool]) -> None:
+        """Waits until there is something after `revision`, or nobody waits for it any more, up to `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._revision > revision, timeout)
+            self._changed.wait_for(lambda: self._revision > revision or ended(), timeout)
 
     def wake(self) -> None:
-        """Lets everybody who waits look up, as when a call was cancelled."""
+        """Lets everybody who waits ask again whether it has ended."""
         with self._changed:
             self._changed.notify_all()
 

@@ -1,13 +1,14 @@
 """Copying an image, within a datastore or to another one, of another layout too."""
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import ReadableFile
-from sidecar.errors import DiskFileFault, ImageIncomplete, InvalidDisk
+from sidecar.errors import DiskFileFault, ImageIncomplete, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
 from sidecar.images.image import FileKind, Image, ImageFile
-from sidecar.images.names import descriptor_name, renamed_companion
+from sidecar.images.names import descriptor_name, is_reserved, renamed_companion
 from sidecar.images.progress import Progress
 from sidecar.images.publishing import publish
 from sidecar.images.staging import StagingDirectory
@@ -79,10 +80,8 @@ def copy_image(
     with OpenImage(source, source_id) as opened:
         require_space_for_copy(opened, destination)
         with StagingDirectory(destination, destination_id, f"copy {opened.image.key} to") as staging:
-            copied = clone_files(opened, staging, progress, disk_only=False)
-            _adopt_disk(opened, staging, copied)
-            progress.check()
-            return publish(staging)
+            clone_files(opened, staging, progress, disk_only=False)
+            return publish(staging, progress.check)
 
 
 def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:
@@ -91,15 +90,33 @@ def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:
         destination.require_space(opened.image.allocated)
 
 
-def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress, *, disk_only: bool) -> dict[str, str]:
-    """Copies an image's files into a staging directory, named for its image; returns new name by old name."""
-    renames = vmdk.renamed_files(opened.disk, staging.image_id)
+def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress, *, disk_only: bool) -> None:
+    """Copies an image's files into a staging directory, named for its image, and so named by the descriptor too."""
     files = [file for file in opened.image.files if file.kind is not FileKind.COMPANION or not disk_only]
+    renames = _new_names(opened, files, staging.image_id)
     progress.expect(sum(file.size for file in files))
     for file in files:
-        if file.name not in renames:
-            renames[file.name] = renamed_companion(file.name, opened.image.key.image_id, staging.image_id)
         _clone_file(opened, file.name, staging, renames[file.name], progress)
+    disk = opened.disk
+    raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
+    rewrite_staged_descriptor(staging, disk, renames, raw)
+
+
+def _new_names(opened: OpenImage, files: Iterable[ImageFile], image_id: str) -> dict[str, str]:
+    """New name by old name; InvalidRequest when a companion file would get a name that is another file's."""
+    renames = vmdk.renamed_files(opened.disk, image_id)
+    taken = set(renames.values())
+    for file in files:
+        if file.name in renames:
+            continue
+        name = renamed_companion(file.name, opened.image.key.image_id, image_id)
+        if name in taken or is_reserved(name):
+            raise InvalidRequest(
+                f"{opened.image.key}: in the image {image_id}, {file.name} would be called {name}, as another file is; "
+                "choose another image id"
+            )
+        renames[file.name] = name
+        taken.add(name)
     return renames
 
 
@@ -116,13 +133,6 @@ def _clone_file(opened: OpenImage, name: str, staging: StagingDirectory, new_nam
         target.sync()
     finally:
         target.close()
-
-
-def _adopt_disk(opened: OpenImage, staging: StagingDirectory, renames: dict[str, str]) -> None:
-    """Rewrites the copied descriptor, so that it names the copied extents."""
-    disk = opened.disk
-    raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
-    rewrite_staged_descriptor(staging, disk, renames, raw)
 
 
 def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, renames: dict[str, str], raw: bytes) -> None:

@@ -79,9 +79,9 @@ def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
 
     The image is gone already: what cannot be freed now, or is not because of a crash, is left to the reaper.
     """
-    if trash is not None:
-        try:
+    try:
+        if trash is not None:
             store.datastore.remove_tree(trash)
-        except ImagesError as error:
-            _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)
-    store.layout.tidy(store.datastore, image_id)
+        store.layout.tidy(store.datastore, image_id)
+    except ImagesError as error:
+        _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)

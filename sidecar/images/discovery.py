@@ -203,6 +203,8 @@ class Discovery:
         if self._watcher is None:
             self._stopping.wait(max(timeout, 0))
             return False
+        if self._stopping.is_set():  # set before there was a watcher to wake
+            return False
         changes = self._watcher.wait(max(timeout, 0))
         layout = self.store.layout
         changed: set[str] = set()

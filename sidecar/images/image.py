@@ -16,6 +16,7 @@ from sidecar.images.names import (
 )
 
 _MARKER_LIMIT = 64
+_LATEST_SECONDS = 253_402_300_799  # the end of the year 9999, where the contract's times end
 _START_BYTES = 4096
 
 
@@ -205,12 +206,15 @@ def _read_marker(datastore: Datastore, directory: str, entries: dict[str, Entry]
     if UNUSED_MARKER not in entries:
         return None
     try:
-        return int(datastore.read_file(f"{directory}/{UNUSED_MARKER}", _MARKER_LIMIT))
+        seconds = int(datastore.read_file(f"{directory}/{UNUSED_MARKER}", _MARKER_LIMIT))
     except FileNotFoundError:
         return None
     except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= _LATEST_SECONDS:
         problems.append(f"{UNUSED_MARKER} does not hold a time")
         return None
+    return seconds
 
 
 def _require_something(key: ImageKey, names: set[str]) -> None:

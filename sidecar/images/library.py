@@ -33,6 +33,11 @@ class Library:
             discovery.start()
         self.sessions.start()
 
+    def interrupt(self) -> None:
+        """Ends every wait for a lock: the sidecar shuts down."""
+        for discovery in self.discoveries.values():
+            discovery.store.datastore.interrupt()
+
     def close(self) -> None:
         """Ends what runs, leaves nothing half made, joins every thread."""
         self.copies.close()

@@ -52,11 +52,13 @@ def read_metadata(datastore: Datastore, image: Image, name: str) -> str:
 
 def update_companions(store: ImageStore, image_id: str, files: Mapping[str, bytes], remove: Iterable[str]) -> Image:
     """Writes and removes companion files of a valid image; all is checked before the first change."""
-    removed = list(remove)
+    removed = dict.fromkeys(remove)
     for name in (*files, *removed):
         check_file_name(name)
         if is_bookkeeping(name):
             raise InvalidRequest(f"{name!r} is not a companion file: names that start with a dot are not kept")
+    if both := files.keys() & removed.keys():
+        raise InvalidRequest(f"{min(both)!r} is to be written and to be removed: it can be one of the two")
     for name, content in files.items():
         if len(content) > MAX_METADATA_BYTES:
             raise InvalidRequest(f"{name} has {len(content)} bytes; a companion file has at most {MAX_METADATA_BYTES}")
@@ -70,7 +72,7 @@ def update_companions(store: ImageStore, image_id: str, files: Mapping[str, byte
                 if kinds.get(name, FileKind.COMPANION) is not FileKind.COMPANION:
                     raise InvalidRequest(f"{image.key}: {name} is part of the disk, and a disk never changes")
             for name in removed:
-                if name not in kinds and name not in files:
+                if name not in kinds:
                     raise FileNotInImage(f"{image.key} has no file {name!r}")
             for name, content in files.items():
                 store.datastore.write_file(image.path(name), content)

@@ -31,7 +31,7 @@ def is_image_id(name: str) -> bool:
 
 def is_bookkeeping(name: str) -> bool:
     """Whether a name in an image's directory is ours, and neither part of the disk nor a companion."""
-    return name in _BOOKKEEPING or name.endswith(LOCK_SUFFIX) or name.startswith((".", STAGING_PREFIX))
+    return name.startswith(".") or is_reserved(name)
 
 
 def check_file_name(name: str) -> None:
@@ -46,7 +46,13 @@ def check_file_name(name: str) -> None:
 
 def is_reserved(name: str) -> bool:
     """Whether a staged file may not be called so: the sidecar's own files are written by the sidecar alone."""
-    return name in _BOOKKEEPING or name.endswith(LOCK_SUFFIX) or name.startswith(STAGING_PREFIX)
+    return name in _BOOKKEEPING or is_lock_or_staging(name)
+
+
+def is_lock_or_staging(name: str) -> bool:
+    """Whether a name in an image's directory is that of a lock, or of a staging directory (layout vsan)."""
+    # No dot in the latter: the image `tmp_image_x` is valid, and its files are `tmp_image_x.vmdk` and the like.
+    return name.endswith(LOCK_SUFFIX) or (name.startswith(STAGING_PREFIX) and "." not in name)
 
 
 def descriptor_name(image_id: str) -> str:

@@ -75,6 +75,7 @@ class Operations(Generic[Result]):
         self._executor = ThreadPoolExecutor(limit, thread_name_prefix=name)
         self._lock = threading.Lock()  # guards the operations
         self._by_request: OrderedDict[str, Operation[Result]] = OrderedDict()
+        self._unfinished: set[Operation[Result]] = set()
 
     def start(self, request_id: str, fingerprint: str, work: Callable[[Progress], Result]) -> Operation[Result]:
         """The operation of this request id, running or done; a new one when there is none or it failed.
@@ -93,12 +94,20 @@ class Operations(Generic[Result]):
                 self._by_request.move_to_end(request_id)
                 while len(self._by_request) > _REMEMBERED:
                     self._by_request.popitem(last=False)
-            self._executor.submit(operation.run, work)
+            self._unfinished.add(operation)
+            self._executor.submit(self._run, operation, work)
             return operation
+
+    def _run(self, operation: Operation[Result], work: Callable[[Progress], Result]) -> None:
+        try:
+            operation.run(work)
+        finally:
+            with self._lock:
+                self._unfinished.discard(operation)
 
     def close(self) -> None:
         """Cancels what runs and waits until it has cleaned up."""
         with self._lock:
-            for operation in self._by_request.values():
+            for operation in self._unfinished:
                 operation.progress.cancel()
         self._executor.shutdown(wait=True)

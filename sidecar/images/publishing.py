@@ -1,5 +1,7 @@
 """Publish: the atomic step that turns a staging directory into an image."""
 
+from collections.abc import Callable
+
 from sidecar.errors import ImageIncomplete, ImageNotFound
 from sidecar.images.checking import restore_timestamp
 from sidecar.images.deletion import discard_unused, free_discarded
@@ -9,27 +11,34 @@ from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore, already_exists
 
 
-def publish(staging: StagingDirectory) -> Image:
+def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None) -> Image:
     """Makes a staged image durable and publishes it; afterwards the staging directory is gone, also on an error.
+
+    Until the last moment, what `check` raises ends it.
 
     ImageAlreadyExists when somebody was faster, LockTimeout, or what the datastore says. A crash at any point
     leaves either no image or the whole image.
     """
     store, image_id = staging.store, staging.image_id
-    with staging:
-        store.datastore.create_file(staging.path(TIMESTAMP), store.clock())
-        staging.sync()
-        with store.lock(image_id, "publish", new=True):
-            trash = _clear_the_way(store, image_id)
-            try:
-                store.layout.publish(store.datastore, staging.place, image_id)
-            except FileExistsError:
-                # Without the lock, as only another program would do it.
-                raise already_exists(store.read(image_id)) from None
-        staging.published()
-    store.changed(image_id)
-    if trash is not None:
-        free_discarded(store, image_id, trash)
+    trash: str | None = None
+    try:
+        with staging:
+            store.datastore.create_file(staging.path(TIMESTAMP), store.clock())
+            staging.sync()
+            with store.lock(image_id, "publish", new=True, check=check):
+                trash = _clear_the_way(store, image_id)
+                check()
+                try:
+                    store.layout.publish(store.datastore, staging.place, image_id)
+                except FileExistsError:
+                    # Without the lock, as only another program would do it.
+                    raise already_exists(store.read(image_id)) from None
+            staging.published()
+        store.changed(image_id)
+    finally:
+        # After an error too: the wreck that was in the way is gone, and its bytes are nobody's.
+        if trash is not None:
+            free_discarded(store, image_id, trash)
     return store.read(image_id)
 
 

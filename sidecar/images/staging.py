@@ -1,12 +1,18 @@
 """Staging directories: images in the making, private to their maker and locked for as long as they live."""
 
 import contextlib
+import logging
 from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import ReadableFile, WritableFile
+from sidecar.errors import DatastoreUnavailable, ImagesError
 from sidecar.images.store import ImageStore
 from sidecar.locks.interface import HeldLock
+
+_TRIES = 8
+
+_log = logging.getLogger(__name__)
 
 
 class StagingDirectory:
@@ -23,11 +29,25 @@ class StagingDirectory:
         self.token = store.new_token()
         self.place = store.layout.staging_place(image_id, self.token)
         self._lock: HeldLock | None = None
+        for _ in range(_TRIES):
+            try:
+                self._make(operation)
+                return
+            except FileNotFoundError:
+                # A parent that is not there yet, or (layout vsan) that whoever just removed the image took away.
+                store.layout.prepare(store.datastore)
+        raise DatastoreUnavailable(
+            f"{store.key(image_id)}: the directories that a staging directory needs are being removed again and again"
+        )
+
+    def _make(self, operation: str) -> None:
+        """After an error there is neither the directory nor the lock."""
+        store = self.store
         lock_inside = self.place.lock.startswith(f"{self.place.directory}/")
         try:
             if lock_inside:
                 store.datastore.make_directory(self.place.directory, parents=True)
-            self._lock = store.datastore.lock(self.place.lock, f"{operation} {image_id}", timeout=0)
+            self._lock = store.datastore.lock(self.place.lock, f"{operation} {self.image_id}", timeout=0)
             if not lock_inside:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
@@ -35,6 +55,7 @@ class StagingDirectory:
                 self.abort()
             else:
                 store.datastore.remove_tree(self.place.directory)
+                self._tidy()
             raise
 
     @property
@@ -76,9 +97,13 @@ class StagingDirectory:
 
     def _tidy(self) -> None:
         # Layout vsan: the emptied staging directory, and the image's own when nothing was published into it.
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            self.store.datastore.remove_directory(self.directory)
-        self.store.layout.tidy(self.store.datastore, self.image_id)
+        try:
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                self.store.datastore.remove_directory(self.directory)
+            self.store.layout.tidy(self.store.datastore, self.image_id)
+        except ImagesError as error:
+            # Published or not was decided before: an empty directory that stays does not change the answer.
+            _log.warning("staging not tidied directory=%s error=%s", self.directory, error)
 
     def __enter__(self) -> Self:
         return self

@@ -84,10 +84,13 @@ class ImageStore:
             )
 
     @contextmanager
-    def lock(self, image_id: str, operation: str, *, new: bool = False) -> Iterator[None]:
+    def lock(
+        self, image_id: str, operation: str, *, new: bool = False, check: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
         """Holds the image's lock; LockTimeout names its holder.
 
-        With `new`, also when nothing of the image is there yet; else a missing image may be a FileNotFoundError.
+        What `check` raises ends the waiting. With `new`, also when nothing of the image is there yet; else a missing
+        image may be a FileNotFoundError.
         """
         check_image_id(image_id)
         path = self.layout.image_lock(image_id)
@@ -95,7 +98,7 @@ class ImageStore:
             if new:
                 self.layout.make_lockable(self.datastore, image_id)
             try:
-                held = self.datastore.lock(path, f"{operation} {image_id}", self._lock_timeout)
+                held = self.datastore.lock(path, f"{operation} {image_id}", self._lock_timeout, check)
                 break
             except FileNotFoundError:
                 # Whoever just removed the image may take away the directory that was made for the lock.

@@ -64,7 +64,7 @@ class Watches:
                 everything = changes.everything and (first or bool(revision))
                 yield WatchEvent(changes.images, changes.removed, everything, token, discoveries if first else changed)
             revision = changes.revision
-            self._catalog.wait(revision, LOOK_SECONDS)
+            self._catalog.wait(revision, LOOK_SECONDS, lambda: self._ended.is_set() or not wanted())
 
     def _revision(self, resume_token: str) -> int:
         life, _, revision = resume_token.partition(":")

@@ -60,7 +60,9 @@ class FileLocks:
         self._now = now
         self._flock = flock
 
-    def acquire(self, path: LockPath, operation: str, timeout: float) -> HeldLock:
+    def acquire(
+        self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
+    ) -> HeldLock:
         """See DatastoreLocks. A parent or a lock file that is a symbolic link is refused (OSError)."""
         deadline = self._monotonic() + timeout
         delay = FIRST_WAIT
@@ -72,6 +74,7 @@ class FileLocks:
                     "try again when that is done, or end that process if it hangs (its lock goes with it)"
                 )
             self._wait(min(delay, left))
+            check()
             delay = min(2 * delay, LONGEST_WAIT)
         held = _HeldFileLock(self._root_fd, path, taken)
         try:

@@ -1,6 +1,7 @@
 """What every kind of datastore lock promises, and what a lock says about its holder."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -99,8 +100,12 @@ class HeldLock(Protocol):
 class DatastoreLocks(Protocol):
     """The locks of one datastore. Threads may share it."""
 
-    def acquire(self, path: LockPath, operation: str, timeout: float) -> HeldLock:
+    def acquire(
+        self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
+    ) -> HeldLock:
         """Take the lock `path`, waiting up to `timeout` seconds; 0 tries once.
+
+        `check` is called several times a second while it waits: what that raises ends the wait, and passes.
 
         Afterwards the caller is its only holder, among all threads, processes and hosts that lock the same way, and
         the lock names this process and `operation` (a few words, such as `publish image a`) to those who wait.

@@ -16,6 +16,7 @@ from sidecar.errors import (
     ImagesError,
     InternalError,
     OperationCancelled,
+    SidecarUnavailable,
     TooManyCalls,
 )
 from sidecar.services.errors import to_status
@@ -106,6 +107,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._clock = clock
         # One wrapper a method, made when it is called first; methods that nobody serves are not remembered.
         self._wrapped: dict[str, Handler] = {}
+        self._refusing = threading.Event()
         self._lock = threading.Lock()
         # Running calls of services that are not ours; guarded by _lock.
         self._foreign: set[grpc.ServicerContext] = set()
@@ -124,6 +126,10 @@ class CallInterceptor(grpc.ServerInterceptor):
             return handler
         return self._wrapped.setdefault(method, self._wrap(method, handler))
 
+    def refuse(self) -> None:
+        """From now on, calls are told that the sidecar ends."""
+        self._refusing.set()
+
     def cancel_foreign(self) -> None:
         """Ends the calls of other services (reflection): they have no result, and may be held open for ever."""
         with self._lock:
@@ -135,6 +141,8 @@ class CallInterceptor(grpc.ServerInterceptor):
         slots = self._slots.get(method)
 
         def admitted() -> contextlib.AbstractContextManager[None]:
+            if self._refusing.is_set():
+                raise SidecarUnavailable("the sidecar is shutting down: call again when it is back")
             return contextlib.nullcontext() if slots is None else slots.take()
 
         def single(behavior: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:

@@ -22,6 +22,9 @@ _KINDS = {
     FileKind.COMPANION: pb.FILE_KIND_COMPANION,
 }
 
+# The years 1 to 9999.
+_EARLIEST_NS, _LATEST_NS = -62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1
+
 
 def image_key(ref: pb.ImageRef) -> ImageKey:
     """InvalidRequest without a datastore, InvalidImageId for what is no image id."""
@@ -64,7 +67,7 @@ def image_message(image: Image) -> pb.Image:
         (message.tombstone_time, image.tombstoned_ns),
     ):
         if ns is not None:
-            field.FromNanoseconds(ns)
+            field.CopyFrom(timestamp(ns))
     if image.marked_unused_s is not None:
         message.marked_unused_time.FromSeconds(image.marked_unused_s)
     return message
@@ -106,8 +109,9 @@ def datastore_message(discovery: Discovery) -> pb.Datastore:
 
 
 def timestamp(ns: int) -> Timestamp:
+    """The time; the nearest that a message can hold, as some file systems take any time that they are given."""
     message = Timestamp()
-    message.FromNanoseconds(ns)
+    message.FromNanoseconds(min(max(ns, _EARLIEST_NS), _LATEST_NS))
     return message
 
 

@@ -8,6 +8,7 @@ and what the next attempt of another process made of it. Imports no gRPC and has
 """
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 from sidecar.datastores import posix
 from sidecar.datastores.posix import PosixDatastore
+from sidecar.datastores.renaming import rename_no_replace
 from sidecar.errors import ImageNotFound, ImagesError
 from sidecar.images.checking import check_whole, touch_image
 from sidecar.images.committing import StagedDisk, commit
@@ -28,7 +30,14 @@ from sidecar.images.layouts import LAYOUTS
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
-from tests.crash.support import lock_files, remains, staging_directories, write_image, write_image_files
+from tests.crash.support import (
+    image_directory,
+    lock_files,
+    remains,
+    staging_directories,
+    write_image,
+    write_image_files,
+)
 
 # What a full file system may refuse; the others free space, or need none.
 ALLOCATING = ("open", "mkdir", "pwrite", "copy_file_range", "ftruncate", "fsync", "renameat2")
@@ -104,7 +113,8 @@ def fail_at(step: int, fault: str) -> dict[str, str]:
     for name in STEPS:
         if fault != "ENOSPC" or name in ALLOCATING:
             setattr(os, name, counting(name, getattr(os, name)))
-    posix.rename_no_replace = counting("renameat2", posix.rename_no_replace)
+    # Not by the module that has it: this is the name that is called.
+    setattr(posix, "rename_no_replace", counting("renameat2", rename_no_replace))  # noqa: B010
     return met
 
 
@@ -162,11 +172,12 @@ def run(directory: Path, layout: str, operation: str, fault: str) -> None:
     for step in range(1, 1000):
         root = directory / f"{step}"
         prepare(root, layout, before)
-        found = {"step": step, **fork(lambda root=root, step=step: child(root, layout, step, fault, work))}
+        found = {"step": step, **fork(functools.partial(child, root, layout, step, fault, work))}
         found |= {
             "staging": len(staging_directories(root)),
             "locks": len(lock_files(root)),
             "remains": remains(root, "source", "target"),
+            "directory": image_directory(root, layout, "target").exists(),
         }
         store = make_store(root, layout)
         found |= {

@@ -1,11 +1,13 @@
 """What the tests of dying and running out share: images written by hand, and a look at what is left on a datastore."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.disks import MIB, pseudo_random
+from sidecar.errors import ImagesError
 
+MIB = 1024 * 1024
 LAYOUTS = ("compound", "sharded", "vsan")
 TIMESTAMP = "image_timestamp.txt"
 
@@ -51,7 +53,7 @@ def write_image(root: Path, layout: str, image_id: str, *, size: int = 1 * MIB, 
 def write_image_files(directory: Path, image_id: str, *, size: int = 1 * MIB, dense: bool = False) -> None:
     with (directory / f"{image_id}-flat.vmdk").open("wb") as file:
         if dense:
-            block = pseudo_random(1 * MIB, 7)
+            block = hashlib.shake_256(b"image").digest(1 * MIB)
             for _ in range(size // MIB):
                 file.write(block)
         file.truncate(size)
@@ -101,8 +103,6 @@ def threads(pid: int) -> int:
 
 def answers(call: Callable[[], object]) -> str:
     """`ok`, or the reason of the error that the call ended with."""
-    from sidecar.errors import ImagesError
-
     try:
         call()
     except ImagesError as error:

@@ -282,14 +282,14 @@ def test_decompressed_data_and_holes_are_the_file(tmp_path: Path) -> None:
     assert holes > 4 * MIB
 
 
-def test_a_file_that_shrinks_meanwhile_is_not_taken_for_whole(disk: Path) -> None:
+@pytest.mark.parametrize("size", [0, 4 * MIB + 5, 8 * MIB, 9 * MIB])
+def test_a_file_that_changes_meanwhile_is_not_taken_for_whole(size: int, disk: Path) -> None:
     extent, _ = open_disk(str(disk)).files
     parts = extent.parts(lambda read: None)
     next(parts)
     with disk.with_name("disk-flat.vmdk").open("r+b") as file:
-        file.truncate(4 * MIB + 5)
-        file.seek(4 * MIB)
         file.write(b"12345")
+        file.truncate(size)
     with pytest.raises(errors.DiskFileFault, match="changed while it was read"):
         list(parts)
 

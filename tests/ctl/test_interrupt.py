@@ -124,5 +124,5 @@ def test_a_bar_is_shown_where_somebody_watches_and_nowhere_else(
     assert "━" in imagectl.on_terminal("cp", "one/a", "two/b")
     assert "━" in imagectl.on_terminal("export", "one/a", tmp_path / "out")
     # The last line is the result, whole.
-    assert imagectl.on_terminal("cp", "one/a", "two/c").splitlines()[-1].startswith("one/a copied to two/c")
+    assert "one/a copied to two/c: 768 MiB" in imagectl.on_terminal("cp", "one/a", "two/c").splitlines()[-1]
     assert imagectl.result("cp", "one/a", "two/d").stderr == ""

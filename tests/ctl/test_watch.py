@@ -35,8 +35,12 @@ class Lines:
         document = json.loads(self.next())
         return document["event"], document.get("image") or document["datastore"]
 
-    def empty(self) -> bool:
-        return self._lines.empty()
+    def rest(self) -> list[str]:
+        """What was written and not looked at."""
+        rest = []
+        while not self._lines.empty():
+            rest.append(self._lines.get())
+        return rest
 
 
 @contextmanager
@@ -108,7 +112,7 @@ def test_a_watch_outlives_the_sidecar_and_tells_what_it_missed(
                 assert told == {("deleted", "one/changed"), ("removed", "one/gone")}
         imagectl("rm", "one/same")
         assert lines.next().split()[:2] == ["deleted", "one/same"]
-        assert lines.empty()
+        assert lines.rest() == []
 
 
 def test_a_sidecar_that_was_never_there_is_an_error(tmp_path: Path) -> None:

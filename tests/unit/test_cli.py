@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from protos.images.v1 import image_service_pb2_grpc as images_grpc
 from protos.images.v1 import staging_service_pb2 as staging
 from protos.images.v1 import staging_service_pb2_grpc as staging_grpc
 from protos.images.v1 import types_pb2
-from sidecar.cli import LineFormatter
+from sidecar.cli import LineFormatter, Wakeups
 from tests.support.processes import BIN, Sidecar, run, wait_until
 
 LIMIT = 20.0
@@ -157,7 +158,31 @@ def test_a_faulty_configuration_is_told_without_a_traceback(tmp_path: Path) -> N
     ]
 
 
+def test_a_signal_that_another_thread_gets_is_not_lost() -> None:
+    """The main thread, which sleeps then, would run a handler only when something else wakes it."""
+    main = threading.get_ident()
+
+    def send() -> None:
+        wait_until(lambda: sys._current_frames()[main].f_code.co_name == "wait", "the main thread waits")
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    with Wakeups() as wakeups:
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert wakeups.wait() == "SIGTERM"
+        thread.join(LIMIT)
+
+
 def test_what_a_client_sends_cannot_start_a_line_of_the_log() -> None:
     record = logging.LogRecord("sidecar", logging.INFO, "", 0, "copied ref=%s", ("a\nERROR é \x1b[2J",), None)
     line = LineFormatter().format(record)
     assert line.endswith(" INFO copied ref=a\\nERROR é \\x1b[2J")
+
+
+def test_one_directory_under_two_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "store")
+    flags = (f"--datastore=one={tmp_path}/store", f"--datastore=two={tmp_path}/alias")
+    ended = run(BIN / "image-sidecar", "serve", f"--listen=unix:{tmp_path}/s.sock", *flags, check=False)
+    assert ended.returncode == 2
+    assert "one and two are the same directory" in ended.stderr

@@ -99,7 +99,9 @@ class Running:
 
     def start(self) -> None:
         self.server.start()
-        self.channel = grpc.insecure_channel(self.server.address)
+        self.channel = grpc.insecure_channel(
+            self.server.address, [("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message_length", -1)]
+        )
         self.stub = datastores_grpc.DatastoreServiceStub(self.channel)
         self.copies = images_grpc.ImageServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)  # its stub file has no methods
@@ -542,14 +544,16 @@ def test_health_watches_hold_no_threads_and_do_not_hold_up_the_end(path: Path) -
 # The end.
 
 
-def test_a_running_call_may_end_and_no_new_one_begins(path: Path) -> None:
+def test_a_running_call_may_end_and_new_ones_are_told_to_come_again(path: Path) -> None:
     with serving(f"unix:{path}") as running:
         call = running.copy()
         running.server.refuse()
-        with grpc.insecure_channel(running.server.address) as channel:
-            stub = datastores_grpc.DatastoreServiceStub(channel)
-            error = raised(lambda: stub.ListDatastores(datastores.ListDatastoresRequest(), timeout=LIMIT))
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert running.status() == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert running.status("images.v1.ImageService") == health_pb2.HealthCheckResponse.NOT_SERVING
+        # Never CANCELLED, for which nobody tries again.
+        for _ in range(100):
+            error = raised(running.list)
+            assert (error.code(), info_of(error).reason) == (grpc.StatusCode.UNAVAILABLE, "SIDECAR_UNAVAILABLE")
         running.images.go.set()
         assert running.server.stop()
         assert [answer.done_bytes for answer in call] == [2]
@@ -557,7 +561,9 @@ def test_a_running_call_may_end_and_no_new_one_begins(path: Path) -> None:
 
 def test_a_change_that_is_made_while_the_server_ends_is_answered(path: Path) -> None:
     """Cancelling between the handler's return and its answer would tell that it was not made."""
-    for _ in range(20):
+    # So large that it takes a while to be sent.
+    name = "x" * (7 << 20)
+    for _ in range(5):
         with serving(f"unix:{path}") as running, ThreadPoolExecutor() as pool:
             started, go = threading.Event(), threading.Event()
 
@@ -565,12 +571,12 @@ def test_a_change_that_is_made_while_the_server_ends_is_answered(path: Path) -> 
                 started.set()
                 assert go.wait(LIMIT)
 
-            answer = pool.submit(running.get, deed)
+            answer = pool.submit(running.get, deed, name)
             assert started.wait(LIMIT)
             stopped = pool.submit(running.server.stop)
             go.set()
             assert stopped.result(LIMIT)
-            assert answer.result(LIMIT).datastore.name == "one"
+            assert answer.result(LIMIT).datastore.name == name
 
 
 def test_what_does_not_end_in_time_is_cancelled(path: Path) -> None:

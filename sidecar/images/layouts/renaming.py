@@ -34,18 +34,28 @@ class RenamingLayout:
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
         datastore.rename(staging.directory, destination)
-        datastore.sync_directory(parent(destination))
-        if parent(staging.directory) != parent(destination):
-            datastore.sync_directory(parent(staging.directory))
+        try:
+            datastore.sync_directory(parent(destination))
+            if parent(staging.directory) != parent(destination):
+                datastore.sync_directory(parent(staging.directory))
+        except BaseException:
+            # Who is told that it failed must not find the image there, to be lost by the next power cut.
+            datastore.rename(destination, staging.directory)
+            raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         _make(datastore, TRASH)
         directory = self.image_directory(image_id)
         trash = f"{TRASH}/{token}"
         datastore.rename(directory, trash)
-        # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
-        datastore.sync_directory(TRASH)
-        datastore.sync_directory(parent(directory))
+        try:
+            # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
+            datastore.sync_directory(TRASH)
+            datastore.sync_directory(parent(directory))
+        except BaseException:
+            # Who is told that it failed can do it again: in the trash, nobody would find it but the reaper.
+            datastore.rename(trash, directory)
+            raise
         return trash
 
     def tidy(self, datastore: Datastore, image_id: str) -> None:

@@ -16,6 +16,7 @@ from sidecar.images.names import (
     TOMBSTONE,
     descriptor_name,
     is_bookkeeping,
+    is_lock_or_staging,
 )
 
 _LOCK = f"lock{LOCK_SUFFIX}"
@@ -55,16 +56,21 @@ class VsanLayout:
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
-        if any(not _is_lock_or_staging(name) for name in datastore.names(destination)):
+        if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
             raise FileExistsError(destination)
         # The descriptor after what it names, and the timestamp, which makes the image valid, after everything.
         last = (descriptor_name(image_id), TIMESTAMP)
-        names = [name for name in datastore.names(staging.directory) if not _is_lock_or_staging(name)]
+        names = [name for name in datastore.names(staging.directory) if not is_lock_or_staging(name)]
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
             if name == TIMESTAMP:
                 datastore.sync_directory(destination)
             datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
-        datastore.sync_directory(destination)
+        try:
+            datastore.sync_directory(destination)
+        except BaseException:
+            # Who is told that it failed must not find a valid image there, to be lost by the next power cut.
+            datastore.rename(f"{destination}/{TIMESTAMP}", f"{staging.directory}/{TIMESTAMP}")
+            raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         directory = self.image_directory(image_id)
@@ -74,7 +80,7 @@ class VsanLayout:
             datastore.remove_file(f"{directory}/{TIMESTAMP}")
             datastore.sync_directory(directory)
         for name in sorted(names, key=lambda name: _removal_rank(name, image_id)):
-            if name != TIMESTAMP and not _is_lock_or_staging(name):
+            if name != TIMESTAMP and not is_lock_or_staging(name):
                 datastore.remove_tree(f"{directory}/{name}")
         datastore.sync_directory(directory)
         return None
@@ -82,10 +88,6 @@ class VsanLayout:
     def tidy(self, datastore: Datastore, image_id: str) -> None:
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             datastore.remove_directory(self.image_directory(image_id))
-
-
-def _is_lock_or_staging(name: str) -> bool:
-    return name.endswith(LOCK_SUFFIX) or name.startswith(STAGING_PREFIX)
 
 
 def _removal_rank(name: str, image_id: str) -> int:

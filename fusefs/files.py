@@ -1,0 +1,246 @@
+"""The operations on open files, and how they are opened."""
+
+import errno
+import os
+from typing import Any, NamedTuple
+
+from fusefs.copying import Copying
+from fusefs.errors import fail, operation
+from fusefs.handles import CompanionHandle, Handles, ImageHandle, StagedHandle
+from fusefs.nodes import (
+    GhostFileNode,
+    GhostNode,
+    ImageFileNode,
+    ImageNode,
+    LateNode,
+    Node,
+    Resolver,
+    StagedFileNode,
+    StagedNode,
+    split,
+)
+from fusefs.processes import is_being_killed, thread_group
+from fusefs.provenance import Generation, SourceFile
+from fusefs.reading import PageCachePolicy, open_image_file
+from fusefs.staging import LateCompanion, StagingArea
+from fusefs.tree import IndexedFile, Tree, file_inode
+from fusefs.views import Views
+from sidecar.client import SidecarClient
+
+
+class Opened(NamedTuple):
+    """An open file's number, and what the kernel may do with the pages that it has of the path."""
+
+    handle: int
+    keep_cache: bool = False
+    direct_io: bool = False
+
+
+class Files:
+    def __init__(
+        self,
+        client: SidecarClient,
+        tree: Tree,
+        area: StagingArea,
+        views: Views,
+        resolver: Resolver,
+        handles: Handles,
+    ) -> None:
+        self._client = client
+        self._tree = tree
+        self._area = area
+        self._views = views
+        self._resolver = resolver
+        self._handles = handles
+        self._copying = Copying(tree, handles)
+        self._pages = PageCachePolicy()
+
+    def path_of(self, *arguments: Any) -> str:
+        """For the log: the path that is among a call's arguments, or that of the handle."""
+        for argument in arguments:
+            if isinstance(argument, str):
+                return argument
+            if isinstance(argument, int) and (handle := self._handles.find(argument)) is not None:
+                return handle.path
+        return ""
+
+    @operation
+    def open(self, path: str, flags: int, pid: int) -> Opened:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        node = self._resolver.settled(path) if writing else self._resolver.get(path)
+        match node:
+            case StagedFileNode():
+                return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
+            case ImageFileNode(parent, file):
+                if writing or flags & os.O_TRUNC:
+                    fail(errno.EROFS)
+                return self._open_image_file(path, parent, file, pid)
+            case LateNode(_, recent, companion):
+                if flags & os.O_TRUNC:
+                    companion.truncate(0)
+                companion.handles += 1
+                return Opened(self._handles.add(CompanionHandle(path, recent, companion, writing)))
+            case GhostFileNode():
+                fail(errno.ENOENT)
+            case _:
+                fail(errno.EISDIR)
+
+    def _open_staged(self, path: str, node: StagedFileNode, *, writing: bool, truncating: bool) -> Opened:
+        node.directory.opened(node.file, writable=writing)
+        try:
+            if writing and truncating:
+                self._copying.truncate(node.directory, node.file, 0)
+            return Opened(self._handles.add(StagedHandle(path, node.directory, node.file, writing)))
+        except BaseException:
+            node.directory.released(node.file, writable=writing)
+            raise
+
+    def _open_image_file(self, path: str, parent: ImageNode, file: IndexedFile, pid: int) -> Opened:
+        key, name = parent.key, file.name
+
+        def current() -> Generation | None:
+            image = self._tree.image(*key)
+            found = image.file(name) if image is not None and image.is_valid else None
+            return found.generation if found is not None else None
+
+        reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
+        source = SourceFile(*key, name, file.generation)
+        advice = self._pages.opened(path, file.generation)
+        attributes = self._views.attributes(ImageFileNode(parent, file))
+        number = self._handles.add(ImageHandle(path, source, reader, thread_group(pid), attributes))
+        return Opened(number, advice.keep, advice.bypass)
+
+    @operation
+    def create(self, path: str, flags: int, pid: int) -> Opened:
+        names = split(path)
+        parent = self._resolver.settled("/".join(names[:-1]))
+        match parent:
+            case StagedNode(directory):
+                file = directory.create(names[-1])
+                return Opened(self._handles.add(StagedHandle(path, directory, file, writable=True)))
+            case ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
+                companion = LateCompanion(names[-1], file_inode(image.number, recent.final_name(names[-1])))
+                recent.late[names[-1]] = companion
+                return Opened(self._handles.add(CompanionHandle(path, recent, companion, writable=True)))
+            case ImageNode():
+                fail(errno.EROFS)
+            case GhostNode():
+                fail(errno.ENOENT)
+            case _:
+                fail(errno.EPERM, "files are in images only")
+
+    @operation
+    def read(self, handle: int, size: int, offset: int) -> bytes:
+        opened = self._handles.get(handle)
+        match opened:
+            case ImageHandle():
+                return opened.reader.read(size, offset)
+            case StagedHandle():
+                return opened.file.content.read(size, offset)
+            case CompanionHandle():
+                return bytes(opened.companion.data[offset : offset + size])
+            case _:
+                fail(errno.EISDIR)
+
+    @operation
+    def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
+        opened = self._handles.get(handle)
+        if isinstance(opened, ImageHandle):
+            return opened.reader.read_into(buffer, offset)
+        data = self.read(handle, len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
+    @operation
+    def write(self, handle: int, data: bytes, offset: int, pid: int) -> int:
+        opened = self._handles.get(handle)
+        match opened:
+            case StagedHandle(writable=True):
+                self._copying.write(opened, data, offset, pid)
+            case CompanionHandle(writable=True):
+                opened.companion.write(data, offset)
+            case _:
+                fail(errno.EBADF)
+        return len(data)
+
+    @operation
+    def copy_file_range(self, source: int, source_offset: int, target: int, offset: int, length: int) -> int:
+        opened, made = self._handles.get(source), self._handles.get(target)
+        if not isinstance(opened, ImageHandle) or not isinstance(made, StagedHandle) or not made.writable:
+            fail(errno.EXDEV)
+        return self._copying.clone(opened, source_offset, made, offset, length)
+
+    @operation
+    def lseek(self, handle: int, offset: int, whence: int) -> int:
+        opened = self._handles.get(handle)
+        match opened:
+            case ImageHandle():
+                return opened.reader.seek(offset, whence)
+            case StagedHandle():
+                return opened.file.content.seek(offset, whence)
+            case _:
+                fail(errno.EINVAL)
+
+    @operation
+    def truncate(self, path: str | None, size: int, handle: int | None = None) -> None:
+        opened = self._handles.find(handle)
+        node: Node
+        match opened:
+            case StagedHandle(directory=directory, file=file):
+                node = StagedFileNode(directory, file)
+            case CompanionHandle(companion=companion):
+                companion.truncate(size)
+                return
+            case _:
+                node = self._resolver.settled(path)
+        match node:
+            case StagedFileNode(directory, file):
+                self._copying.truncate(directory, file, size)
+            case LateNode(_, _, companion):
+                companion.truncate(size)
+            case ImageFileNode():
+                fail(errno.EROFS)
+            case _:
+                fail(errno.EISDIR)
+
+    @operation
+    def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
+        opened = self._handles.get(handle)
+        if not isinstance(opened, StagedHandle) or not opened.writable or mode != 0:
+            fail(errno.EOPNOTSUPP)
+        with opened.directory.change():
+            opened.file.content.allocate(offset, length)
+
+    @operation
+    def flush(self, handle: int, pid: int) -> None:
+        """A descriptor of the file is closed, perhaps not the last: what has to be reported is reported here."""
+        opened = self._handles.get(handle)
+        match opened:
+            case StagedHandle(writable=True) if is_being_killed(pid):
+                opened.directory.give_up(opened.file, thread_group(pid))
+            case StagedHandle(writable=True):
+                self._area.closing(opened.directory)
+            case CompanionHandle(writable=True, companion=companion):
+                if companion.changed and not is_being_killed(pid):
+                    self._area.add_companion(opened.recent, companion)
+
+    @operation
+    def release(self, handle: int) -> None:
+        opened = self._handles.remove(handle)
+        match opened:
+            case ImageHandle():
+                opened.reader.close()
+                self._pages.closed(opened.path, opened.source.generation)
+            case StagedHandle():
+                opened.directory.released(opened.file, writable=opened.writable)
+                self._area.wake()
+            case CompanionHandle(companion=companion):
+                companion.handles -= 1
+                if companion.handles == 0:
+                    opened.recent.late.pop(companion.name, None)
+
+    @operation
+    def fsync(self, handle: int) -> None:
+        opened = self._handles.get(handle)
+        if isinstance(opened, StagedHandle):
+            opened.file.content.sync()

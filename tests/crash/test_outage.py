@@ -1,0 +1,123 @@
+"""Datastores that are away, fail, or are locked by somebody: others go on, and nothing is taken for "not there"."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sidecar import errors
+from sidecar.client import SidecarClient
+from tests.crash.support import LAYOUTS, answers, image_directory, write_image
+from tests.support.disks import MIB
+from tests.support.processes import Sidecar, loop_mount, run, wait_until
+
+QUICK = 5.0  # seconds; a call that waits for a datastore that is away takes longer
+
+
+def ids(client: SidecarClient, datastore: str = "") -> list[str]:
+    return [f"{image.ref.datastore}/{image.ref.image_id}" for image in client.images(datastore)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_datastore_that_is_missing_at_the_start_delays_nobody_and_comes_to_life(
+    tmp_path: Path, stack: ExitStack, layout: str
+) -> None:
+    write_image(tmp_path / "here", layout, "a")
+    away = tmp_path / "mnt" / "away"
+    sidecar = stack.enter_context(
+        Sidecar(tmp_path / "run", f"here={tmp_path / 'here'},layout={layout}", f"away={away},layout={layout}")
+    )
+    client = stack.enter_context(sidecar.client())
+    began = time.monotonic()
+    (page,) = client.image_pages()
+    assert [image.ref.image_id for image in page.images] == ["a"]
+    assert len(page.incomplete_datastores) == 1 and str(away) in page.incomplete_datastores[0]
+    watch = stack.enter_context(client.watch())
+    first = next(watch)
+    assert [image.ref.image_id for image in first.images] == ["a"]
+    assert {store.name: store.accessible for store in first.datastores} == {"here": True, "away": False}
+    assert time.monotonic() - began < QUICK, "neither a listing nor a watch waits for it"
+    store = client.datastore("away")
+    assert not store.accessible and str(away) in store.fault
+    assert answers(lambda: client.image("away/b")) == "DATASTORE_UNAVAILABLE"
+    assert answers(lambda: client.copy("here/a", "away/b").wait()) == "DATASTORE_UNAVAILABLE"
+    client.copy("here/a", "here/b").wait()
+
+    write_image(away, layout, "b")
+    wait_until(lambda: ids(client, "away") == ["away/b"], "it is found by itself")
+    wait_until(lambda: {s.name: s.accessible for s in client.datastores()}["away"], "it is accessible")
+    assert not any(page.incomplete_datastores for page in client.image_pages())
+    client.copy("here/a", "away/c").wait()
+
+
+@pytest.mark.parametrize("layout", ("compound", "vsan"))
+def test_an_io_error_is_never_not_found_and_the_catalogue_keeps_what_it_knew(
+    tmp_path: Path, stack: ExitStack, layout: str
+) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "fs", 320 * MIB, ("mkfs.xfs", "-q")))
+    write_image(root, layout, "a")
+    write_image(tmp_path / "here", layout, "a")
+    sidecar = stack.enter_context(
+        Sidecar(tmp_path / "run", f"broken={root},layout={layout}", f"here={tmp_path / 'here'},layout={layout}")
+    )
+    client = stack.enter_context(sidecar.client(timeout=5.0))
+    assert ids(client) == ["broken/a", "here/a"]
+    run("xfs_io", "-x", "-c", "shutdown", root)
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: client.image("broken/a"),
+        "get of what never was": lambda: client.image("broken/b"),
+        "touch": lambda: client.touch("broken/a"),
+        "validate": lambda: client.validate("broken/a"),
+        "delete": lambda: client.delete("broken/a"),
+        "force": lambda: client.delete("broken/a", force=True),
+        "copy from": lambda: client.copy("broken/a", "here/b").wait(),
+        "copy to": lambda: client.copy("here/a", "broken/b").wait(),
+        "import": lambda: client.create_staging("broken/b"),
+        "read": lambda: list(client.read_file("broken/a", "a.vmdk")),
+    }
+    found = {what: answers(call) for what, call in calls.items()}
+    assert found == dict.fromkeys(calls, "DATASTORE_UNAVAILABLE")
+    wait_until(lambda: not client.datastore("broken").accessible, "it is told to be away")
+    assert ids(client) == ["broken/a", "here/a"], "an outage empties no listing"
+    assert any("broken" in text for page in client.image_pages() for text in page.incomplete_datastores)
+    client.copy("here/a", "here/c").wait()
+    assert "Traceback" not in sidecar.log.read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lock_that_another_process_holds_is_a_timeout_that_names_it(
+    tmp_path: Path, stack: ExitStack, layout: str
+) -> None:
+    root = tmp_path / "one"
+    write_image(root, layout, "a")
+    sidecar = stack.enter_context(
+        Sidecar(tmp_path / "run", f"one={root},layout={layout}", config="[limits]\nlock_timeout_seconds = 1\n")
+    )
+    client = stack.enter_context(sidecar.client())
+    directory = image_directory(root, layout, "a")
+    lock = directory / "lock.ec_lock" if layout == "vsan" else directory.with_name(f"{directory.name}.ec_lock")
+    holder = os.open(lock, os.O_RDWR | os.O_CREAT)
+    stack.callback(os.close, holder)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    os.write(
+        holder,
+        b'{"host": "esx-7", "pid": 4711, "process": "hostd", "operation": "sweep a", "since": "2026-01-02T03:04:05+00:00"}',
+    )
+    for call in (
+        lambda: client.delete("one/a"),
+        lambda: client.touch("one/a"),
+        lambda: client.delete("one/a", force=True),
+    ):
+        began = time.monotonic()
+        with pytest.raises(errors.LockTimeout) as raised:
+            call()
+        assert time.monotonic() - began >= 1.0, "it waits first"
+        for part in ("hostd", "4711", "esx-7", "sweep a", "2026-01-02 03:04:05"):
+            assert part in raised.value.message
+    assert client.image("one/a").ref.image_id == "a", "reading needs no lock"
+    fcntl.flock(holder, fcntl.LOCK_UN)
+    client.delete("one/a")

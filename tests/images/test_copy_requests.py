@@ -1,0 +1,120 @@
+"""One request id is one copy; a copy that nobody wants any more leaves nothing."""
+
+import threading
+
+import pytest
+
+from sidecar import errors
+from tests.support.disks import assert_same_disk
+from tests.support.places import MIB, Place, flat_files
+from tests.support.processes import wait_until
+from tests.support.world import World
+
+
+def outcome(world: World, request_id: str) -> bool:
+    """Whether the sidecar has seen the end of a cancelled call."""
+    lines = world.sidecar.log.read_text().splitlines()
+    return any(f"request_id={request_id} " in line and "outcome=CANCELLED" in line for line in lines)
+
+
+def test_a_request_that_is_sent_twice_at_once_is_one_copy(world: World, place: Place) -> None:
+    source = place.plant("a")
+    arguments = (f"{place.name}/a", f"{place.name}/b")
+    with place.locked("b"):
+        calls = [world.client.copy(*arguments, request_id=f"twice-{place.name}") for _ in range(3)]
+        for call in calls:
+            next(call)  # it is attended to
+        wait_until(lambda: bool(place.complete_staging_directories()), "the copy only has to publish")
+        assert len(place.staging_directories()) == 1
+    images = [call.wait() for call in calls]
+    assert images[0] == images[1] == images[2]
+    assert_same_disk(source, place.descriptor("b"))
+    place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
+
+
+def test_a_request_that_is_sent_again_afterwards_finds_its_copy(world: World, place: Place) -> None:
+    place.plant("a")
+    request_id = f"again-{place.name}"
+    first = world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait()
+    before = place.snapshot()
+    for _ in range(2):
+        assert world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait() == first
+    assert place.snapshot() == before
+    with pytest.raises(errors.ImageAlreadyExists):
+        world.client.copy(f"{place.name}/a", f"{place.name}/b").wait()
+
+
+def test_a_request_id_of_another_copy_is_refused(world: World, place: Place) -> None:
+    place.plant("a")
+    request_id = f"other-{place.name}"
+    world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait()
+    before = place.snapshot()
+    for source, destination in (("a", "c"), ("b", "b"), ("b", "c")):
+        with pytest.raises(errors.InvalidRequest, match=request_id):
+            world.client.copy(f"{place.name}/{source}", f"{place.name}/{destination}", request_id=request_id).wait()
+    assert place.snapshot() == before
+
+
+def test_a_request_that_failed_can_be_repeated_once_the_cause_is_gone(world: World, place: Place) -> None:
+    request_id = f"failed-{place.name}"
+    with pytest.raises(errors.ImageNotFound):
+        world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait()
+    place.plant("a")
+    world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait()
+    place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
+
+
+def test_a_cancelled_copy_leaves_no_image_and_no_staging_directory(world: World, place: Place) -> None:
+    place.plant("a", companions={"a.ecv": b"{}"})
+    request_id = f"cancelled-{place.name}"
+    with place.locked("b"):
+        copy = world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id)
+        wait_until(lambda: bool(place.complete_staging_directories()), "the copy only has to publish")
+        copy.cancel()
+        with pytest.raises(errors.OperationCancelled):
+            list(copy)
+        wait_until(lambda: outcome(world, request_id), "the sidecar knows that the call was cancelled")
+    wait_until(lambda: place.holds({"a": flat_files("a", "a.ecv")}), "nothing of the copy is left")
+    assert world.listed().keys() <= {f"{place.name}/a"}
+    # The same request, as after a Ctrl-C that was regretted, is a new copy.
+    world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id).wait()
+    place.assert_holds({"a": flat_files("a", "a.ecv"), "b": flat_files("b", "b.ecv")})
+
+
+@pytest.mark.parametrize("destination", ["one", "two", "three"])
+def test_a_copy_that_is_cancelled_at_any_moment_is_whole_or_nothing(world: World, destination: str) -> None:
+    there = world.places[destination]
+    source = world.places["one"].plant("a", size=32 * MIB, data=[(0, 32 * MIB)])
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
+        copy = world.client.copy("one/a", f"{destination}/b")
+        timer = threading.Timer(delay, copy.cancel)
+        timer.start()
+        try:
+            copy.wait()
+            cancelled = False
+        except errors.OperationCancelled:
+            cancelled = True
+        timer.join()
+        wait_until(lambda: not there.leftovers(), "nothing of the copy is left")
+        if there.directory("b").exists():
+            assert_same_disk(source, there.descriptor("b"))
+            world.client.delete(f"{destination}/b", force=True)
+        else:
+            assert cancelled
+
+
+def test_a_copy_goes_on_while_one_of_its_callers_still_wants_it(world: World, place: Place) -> None:
+    place.plant("a")
+    request_id = f"shared-{place.name}"
+    with place.locked("b"):
+        calls = [
+            world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id) for _ in range(2)
+        ]
+        for call in calls:
+            next(call)
+        calls[0].cancel()
+        with pytest.raises(errors.OperationCancelled):
+            list(calls[0])
+        wait_until(lambda: outcome(world, request_id), "the sidecar knows that one call was cancelled")
+    calls[1].wait()
+    place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})

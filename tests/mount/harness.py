@@ -1,0 +1,77 @@
+"""What the tests of the mount share beside the fixtures."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from sidecar.client import Part, SidecarClient
+from tests.support.processes import Mount, run, wait_until
+
+# Within what the mount promises, on a machine that is busy with other tests.
+SETTLED_SECONDS = 20.0
+
+
+def log_of(mount: Mount) -> str:
+    return mount.log.read_text()
+
+
+def names(directory: Path) -> set[str]:
+    return set(os.listdir(directory))
+
+
+def wait_listed(mount: Mount, ref: str) -> Path:
+    """Waits until the image is in its datastore's listing; its directory."""
+    datastore, _, image_id = ref.partition("/")
+    wait_until(
+        lambda: image_id in os.listdir(mount.path / datastore), f"{ref} is listed:\n{log_of(mount)}", SETTLED_SECONDS
+    )
+    return mount.path / ref
+
+
+def published_as(mount: Mount, ref: str) -> str | None:
+    """What the image was copied from, by the mount's log; empty for an import, None when it was not published."""
+    for line in reversed(log_of(mount).splitlines()):
+        if f"published image={ref} " in line:
+            return line.partition("copied_from=")[2].split(" ")[0]
+    return None
+
+
+def message_of(*command: str | Path) -> str:
+    """What a tool that fails says, without the paths before it."""
+    result = run(*command, check=False)
+    assert result.returncode != 0, f"{command} succeeded"
+    return result.stderr.strip().rpartition(": ")[2]
+
+
+def import_sparse(
+    client: SidecarClient, ref: str, descriptor: Path, *, companions: dict[str, bytes] | None = None
+) -> None:
+    """Imports every file beside the descriptor with its holes, and companion files."""
+    with client.create_staging(ref) as staging:
+        for path in sorted(descriptor.parent.iterdir()):
+            with path.open("rb") as file:
+                size, parts = path.stat().st_size, list[Part]()
+                for start, end in data_ranges(file.fileno(), size):
+                    parts.append((start, os.pread(file.fileno(), end - start, start)))
+                staging.write_file(path.name, parts, size=size)
+        for name, content in (companions or {}).items():
+            staging.write_file(name, [(0, content)])
+        staging.commit()
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def shell(script: str, **variables: Path | str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of shell; its variables are the arguments."""
+    assignments = [f"{name}={value}" for name, value in variables.items()]
+    return run("env", *assignments, "sh", "-c", script, check=False)

@@ -1,0 +1,134 @@
+"""Looking around and reading, with the tools that people use."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sidecar.client import SidecarClient
+from tests.mount.harness import import_sparse, names, wait_listed
+from tests.support.disks import MIB, assert_same_disk, digest, import_image, make_disk
+from tests.support.processes import Mount, Sidecar, run, wait_until
+
+MakeImage = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("datastore", ["one", "two", "three"])
+def test_lists_images_and_their_files_and_nothing_of_the_sidecars_own(
+    datastore: str, mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    descriptor = make_disk(tmp_path / "source", "x.vmdk")
+    import_image(client, f"{datastore}/a", descriptor, companions={"x.ecv": b'{"k": 1}'})
+    image = wait_listed(mount, f"{datastore}/a")
+    assert run("ls", mount.path).stdout.split() == ["one", "three", "two"]
+    assert run("ls", mount.path / datastore).stdout.split() == ["a"]
+    # In the order that makes a copy complete with its last file.
+    assert run("ls", "-U", image).stdout.split() == ["a.ecv", "a-flat.vmdk", "a.vmdk"]
+    assert run("find", image, "-type", "f", "-printf", "%f %s\n").stdout.splitlines()[1] == f"a-flat.vmdk {8 * MIB}"
+    assert (image / "a.ecv").read_bytes() == b'{"k": 1}'
+
+
+def test_stat_shows_what_the_datastore_has(mount: Mount, client: SidecarClient, tmp_path: Path) -> None:
+    import_sparse(client, "one/a", make_disk(tmp_path / "source"))
+    image = wait_listed(mount, "one/a")
+    for name in names(image):
+        real, shown = os.stat(tmp_path / "one" / "image_a" / name), os.stat(image / name)
+        assert (shown.st_size, shown.st_blocks, shown.st_mtime_ns) == (real.st_size, real.st_blocks, real.st_mtime_ns)
+        assert oct(shown.st_mode) == oct(0o100444)
+        assert (shown.st_uid, shown.st_gid, shown.st_nlink) == (os.getuid(), os.getgid(), 1)
+    assert oct(os.stat(image).st_mode) == oct(0o40755)
+    inodes = [os.stat(path).st_ino for path in (mount.path, mount.path / "one", image, *sorted(image.iterdir()))]
+    assert len(set(inodes)) == len(inodes)
+    assert inodes == [
+        os.stat(path).st_ino for path in (mount.path, mount.path / "one", image, *sorted(image.iterdir()))
+    ]
+    assert (image / "a-flat.vmdk").stat().st_blocks * 512 < 8 * MIB
+
+
+def test_df_shows_the_datastores_capacity(mount: Mount, client: SidecarClient) -> None:
+    datastore = client.datastore("one")
+    shown = os.statvfs(mount.path / "one")
+    assert shown.f_blocks * shown.f_frsize == datastore.capacity_bytes // 4096 * 4096
+    assert 0 < shown.f_bavail < shown.f_bfree <= shown.f_blocks
+    assert run("df", mount.path / "one").stdout.splitlines()[1].endswith(str(mount.path))
+
+
+def test_reads_the_same_bytes_by_every_way(mount: Mount, make_image: MakeImage, tmp_path: Path) -> None:
+    source = make_image("two/a")
+    image = wait_listed(mount, "two/a")
+    assert_same_disk(source, image / "a.vmdk")
+    assert '"virtual-size": 8388608' in run("qemu-img", "info", "-U", "--output=json", image / "a.vmdk").stdout
+    run("cp", "-r", image, tmp_path / "out")
+    assert digest(tmp_path / "out" / "a-flat.vmdk") == digest(source.with_name("disk-flat.vmdk"))
+    run("cmp", tmp_path / "out" / "a-flat.vmdk", image / "a-flat.vmdk")
+
+
+def test_several_readers_at_once(mount: Mount, make_image: MakeImage) -> None:
+    make_image("one/a")
+    path = wait_listed(mount, "one/a") / "a-flat.vmdk"
+    readers = [subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    sums = {reader.communicate(timeout=60)[0] for reader in readers}
+    assert sums == {f"{digest(path)}  {path}\n"}
+
+
+def test_an_open_file_is_a_use_of_its_image(mount: Mount, make_image: MakeImage, client: SidecarClient) -> None:
+    make_image("one/a")
+    path = wait_listed(mount, "one/a") / "a-flat.vmdk"
+    with path.open("rb"):
+        assert any("image-mount" in user for user in client.image("one/a").users)
+    wait_until(lambda: not client.image("one/a").users, "the file is not in use any more")
+
+
+def test_lists_ten_thousand_images_without_asking_for_each(
+    sidecar: Sidecar, tmp_path: Path, mount: Mount, make_image: MakeImage
+) -> None:
+    make_image("one/seed")
+    wait_listed(mount, "one/seed")
+    before = sidecar.log.read_text().count("GetImage")
+    for number in range(1000):
+        directory = tmp_path / "one" / f"image_bulk{number:05d}"
+        directory.mkdir()
+        for name in ("seed.vmdk", "image_timestamp.txt"):
+            os.link(tmp_path / "one" / "image_seed" / name, directory / name.replace("seed", f"bulk{number:05d}"))
+    wait_until(lambda: len(os.listdir(mount.path / "one")) == 1001, "all images are listed", 60)
+    listing = run("ls", "-l", mount.path / "one").stdout.splitlines()
+    assert len(listing) == 1002
+    assert sidecar.log.read_text().count("GetImage") == before
+
+
+def test_an_image_that_was_purged_and_made_again_shows_no_old_page(
+    mount: Mount, make_image: MakeImage, client: SidecarClient, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    path = wait_listed(mount, "one/a") / "a-flat.vmdk"
+    first = digest(path)
+    client.delete("one/a", force=True)
+    import_image(client, "one/a", make_disk(tmp_path / "other", "disk.vmdk", seed=99))
+    inode = client.image("one/a").files[0].inode
+    real = tmp_path / "one" / "image_a" / "a-flat.vmdk"
+    assert real.stat().st_ino == inode or digest(real) != first
+    wait_until(lambda: digest(path) == digest(real), "the mount shows the new image", 10)
+    assert digest(path) != first
+
+
+def test_what_others_do_is_seen_within_seconds(mount: Mount, make_image: MakeImage, client: SidecarClient) -> None:
+    make_image("one/a")
+    image = wait_listed(mount, "one/a")
+    assert (image / "a.vmdk").exists()
+    client.delete("one/a")
+    wait_until(lambda: "a" not in os.listdir(mount.path / "one"), "the deleted image is not listed")
+    wait_until(lambda: not (image / "a.vmdk").exists(), "its files are not there", 10)
+    client.restore("one/a")
+    wait_listed(mount, "one/a")
+    wait_until((image / "a.vmdk").exists, "its files are there again", 10)
+
+
+def test_details_of_a_slow_datastore_are_asked_for_once(sidecar: Sidecar, mount: Mount, make_image: MakeImage) -> None:
+    make_image("three/a")
+    image = wait_listed(mount, "three/a")
+    run("ls", "-l", mount.path / "three")
+    for _ in range(3):
+        assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+    assert sidecar.log.read_text().count("method=GetImage ref=three/a") <= 2

@@ -1,0 +1,179 @@
+"""cp between images: an image copy, complete or not at all, whatever the tool sends."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sidecar.client import SidecarClient
+from tests.mount.harness import import_sparse, log_of, names, published_as, wait_listed
+from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
+from tests.support.processes import Mount, run, wait_until
+
+MakeImage = Callable[[str], Path]
+DENSE = ((0, 8 * MIB),)
+
+
+@pytest.fixture
+def source(client: SidecarClient, mount: Mount, tmp_path: Path) -> Path:
+    """A sparse image with a companion file, in the mount."""
+    import_sparse(client, "one/a", make_disk(tmp_path / "source"), companions={"disk.ecv": b'{"k": 1}'})
+    return wait_listed(mount, "one/a")
+
+
+@pytest.fixture
+def dense(client: SidecarClient, mount: Mount, tmp_path: Path) -> Path:
+    import_image(client, "one/dense", make_disk(tmp_path / "dense", data=DENSE), companions={"disk.ecv": b"{}"})
+    return wait_listed(mount, "one/dense")
+
+
+@pytest.mark.parametrize("datastore", ["one", "two", "three"])
+@pytest.mark.parametrize("options", ["-r", "-a"])
+@pytest.mark.parametrize("kind", ["source", "dense"])
+def test_cp_is_an_image_copy(
+    kind: str, options: str, datastore: str, mount: Mount, request: pytest.FixtureRequest
+) -> None:
+    image: Path = request.getfixturevalue(kind)
+    target = mount.path / datastore / "b"
+    run("cp", options, image, target)
+    # Published by its last close: there at once, under its own names.
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert "b" in names(mount.path / datastore)
+    assert published_as(mount, f"{datastore}/b") == f"one/{image.name}"
+    assert_same_disk(image / f"{image.name}.vmdk", target / "b.vmdk")
+    assert (target / "b.ecv").read_bytes() == (image / f"{image.name}.ecv").read_bytes()
+    if kind == "source":
+        assert allocated(target / "b-flat.vmdk") < 3 * MIB
+
+
+def test_a_copy_keeps_the_name(source: Path, mount: Mount) -> None:
+    run("cp", "-a", source, mount.path / "two")
+    assert names(mount.path / "two" / "a") == {"a.vmdk", "a-flat.vmdk", "a.ecv"}
+    assert_same_disk(source / "a.vmdk", mount.path / "two" / "a" / "a.vmdk")
+
+
+def test_a_descriptor_is_read_at_its_new_size_at_once(source: Path, mount: Mount) -> None:
+    """The kernel knew the size of the file that was staged under the same path."""
+    run("cp", "-r", source, mount.path / "one" / "a-copy-with-a-much-longer-name")
+    shown = mount.path / "one" / "a-copy-with-a-much-longer-name" / "a-copy-with-a-much-longer-name.vmdk"
+    assert shown.stat().st_size == len(shown.read_bytes())
+    assert "a-copy-with-a-much-longer-name-flat.vmdk" in shown.read_text(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "subformat", ["twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "monolithicSparse", "streamOptimized"]
+)
+def test_every_kind_of_disk(subformat: str, mount: Mount, client: SidecarClient, tmp_path: Path) -> None:
+    descriptor = make_disk(tmp_path / "source", subformat=subformat)
+    import_image(client, "one/a", descriptor)
+    run("cp", "-r", wait_listed(mount, "one/a"), mount.path / "two" / "b")
+    assert published_as(mount, "two/b") == "one/a"
+    assert_same_disk(descriptor, mount.path / "two" / "b" / "b.vmdk")
+
+
+def test_mv_between_datastores_copies_and_deletes(source: Path, mount: Mount, client: SidecarClient) -> None:
+    expected = digest(source / "a-flat.vmdk")
+    run("mv", source, mount.path / "two" / "b")
+    assert names(mount.path / "one") == set()
+    assert names(mount.path / "two") == {"b"}
+    assert digest(mount.path / "two" / "b" / "b-flat.vmdk") == expected
+    # It can be undone.
+    client.restore("one/a")
+    wait_listed(mount, "one/a")
+    assert names(source) == {"a.vmdk", "a-flat.vmdk", "a.ecv"}
+
+
+def test_mv_inside_a_datastore(source: Path, mount: Mount) -> None:
+    run("mv", source, mount.path / "one" / "b")
+    assert names(mount.path / "one") == {"b"}
+    assert names(mount.path / "one" / "b") == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+
+
+def test_a_copier_that_reads_and_writes_is_recognised(source: Path, mount: Mount) -> None:
+    shutil.copytree(source, mount.path / "two" / "b")
+    assert published_as(mount, "two/b") == "one/a"
+    assert_same_disk(source / "a.vmdk", mount.path / "two" / "b" / "b.vmdk")
+
+
+def test_busybox_cp(dense: Path, mount: Mount) -> None:
+    run("busybox", "cp", "-r", dense, mount.path / "two" / "b")
+    assert published_as(mount, "two/b") == "one/dense"
+    assert_same_disk(dense / "dense.vmdk", mount.path / "two" / "b" / "b.vmdk")
+
+
+def test_rsync(source: Path, mount: Mount) -> None:
+    run("rsync", "-a", f"{source}/", mount.path / "two" / "b")
+    image = wait_listed(mount, "two/b")
+    assert names(image) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert_same_disk(source / "a.vmdk", image / "b.vmdk")
+
+
+def test_one_changed_byte_arrives_as_that_byte(source: Path, mount: Mount, tmp_path: Path) -> None:
+    target = mount.path / "two" / "b"
+    target.mkdir()
+    run("cp", source / "a-flat.vmdk", target)
+    with (target / "a-flat.vmdk").open("r+b") as file:
+        file.seek(100)
+        changed = bytes([file.read(1)[0] ^ 1])
+        file.seek(100)
+        file.write(changed)
+    run("cp", source / "a.vmdk", source / "a.ecv", target)
+    image = wait_listed(mount, "two/b")
+    assert published_as(mount, "two/b") == ""
+    copied, original = (image / "b-flat.vmdk").read_bytes(), (source / "a-flat.vmdk").read_bytes()
+    assert copied[100:101] == changed
+    assert copied[:100] + original[100:101] + copied[101:] == original
+
+
+def test_a_companion_that_comes_last_is_still_taken(source: Path, mount: Mount) -> None:
+    target = mount.path / "two" / "b"
+    target.mkdir()
+    for name in ("a-flat.vmdk", "a.vmdk", "a.ecv"):
+        run("cp", "-a", source / name, target / name)
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert (target / "b.ecv").read_bytes() == b'{"k": 1}'
+
+
+def test_the_copiers_names_resolve_for_a_while_and_are_not_listed(source: Path, mount: Mount) -> None:
+    target = mount.path / "two" / "b"
+    run("cp", "-r", source, target)
+    for name in ("a.vmdk", "a-flat.vmdk", "a.ecv"):
+        os.utime(target / name, ns=(1, 1))
+        (target / name).chmod(0o600)
+        assert (target / name).stat().st_size == (target / name.replace("a", "b", 1)).stat().st_size
+    os.utime(target)
+    target.chmod(0o700)
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+
+
+def test_two_copies_at_once_to_the_same_name_one_wins(source: Path, mount: Mount) -> None:
+    target = mount.path / "two" / "b"
+    copies = [subprocess.Popen(["cp", "-r", source, target], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [(copy.wait(60), copy.communicate()[1]) for copy in copies]
+    assert sorted(code == 0 for code, _ in results) == [False, True], results
+    assert names(target) >= {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert_same_disk(source / "a.vmdk", target / "b.vmdk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copier", [["cp", "-r"], ["busybox", "cp", "-r"]])
+def test_an_interrupted_cp_publishes_nothing_and_leaves_nothing(
+    copier: list[str], mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    import_image(client, "one/big", make_disk(tmp_path / "big", size=512 * MIB, data=((0, 512 * MIB),)))
+    source, target = wait_listed(mount, "one/big"), mount.path / "two" / "b"
+    copy = subprocess.Popen([*copier, source, target])
+    extent = target / "big-flat.vmdk"
+    wait_until(lambda: extent.exists() and extent.stat().st_size > 0, "the copy has begun")
+    copy.send_signal(signal.SIGINT)
+    assert copy.wait(30) == -signal.SIGINT
+    wait_until(lambda: not target.exists(), f"nothing is left:\n{log_of(mount)}", 20)
+    assert not [path for path in (tmp_path / "two").rglob("*") if "tmp_images/" in str(path)]
+    assert names(mount.path / "two") == set()
+    # And it can be done again.
+    run(*copier, source, target)
+    assert_same_disk(source / "big.vmdk", wait_listed(mount, "two/b") / "b.vmdk")

@@ -1,0 +1,201 @@
+"""The index that the mount shows, fed as the watch stream feeds it."""
+
+import gc
+import tracemalloc
+
+from fusefs.provenance import Generation
+from fusefs.reading import CacheAdvice, PageCachePolicy
+from fusefs.tree import DOUBT_SECONDS, Tree, file_inode
+from sidecar.client import Datastore, FileKind, Image, ImageRef, ImageState, WatchImagesResponse
+
+VALID, TOMBSTONED = ImageState.IMAGE_STATE_VALID, ImageState.IMAGE_STATE_TOMBSTONED
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def image(
+    image_id: str, *, state: ImageState.ValueType = VALID, inode: int = 1, details: bool = True, datastore: str = "one"
+) -> Image:
+    made = Image(
+        ref=ImageRef(datastore=datastore, image_id=image_id),
+        state=state,
+        details_known=details,
+        directory=f"image_{image_id}",
+    )
+    if details:
+        for name, kind, size in (
+            (f"{image_id}.ecv", FileKind.FILE_KIND_COMPANION, 10),
+            (f"{image_id}-flat.vmdk", FileKind.FILE_KIND_EXTENT, 1 << 30),
+            (f"{image_id}.vmdk", FileKind.FILE_KIND_DESCRIPTOR, 500),
+        ):
+            file = made.files.add(name=name, kind=kind, size_bytes=size, allocated_bytes=size // 2, inode=inode)
+            file.modify_time.FromNanoseconds(1_700_000_000_123_456_789 + inode)
+    return made
+
+
+def snapshot(*images: Image, datastores: tuple[str, ...] = ("one", "two")) -> WatchImagesResponse:
+    return WatchImagesResponse(
+        snapshot_start=True,
+        snapshot_complete=True,
+        images=images,
+        datastores=[Datastore(name=name) for name in datastores],
+    )
+
+
+def change(*images: Image, removed: tuple[str, ...] = ()) -> WatchImagesResponse:
+    return WatchImagesResponse(images=images, removed=[ImageRef(datastore="one", image_id=each) for each in removed])
+
+
+def names(tree: Tree, datastore: str = "one") -> list[str]:
+    found = tree.datastore(datastore)
+    assert found is not None
+    return sorted(each.image_id for each in found.valid_images())
+
+
+def test_shows_the_valid_images_of_a_snapshot_and_every_change() -> None:
+    tree = Tree()
+    assert not tree.wait_complete(0)
+    tree.apply(snapshot(image("a"), image("b", state=TOMBSTONED), image("c", datastore="two")))
+    assert tree.wait_complete(0)
+    assert (names(tree), names(tree, "two")) == (["a"], ["c"])
+    tree.apply(change(image("d"), image("b"), removed=("a",)))
+    assert names(tree) == ["b", "d"]
+    tree.apply(change(image("b", state=TOMBSTONED)))
+    assert names(tree) == ["d"]
+
+
+def test_files_are_as_the_sidecar_says_in_its_order() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a", inode=5)))
+    found = tree.image("one", "a")
+    assert found is not None
+    assert found.directory == "image_a"
+    assert [file.name for file in found.files] == ["a.ecv", "a-flat.vmdk", "a.vmdk"]
+    extent = found.file("a-flat.vmdk")
+    assert extent is not None
+    assert (extent.size, extent.allocated, extent.inode) == (1 << 30, 1 << 29, 5)
+    assert extent.modified_ns == 1_700_000_000_123_456_794
+    assert extent.is_disk
+    assert found.file("b.vmdk") is None
+
+
+def test_goes_on_showing_the_old_images_until_a_new_snapshot_is_whole() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a"), image("b")))
+    tree.apply(WatchImagesResponse(snapshot_start=True, images=[image("a")], datastores=[Datastore(name="one")]))
+    assert names(tree) == ["a", "b"]
+    tree.apply(WatchImagesResponse(snapshot_complete=True, images=[image("c")]))
+    assert names(tree) == ["a", "c"]
+    assert [each.name for each in tree.datastores] == ["one"]
+
+
+def test_a_snapshot_that_broke_off_does_not_count() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a")))
+    tree.apply(WatchImagesResponse(snapshot_start=True, images=[image("b")], datastores=[Datastore(name="one")]))
+    tree.forget_half_snapshot()
+    tree.apply(change(image("c")))
+    assert names(tree) == ["a", "c"]
+
+
+def test_inode_numbers_are_stable_and_in_the_order_of_a_copy() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a"), image("b")))
+    before = tree.image("one", "a")
+    tree.apply(change(image("a", inode=9)))
+    tree.apply(snapshot(image("b"), image("a", inode=9)))
+    after = tree.image("one", "a")
+    assert before is not None and after is not None
+    assert before.inode == after.inode
+    numbers = [file_inode(after.number, file.name, file.kind) for file in after.files]
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) == 3
+
+
+def test_what_this_mount_did_is_not_undone_by_an_older_event() -> None:
+    clock = Clock()
+    tree = Tree(clock=clock)
+    tree.apply(snapshot(image("old")))
+    tree.changed(image("new"))
+    tree.deleted(ImageRef(datastore="one", image_id="old"))
+    # The stream tells of before: the new one is not there, the old one still is.
+    assert tree.apply(change(image("old"), removed=("new",))) == [("one", "old"), ("one", "new")]
+    assert names(tree) == ["new"]
+    assert sorted(tree.apply(snapshot(image("old")))) == [("one", "new"), ("one", "old")]
+    assert names(tree) == ["new"]
+    # The sidecar is asked, and what it says counts.
+    tree.settle(("one", "new"), clock.now, None)
+    tree.settle(("one", "old"), clock.now, image("old"))
+    assert names(tree) == ["old"]
+    clock.now += DOUBT_SECONDS
+    assert tree.apply(change(removed=("old",))) == []
+    assert names(tree) == []
+
+
+def test_an_answer_that_was_asked_for_before_another_change_does_not_count() -> None:
+    clock = Clock()
+    tree = Tree(clock=clock)
+    tree.apply(snapshot())
+    tree.changed(image("a"))
+    asked_at = clock.now
+    clock.now += 1
+    tree.deleted(ImageRef(datastore="one", image_id="a"))
+    tree.settle(("one", "a"), asked_at, image("a"))
+    assert names(tree) == []
+
+
+def test_details_that_were_asked_for_stay_known() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a", details=False)))
+    found = tree.image("one", "a")
+    assert found is not None and not found.details_known and not found.files
+    tree.learn(image("a"))
+    tree.apply(change(image("a", details=False)))
+    found = tree.image("one", "a")
+    assert found is not None and found.details_known and len(found.files) == 3
+    tree.apply(change(image("a", details=False, state=TOMBSTONED)))
+    assert names(tree) == []
+
+
+def test_says_which_images_changed() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a"), image("b")))
+    assert tree.take_changes() == []
+    tree.apply(change(image("a"), image("b", inode=2)))
+    assert [(datastore, old.image_id) for datastore, old in tree.take_changes()] == [("one", "b")]
+
+
+def test_an_image_takes_less_than_a_kilobyte() -> None:
+    tree = Tree()
+    tree.apply(snapshot())
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for start in range(0, 10_000, 500):
+            tree.apply(change(*(image(f"debian-12-build-{number:08d}") for number in range(start, start + 500))))
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(names(tree)) == 10_000
+    assert used / 10_000 < 1000
+
+
+def test_pages_are_kept_for_the_same_file_only() -> None:
+    pages = PageCachePolicy()
+    first, second = Generation(1, 1, 1), Generation(2, 1, 1)
+    assert pages.opened("/a", first) == CacheAdvice(keep=False, bypass=False)
+    assert pages.opened("/a", first) == CacheAdvice(keep=True, bypass=False)
+    # Another file of the same path, while the old one is open: their pages must not mix.
+    assert pages.opened("/a", second) == CacheAdvice(keep=False, bypass=True)
+    for generation in (first, first, second):
+        pages.closed("/a", generation)
+    assert pages.opened("/a", second) == CacheAdvice(keep=False, bypass=False)
+    pages.closed("/a", second)
+    assert pages.opened("/a", second) == CacheAdvice(keep=True, bypass=False)
