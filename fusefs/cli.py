@@ -19,7 +19,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint")
 @click.option(
     "--sidecar", "address", metavar="ADDRESS", envvar="IMAGE_SIDECAR", help="Of the sidecar: unix:PATH or HOST:PORT."
 )

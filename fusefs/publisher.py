@@ -66,7 +66,10 @@ class Publisher:
                     self._area.work.wait(self._pause())
 
     def _pause(self) -> float | None:
-        """Until something may be due; None while there is nothing to look after, so that an idle mount sleeps."""
+        """Until something may be due; None while there is nothing to look after, so that an idle mount sleeps.
+
+        Asked with `work` held: whoever changes something notifies afterwards, and so never between this and the wait.
+        """
         now = self._clock()
         pauses = [self._pause_for(directory, now) for directory in self._area.directories if not directory.writers]
         if (due := self._deletions.next_due()) is not None:
@@ -99,7 +102,7 @@ class Publisher:
         if reason := self._rules.held_back(directory):
             directory.reason = reason
             directory.tried_version = version
-            _log.debug("not published yet image=%s reason=%s", directory, reason)
+            _log.info("not published yet image=%s reason=%s", directory, reason)
             return
         try:
             self._area.publish(directory)

@@ -169,6 +169,7 @@ class StagingArea:
         exists already; `reason` says why.
         """
         started = self._clock()
+        key = (directory.ref.datastore, directory.ref.image_id)
         with directory.publishing(closing) as allowed:
             if not allowed:
                 if directory.state is State.PUBLISHED:
@@ -180,11 +181,14 @@ class StagingArea:
                     fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
                 for file in directory.files:
                     file.content.sync()
+                self._tree.expect(key, directory.number)
                 answer = directory.staging.commit(copied_from=copied_from)
             except ImageAlreadyExists as error:
+                self._tree.expect(key, None)
                 self._drop(directory, error.message)
                 raise
             except (ImagesError, OSError) as error:
+                self._tree.expect(key, None)
                 directory.reason = str(error)
                 directory.tried_version = version
                 if isinstance(error, StagingNotFound):
@@ -243,10 +247,11 @@ class StagingArea:
         names = {file.name: renamed.get(file.name, file.name) for file in directory.files}
         with self._lock:
             self._recent[key] = Recent(directory.ref, names, self._clock() + RECENT_SECONDS)
-        self._tree.changed(image, number=directory.number)
+        self._tree.changed(image)
         with self._lock:
             self._directories.pop(key, None)
         directory.end(State.PUBLISHED)
+        self._tree.expect(key, None)
         path = f"/{key[0]}/{key[1]}"
         for name in {*names, *names.values()}:
             self.invalidate(f"{path}/{name}")

@@ -154,6 +154,7 @@ class Tree:
         self._datastores: dict[str, IndexedDatastore] = {}
         self._snapshot: dict[Key, IndexedImage] | None = None
         self._own_changes: dict[Key, float] = {}  # until when an event about the image is doubted
+        self._expected: dict[Key, int] = {}
         self._complete = threading.Event()
         self._changes: list[tuple[str, IndexedImage]] = []
 
@@ -173,6 +174,14 @@ class Tree:
         """A number that no directory of this mount had before."""
         with self._lock:
             return next(self._numbers)
+
+    def expect(self, key: Key, number: int | None) -> None:
+        """The image that is about to be published has this number, whoever tells of it first; None: not any more."""
+        with self._lock:
+            if number is None:
+                self._expected.pop(key, None)
+            else:
+                self._expected[key] = number
 
     def wait_complete(self, timeout: float) -> bool:
         """True when everything is known that there is; false after `timeout` seconds."""
@@ -227,12 +236,12 @@ class Tree:
             self._put((image.ref.datastore, image.ref.image_id), indexed)
             return indexed
 
-    def changed(self, image: Image, *, number: int | None = None) -> IndexedImage:
-        """This mount published or changed the image; `number` is what its directory had until now."""
+    def changed(self, image: Image) -> IndexedImage:
+        """This mount published or changed the image."""
         key = (image.ref.datastore, image.ref.image_id)
         with self._lock:
             self._own_changes[key] = self._clock() + DOUBT_SECONDS
-            indexed = self._indexed(image, number)
+            indexed = self._indexed(image)
             self._put(key, indexed)
             return indexed
 
@@ -280,8 +289,10 @@ class Tree:
         self._complete.set()
         return doubted
 
-    def _indexed(self, image: Image, number: int | None = None) -> IndexedImage:
-        before = self.image(image.ref.datastore, image.ref.image_id)
+    def _indexed(self, image: Image) -> IndexedImage:
+        key = (image.ref.datastore, image.ref.image_id)
+        before = self.image(*key)
+        number = self._expected.get(key)
         if number is None:
             number = before.number if before is not None else next(self._numbers)
         indexed = IndexedImage(image, number, self._shapes)

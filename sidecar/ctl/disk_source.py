@@ -302,8 +302,7 @@ def _require_vmdk(path: str, head: bytes) -> None:
     for offset, magic, what in _DISKS:
         if head.startswith(magic, offset):
             raise errors.InvalidDisk(f"{path} is {what}, not a VMDK: {_convert(path)}")
-    # qemu-img fills the descriptor's last sector with zeroes.
-    text = len(head) < HEAD_BYTES and b"\0" not in head.rstrip(b"\0")
+    text = len(head) < HEAD_BYTES and b"\0" not in vmdk.without_padding(head)
     if head.startswith(_VMDK_MAGICS) or text:
         return
     descriptor = path.removesuffix(".gz").removesuffix("-flat.vmdk") + ".vmdk"

@@ -1,9 +1,9 @@
 """Moving the bytes of one file to another on this host: shared extents, else in the kernel, else through memory.
 
-Holes stay holes at every stage. The order is by what it costs: a clone is nothing and takes no space; direct I/O from the
-source's pages in the cache copies no byte in memory (measured on ext4: 2 GiB in 0.5 s with 0.03 s of processor time, where
-copy_file_range took 1.1 s and 1 s) and does not push what running VMs read out of the cache; copy_file_range lets a file
-server do it; reading and writing works everywhere.
+Holes stay holes at every stage. The order is by cost. A clone is nothing and takes no space. Direct I/O from the
+source's pages in the cache copies no byte in memory, and leaves in the cache what running VMs read: on ext4, 2 GiB took
+0.5 s, of it 0.1 s of a processor, where copy_file_range took 1.1 s and 0.7 s. copy_file_range lets a file server do it.
+Reading and writing works everywhere.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 _SYNC_FILE_RANGE_WRITE = 0x02
 _DIRECT_UNIT = mmap.ALLOCATIONGRANULARITY  # a page: no device has larger sectors
 _DIRECT_MINIMUM = 256 * 1024  # below, preparing it costs more than it saves
-_READ_AHEAD = 512 * 1024
+_READ_AHEAD = 256 * 1024  # of one advice; of larger ones some devices read only the beginning
 # Direct I/O that this file system, device or memory does not do, and a fault in the source, which reading it will name.
 _CANNOT_WRITE_DIRECTLY = {errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT, errno.EIO, errno.EAGAIN}
 
@@ -152,7 +152,7 @@ def _copy_data(source: int, source_offset: int, destination: int, offset: int, l
 def _copy_directly(
     source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
 ) -> int:
-    """Writes the source's pages past the page cache; returns the bytes done, all whole pages or fewer, 0 where it cannot.
+    """Writes the source's pages past the page cache; returns the bytes done, fewer or 0 where that cannot be.
 
     What is left is for the other ways, which also say what was wrong.
     """
@@ -168,12 +168,16 @@ def _copy_directly(
     except OSError:
         return 0
     try:
-        done = 0
+        done = advised = 0
         while done < length:
+            # The next chunk is read while this one is written; without, a cold source is read a few pages at a time.
+            while advised < min(done + 2 * CHUNK, length):
+                os.posix_fadvise(source, source_offset + advised, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                advised += _READ_AHEAD
             moved = _write_pages(source, source_offset + done, direct, offset + done, min(CHUNK, length - done))
             done += moved
             transfer.advance(moved)
-            if moved % _DIRECT_UNIT or not moved:
+            if not moved or moved % _DIRECT_UNIT:
                 break
         return done
     finally:
@@ -181,10 +185,10 @@ def _copy_directly(
 
 
 def _write_pages(source: int, source_offset: int, direct: int, offset: int, length: int) -> int:
-    """One direct write from the source's pages. The kernel reads them: a fault in them is an error, never a signal."""
-    # The next chunk is read while this one is written.
-    for position in range(source_offset, source_offset + 2 * length, _READ_AHEAD):
-        os.posix_fadvise(source, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+    """One direct write from the source's pages; 0 when it cannot be made.
+
+    Only the kernel reads the pages, so what is wrong with one is an error here and never a signal.
+    """
     try:
         with mmap.mmap(source, length, prot=mmap.PROT_READ, offset=source_offset) as pages:
             return os.pwrite(direct, pages, offset)

@@ -36,18 +36,28 @@ class Operation(Generic[Result]):
         return self._future.done() and self._future.exception() is not None
 
     @contextmanager
-    def attend(self) -> Iterator[None]:
-        """Wants the result for as long as the block lasts. When the last one leaves, what is not done is cancelled."""
+    def attend(self) -> Iterator[Callable[[], None]]:
+        """Wants the result for as long as the block lasts. When the last one leaves, what is not done is cancelled.
+
+        Gives what leaves before the end of the block, from any thread: who finds out first that nobody is there.
+        """
         with self._lock:
             self._attending += 1
-        try:
-            yield
-        finally:
+        here = True
+
+        def leave() -> None:
+            nonlocal here
             with self._lock:
-                self._attending -= 1
-                last = self._attending == 0
+                self._attending -= here
+                last = here and self._attending == 0
+                here = False
             if last and not self._future.done():
                 self.progress.cancel()
+
+        try:
+            yield leave
+        finally:
+            leave()
 
     def wait(self, timeout: float) -> bool:
         """Waits up to `timeout` seconds for the end; whether it is there."""

@@ -24,6 +24,7 @@ from sidecar.images.vmdk_descriptor import (
     rewrite_descriptor,
     rewrite_embedded,
     shown,
+    without_padding,
 )
 from sidecar.images.vmdk_sparse import SPARSE_MAGIC, FileReader, SparseHeader, check_sparse_file, read_exactly
 
@@ -47,6 +48,7 @@ __all__ = [
     "require_standalone",
     "rewrite_descriptor",
     "rewrite_embedded",
+    "without_padding",
 ]
 
 _EMBEDDING_TYPES = ("monolithicsparse", "streamoptimized")

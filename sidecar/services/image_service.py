@@ -109,7 +109,9 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         operation = self._library.start_copy(
             image_key(request.source), image_key(request.destination), request.request_id
         )
-        with operation.attend():
+        with operation.attend() as leave:
+            if not context.add_callback(leave):
+                return
             for amount in operation.amounts(PROGRESS_SECONDS):
                 if not context.is_active():
                     return

@@ -131,7 +131,9 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 clone_files(opened, staging, progress, disk_only=True)
 
         operation: Operation[None] = self._clones.start("", f"clone {key}", clone)
-        with operation.attend():
+        with operation.attend() as leave:
+            if not context.add_callback(leave):
+                return
             for amount in operation.amounts(PROGRESS_SECONDS):
                 if not context.is_active():
                     return

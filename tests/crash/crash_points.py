@@ -40,7 +40,7 @@ from tests.crash.support import (
 )
 
 # What a full file system may refuse; the others free space, or need none.
-ALLOCATING = ("open", "mkdir", "pwrite", "copy_file_range", "ftruncate", "fsync", "renameat2")
+ALLOCATING = ("open", "mkdir", "pwrite", "pwritev", "copy_file_range", "ftruncate", "fsync", "renameat2")
 STEPS = (*ALLOCATING[:-1], "rename", "unlink", "rmdir", "utime")
 
 

@@ -70,6 +70,7 @@ def check_each(found: list[dict[str, Any]], layout: str, operation: str) -> None
         assert step["anew"] == "ok", step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_at_any_step_leaves_the_image_before_or_after_and_blocks_nobody(
@@ -80,6 +81,7 @@ def test_killed_at_any_step_leaves_the_image_before_or_after_and_blocks_nobody(
     check_each(found, layout, operation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layout", ("compound", "vsan"))
 def test_a_full_disk_at_any_step_leaves_nothing_half_made(directory: Path, layout: str, operation: str) -> None:
@@ -97,6 +99,7 @@ def test_a_full_disk_at_any_step_leaves_nothing_half_made(directory: Path, layou
             assert (step["answer"] == "ok") == (step["state"] == "WHOLE"), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layout", ("compound", "vsan"))
 def test_an_io_error_at_any_step_is_unavailable_and_never_not_found(

@@ -5,12 +5,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from sidecar import errors
 from sidecar.client import SidecarClient
+from sidecar.locks.interface import LockHolder
 from tests.crash.support import LAYOUTS, answers, image_directory, write_image
 from tests.support.disks import MIB
 from tests.support.processes import Sidecar, loop_mount, run, wait_until
@@ -103,10 +105,8 @@ def test_a_lock_that_another_process_holds_is_a_timeout_that_names_it(
     holder = os.open(lock, os.O_RDWR | os.O_CREAT)
     stack.callback(os.close, holder)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    os.write(
-        holder,
-        b'{"host": "esx-7", "pid": 4711, "process": "hostd", "operation": "sweep a", "since": "2026-01-02T03:04:05+00:00"}',
-    )
+    since = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    os.write(holder, LockHolder("esx-7", 4711, "hostd", "sweep a", since).to_bytes())
     for call in (
         lambda: client.delete("one/a"),
         lambda: client.touch("one/a"),

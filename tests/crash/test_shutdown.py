@@ -135,7 +135,7 @@ def test_watches_end_at_once_and_do_not_use_up_the_limit(tmp_path: Path, stack: 
     assert next(watch).snapshot_start
     began = time.monotonic()
     assert sidecar.stop(BOUNDED) == 0
-    assert time.monotonic() - began < BOUNDED
+    assert time.monotonic() - began < 4, "a watch that waits for news looks up at once"
     with pytest.raises(errors.SidecarUnavailable):
         next(watch)
 

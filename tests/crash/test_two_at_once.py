@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,16 +58,15 @@ def test_of_two_sidecars_that_make_the_same_image_one_wins(
     write_image(root, layout, "source", dense=True)
     first, second = two_sidecars(tmp_path, stack, layout)
     for number in range(ROUNDS):
-        copies = f"one/copied-{number}"
-        assert_one_winner(at_once([lambda c=c: c.copy("one/source", copies).wait() for c in (first, second)]))  # type: ignore[misc]
+        copies = f"copied-{number}"
+        assert_one_winner(at_once([partial(copy, client, "source", copies) for client in (first, second)]))
         imports = f"one/imported-{number}"
-        assert_one_winner(at_once([lambda c=c: import_image(c, imports, disk) for c in (first, second)]))  # type: ignore[misc]
+        assert_one_winner(at_once([partial(import_image, client, imports, disk) for client in (first, second)]))
         assert_same_disk(disk, image_directory(root, layout, f"imported-{number}") / f"imported-{number}.vmdk")
-        first.validate(copies)
+        first.validate(f"one/{copies}")
     made = [f"{kind}-{number}" for kind in ("copied", "imported") for number in range(ROUNDS)]
     assert remains(root, "source", *made) == []
-    for client in (first, second):
-        wait_until(lambda: len(list(client.images("one"))) == 2 * ROUNDS + 1, "both know all of them")  # noqa: B023
+    wait_until(lambda: len(listing(first)) == len(listing(second)) == 2 * ROUNDS + 1, "both know all of them")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +76,7 @@ def test_of_eight_threads_that_copy_to_the_same_image_one_wins(tmp_path: Path, s
     sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}"))
     client = stack.enter_context(sidecar.client())
     for number in range(ROUNDS):
-        assert_one_winner(at_once([lambda n=number: client.copy("one/source", f"one/t-{n}").wait()] * 8))  # type: ignore[misc]
+        assert_one_winner(at_once([partial(copy, client, "source", f"t-{number}")] * 8))
         client.validate(f"one/t-{number}")
     assert remains(root, "source", *(f"t-{number}" for number in range(ROUNDS))) == []
 
@@ -110,16 +110,15 @@ def test_everything_at_once_on_one_image_gives_documented_answers_and_a_consiste
     for _ in range(ROUNDS * 2):
         calls: list[tuple[str, Callable[[], object]]] = []
         for client in clients:
-            c = client
             calls += [
-                ("copy", lambda c=c: c.copy("one/source", "one/a").wait()),  # type: ignore[misc]
-                ("delete", lambda c=c: c.delete("one/a")),  # type: ignore[misc]
-                ("restore", lambda c=c: c.restore("one/a")),  # type: ignore[misc]
-                ("purge", lambda c=c: c.purge("one/a")),  # type: ignore[misc]
-                ("force", lambda c=c: c.delete("one/a", force=True)),  # type: ignore[misc]
-                ("touch", lambda c=c: c.touch("one/a")),  # type: ignore[misc]
-                ("get", lambda c=c: c.image("one/a")),  # type: ignore[misc]
-                ("away", lambda c=c: c.copy("one/a", "one/b").wait()),  # type: ignore[misc]
+                ("copy", partial(copy, client, "source", "a")),
+                ("delete", partial(client.delete, "one/a")),
+                ("restore", partial(client.restore, "one/a")),
+                ("purge", partial(client.purge, "one/a")),
+                ("force", partial(client.delete, "one/a", force=True)),
+                ("touch", partial(client.touch, "one/a")),
+                ("get", partial(client.image, "one/a")),
+                ("away", partial(copy, client, "a", "b")),
             ]
         found = at_once([call for _, call in calls])
         for (kind, _), answer in zip(calls, found, strict=True):
@@ -128,12 +127,19 @@ def test_everything_at_once_on_one_image_gives_documented_answers_and_a_consiste
     assert not wrong, wrong
     assert remains(root, "source", "a", "b") == []
     first, second = clients
-    for image_id in ("a", "b"):
-        state = answers(lambda image_id=image_id: first.image(f"one/{image_id}"))  # type: ignore[misc]
-        assert state == answers(lambda image_id=image_id: second.image(f"one/{image_id}"))  # type: ignore[misc]
+    for ref in ("one/a", "one/b"):
+        state = answers(partial(first.image, ref))
+        assert state == answers(partial(second.image, ref))
         if state == "IMAGE_NOT_FOUND":
-            assert not image_directory(root, layout, image_id).exists()
-        elif first.image(f"one/{image_id}").state == IMAGE_STATE_VALID:
-            first.validate(f"one/{image_id}")
-    listings = [lambda c=c: [(i.ref.image_id, i.state) for i in c.images("one", states=STATES)] for c in clients]  # type: ignore[misc]
-    wait_until(lambda: listings[0]() == listings[1](), "both catalogues agree")
+            assert not image_directory(root, layout, ref.partition("/")[2]).exists()
+        elif first.image(ref).state == IMAGE_STATE_VALID:
+            first.validate(ref)
+    wait_until(lambda: listing(first) == listing(second), "both catalogues agree")
+
+
+def copy(client: SidecarClient, source: str, destination: str) -> None:
+    client.copy(f"one/{source}", f"one/{destination}").wait()
+
+
+def listing(client: SidecarClient) -> list[tuple[str, int]]:
+    return [(image.ref.image_id, image.state) for image in client.images("one", states=STATES)]

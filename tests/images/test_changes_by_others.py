@@ -44,9 +44,7 @@ def test_changes_by_another_sidecar_are_listed(world: World, place: Place, other
         lambda: "b.ecv" in [file.name for file in world.listed()[copy].files], "the metadata is listed", NOTICED_SECONDS
     )
     touched = other.touch(copy).replace(tzinfo=None)
-    wait_until(
-        lambda: world.listed()[copy].touch_time.ToDatetime() == touched, "the touch is listed", NOTICED_SECONDS
-    )
+    wait_until(lambda: world.listed()[copy].touch_time.ToDatetime() == touched, "the touch is listed", NOTICED_SECONDS)
     other.delete(copy, force=True)
     wait_until(lambda: state(world, copy) == 0, "the purge is listed", NOTICED_SECONDS)
     place.assert_holds({"a": flat_files("a")})
@@ -164,7 +162,9 @@ def test_looking_at_an_image_never_undoes_what_is_known_of_it(world: World, plac
 
 
 @pytest.mark.parametrize("name", ["one", "two", "three"])
-def test_where_the_kernel_tells_of_nothing_a_rescan_finds_the_changes(tmp_path: Path, stack: ExitStack, name: str) -> None:
+def test_where_the_kernel_tells_of_nothing_a_rescan_finds_the_changes(
+    tmp_path: Path, stack: ExitStack, name: str
+) -> None:
     place = make_places(tmp_path)[name]
     config = (
         f'[datastore.{name}]\npath = "{place.root}"\ntype = "nfs"\nlayout = "{place.layout}"\nrescan_seconds = 0.2\n'

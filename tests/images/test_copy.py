@@ -11,7 +11,7 @@ import pytest
 
 from protos.images.v1.types_pb2 import IMAGE_STATE_VALID, ImageRef
 from sidecar import errors
-from sidecar.client import CopyCall
+from sidecar.client import CopyCall, CopyImageResponse
 from tests.support.disks import allocated, assert_same_disk, tree_digest
 from tests.support.places import KIB, LAYOUTS, MIB, RENAMED, TIMESTAMP, Place, flat_files
 from tests.support.processes import run, wait_until
@@ -89,7 +89,7 @@ def test_no_byte_of_a_disk_is_changed_at_any_alignment(world: World, place: Plac
 
 def test_progress_is_told_a_few_times_a_second_and_adds_up(world: World, place: Place) -> None:
     place.plant("a", size=8 * MIB, data=[(0, 1 * MIB)])
-    answers = []
+    answers: list[CopyImageResponse] = []
     with place.locked("b"):  # holds it at its last step
         copy = world.client.copy(f"{place.name}/a", f"{place.name}/b")
         began = time.monotonic()
@@ -267,8 +267,6 @@ def test_a_copys_staging_directory_is_locked_for_as_long_as_it_lives(world: Worl
         assert "copy" in holder["operation"]
     copy.wait()
     place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
-
-
 
 
 @pytest.mark.parametrize(

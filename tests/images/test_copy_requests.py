@@ -107,9 +107,7 @@ def test_a_copy_goes_on_while_one_of_its_callers_still_wants_it(world: World, pl
     place.plant("a")
     request_id = f"shared-{place.name}"
     with place.locked("b"):
-        calls = [
-            world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id) for _ in range(2)
-        ]
+        calls = [world.client.copy(f"{place.name}/a", f"{place.name}/b", request_id=request_id) for _ in range(2)]
         for call in calls:
             next(call)
         calls[0].cancel()

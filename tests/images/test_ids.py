@@ -30,8 +30,8 @@ INVALID = {
     "tilde": "~a",
     "colon": "a:b",
     "umlaut": "ä",
-    "fullwidth": "ａ",
-    "digits-of-another-script": "٣",
+    "fullwidth": "\uff41",
+    "digits-of-another-script": "\u0663",
     "129": "a" * 129,
     "300": "a" * 300,
     "a-lock": "a.ec_lock",
@@ -51,9 +51,7 @@ CALLS: dict[str, Callable[[World, ImageRef], object]] = {
         world.images.CopyImage(wire.CopyImageRequest(source=there(ref, "a"), destination=ref))
     ),
     "DeleteImage": lambda world, ref: world.images.DeleteImage(wire.DeleteImageRequest(ref=ref)),
-    "DeleteImage with force": lambda world, ref: world.images.DeleteImage(
-        wire.DeleteImageRequest(ref=ref, force=True)
-    ),
+    "DeleteImage with force": lambda world, ref: world.images.DeleteImage(wire.DeleteImageRequest(ref=ref, force=True)),
     "RestoreImage": lambda world, ref: world.images.RestoreImage(wire.RestoreImageRequest(ref=ref)),
     "PurgeImage": lambda world, ref: world.images.PurgeImage(wire.PurgeImageRequest(ref=ref)),
     "UpdateMetadata": lambda world, ref: world.images.UpdateMetadata(

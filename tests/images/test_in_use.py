@@ -31,7 +31,10 @@ def qemu_nbd(path: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 @contextlib.contextmanager
 def qemu_io(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
-        ["qemu-io", "-r", "-f", "raw", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["qemu-io", "-r", "-f", "raw", str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -87,9 +90,11 @@ def test_an_overlay_on_an_image_keeps_it(world: World, place: Place, scratch: Pa
     subprocess.run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "vmdk", "-b", str(descriptor), str(overlay)], check=True
     )
-    with qemu_nbd(overlay, "--format", "qcow2") as process:
-        with pytest.raises(errors.ImageInUse, match=rf"qemu-nbd \(pid {process.pid}\)"):
-            world.client.delete(ref, force=True)
+    with (
+        qemu_nbd(overlay, "--format", "qcow2") as process,
+        pytest.raises(errors.ImageInUse, match=rf"qemu-nbd \(pid {process.pid}\)"),
+    ):
+        world.client.delete(ref, force=True)
     world.client.delete(ref, force=True)
     place.assert_holds({})
 

@@ -197,7 +197,17 @@ def test_what_is_listed_of_an_image_is_never_older_than_its_last_change(world: W
 
 @pytest.mark.parametrize(
     "name",
-    ["image_.hidden", "image_", "image_a b", "image", "other", "vm_a", "tmp_image_x", "deleted_images", "image_a.ec_lock"],
+    [
+        "image_.hidden",
+        "image_",
+        "image_a b",
+        "image",
+        "other",
+        "vm_a",
+        "tmp_image_x",
+        "deleted_images",
+        "image_a.ec_lock",
+    ],
 )
 def test_directories_of_other_names_are_no_images(world: World, name: str) -> None:
     for place in (world.places["one"], world.places["three"]):

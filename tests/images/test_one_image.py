@@ -94,7 +94,18 @@ def test_an_image_without_metadata_has_none_and_no_problem(world: World, place: 
 @pytest.mark.parametrize("ending", ["ecv", "manifest"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe", b"\0" * 10, b"{}x", b"[" * 200_000, b'{"a": "' + b"x" * MIB + b'"}'],
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b"\0" * 10,
+        b"{}x",
+        b"[" * 200_000,
+        b'{"a": "' + b"x" * MIB + b'"}',
+    ],
     ids=["empty", "cut", "null", "list", "text", "no-utf-8", "zeroes", "more", "deep", "large"],
 )
 def test_corrupt_metadata_is_a_problem_and_never_no_metadata(
@@ -109,7 +120,9 @@ def test_corrupt_metadata_is_a_problem_and_never_no_metadata(
         world.client.validate(f"{place.name}/a")
 
 
-@pytest.mark.parametrize("content", [b'{"imageType": "OTHER"}', b'{"imageReplication": 1}', b'{"imageType": ["CLOUD"]}'])
+@pytest.mark.parametrize(
+    "content", [b'{"imageType": "OTHER"}', b'{"imageReplication": 1}', b'{"imageType": ["CLOUD"]}']
+)
 def test_a_manifest_that_means_nothing_is_a_problem(world: World, place: Place, content: bytes) -> None:
     place.plant("a", companions={"a.manifest": content})
     assert "a.manifest" in world.client.image(f"{place.name}/a").problems[0]

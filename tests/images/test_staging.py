@@ -11,7 +11,7 @@ from sidecar import errors
 from sidecar.client import Hole, Staging
 from tests.support.disks import allocated, assert_same_disk, pseudo_random
 from tests.support.places import KIB, LAYOUTS, MIB, TIMESTAMP, Place, flat_descriptor, flat_files, write_flat_disk
-from tests.support.world import World, make_ref
+from tests.support.world import World
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_an_aborted_staging_directory_is_gone_and_may_be_aborted_again(world: Wo
     for call in (
         lambda: staging.write_file("x", [(0, b"x")]),
         lambda: read(world, staging, "x"),
-        lambda: staging.commit(),
+        staging.commit,
         lambda: list(staging.clone_disk(f"{place.name}/b")),
         lambda: staging.clone_range(f"{place.name}/b", "b.vmdk", 0, "x", 0, 1),
     ):
@@ -198,9 +198,7 @@ def test_a_renewal_of_what_is_gone_says_so_and_leaves_nothing(world: World, plac
     place.assert_holds({})
 
 
-def test_a_commit_that_is_repeated_because_its_answer_was_lost_succeeds(
-    world: World, place: Place, disk: Path
-) -> None:
+def test_a_commit_that_is_repeated_because_its_answer_was_lost_succeeds(world: World, place: Place, disk: Path) -> None:
     staging = world.client.create_staging(f"{place.name}/a")
     write_disk(staging, disk)
     request = wire.CommitStagingRequest(staging_id=staging.id, request_id=f"commit-{place.name}")
@@ -316,9 +314,8 @@ def test_a_range_that_is_none_is_refused(
     world: World, place: Place, arguments: tuple[str, int, str, int, int], error: type[errors.ImagesError]
 ) -> None:
     place.plant("src")
-    with world.client.create_staging(f"{place.name}/a") as staging:
-        with pytest.raises(error):
-            staging.clone_range(f"{place.name}/src", *arguments)
+    with world.client.create_staging(f"{place.name}/a") as staging, pytest.raises(error):
+        staging.clone_range(f"{place.name}/src", *arguments)
 
 
 def test_only_a_whole_image_is_cloned(world: World, place: Place) -> None:
@@ -340,9 +337,7 @@ def test_what_cannot_fit_is_refused_before_it_is_written(world: World, place: Pl
     assert place.snapshot() == before
 
 
-def test_a_staging_directory_is_locked_and_its_client_may_write_into_it(
-    world: World, place: Place, disk: Path
-) -> None:
+def test_a_staging_directory_is_locked_and_its_client_may_write_into_it(world: World, place: Place, disk: Path) -> None:
     # A client on the same host that was told the directory writes by itself.
     with world.client.create_staging(f"{place.name}/a") as staging:
         directory = place.root / staging.directory

@@ -241,8 +241,14 @@ def test_a_delta_on_another_disk_is_not_published(world: World, place: Place, di
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("disk.ecv", b"{"), ("disk.ecv", b"[]"), ("disk.manifest", b'{"imageType": "X"}'), ("a.ecv", b""), ("a.manifest", b"\xff")],
-)  # fmt: skip
+    [
+        ("disk.ecv", b"{"),
+        ("disk.ecv", b"[]"),
+        ("disk.manifest", b'{"imageType": "X"}'),
+        ("a.ecv", b""),
+        ("a.manifest", b"\xff"),
+    ],
+)
 def test_corrupt_metadata_is_not_published_and_can_be_mended(
     world: World, place: Place, disk: Path, name: str, content: bytes
 ) -> None:
@@ -278,7 +284,9 @@ def test_a_planted_link_is_never_written_through_or_read(world: World, place: Pl
     place.assert_holds({"src": flat_files("src")})
 
 
-def test_a_staging_directory_that_was_replaced_by_a_link_harms_nobody(world: World, place: Place, scratch: Path) -> None:
+def test_a_staging_directory_that_was_replaced_by_a_link_harms_nobody(
+    world: World, place: Place, scratch: Path
+) -> None:
     (scratch / "kept").write_bytes(b"kept")
     staging = world.client.create_staging(f"{place.name}/a")
     directory = place.root / staging.directory

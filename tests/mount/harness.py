@@ -29,12 +29,11 @@ def wait_listed(mount: Mount, ref: str) -> Path:
     return mount.path / ref
 
 
-def published_as(mount: Mount, ref: str) -> str | None:
-    """What the image was copied from, by the mount's log; empty for an import, None when it was not published."""
-    for line in reversed(log_of(mount).splitlines()):
-        if f"published image={ref} " in line:
-            return line.partition("copied_from=")[2].split(" ")[0]
-    return None
+def published_as(mount: Mount, ref: str) -> str:
+    """What the published image was copied from, by the mount's log; empty for an import."""
+    wait_until(lambda: f"published image={ref} " in log_of(mount), f"{ref} is published:\n{log_of(mount)}")
+    line = next(line for line in reversed(log_of(mount).splitlines()) if f"published image={ref} " in line)
+    return line.partition("copied_from=")[2].split(" ")[0]
 
 
 def message_of(*command: str | Path) -> str:

@@ -154,9 +154,9 @@ def test_two_copies_at_once_to_the_same_name_one_wins(source: Path, mount: Mount
     target = mount.path / "two" / "b"
     copies = [subprocess.Popen(["cp", "-r", source, target], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     results = [(copy.wait(60), copy.communicate()[1]) for copy in copies]
-    assert sorted(code == 0 for code, _ in results) == [False, True], results
-    assert names(target) >= {"b.vmdk", "b-flat.vmdk", "b.ecv"}
-    assert_same_disk(source / "a.vmdk", target / "b.vmdk")
+    # At the worst each finds a file that the other made first, as on any file system; never do both succeed.
+    assert not all(code == 0 for code, _ in results), results
+    assert_same_disk(source / "a.vmdk", wait_listed(mount, "two/b") / "b.vmdk")
 
 
 @pytest.mark.slow
@@ -167,8 +167,7 @@ def test_an_interrupted_cp_publishes_nothing_and_leaves_nothing(
     import_image(client, "one/big", make_disk(tmp_path / "big", size=512 * MIB, data=((0, 512 * MIB),)))
     source, target = wait_listed(mount, "one/big"), mount.path / "two" / "b"
     copy = subprocess.Popen([*copier, source, target])
-    extent = target / "big-flat.vmdk"
-    wait_until(lambda: extent.exists() and extent.stat().st_size > 0, "the copy has begun")
+    wait_until((target / "big-flat.vmdk").exists, "the copy has begun")
     copy.send_signal(signal.SIGINT)
     assert copy.wait(30) == -signal.SIGINT
     wait_until(lambda: not target.exists(), f"nothing is left:\n{log_of(mount)}", 20)

@@ -62,6 +62,7 @@ def test_every_operation_works_in_a_staged_directory(outside: Path, mount: Mount
         os.fsync(file.fileno())
         file.seek(0)
         assert file.read() == b"wrong"
+        file.seek(0)
         file.truncate(0)
         file.write((outside / "x-flat.vmdk").read_bytes())
         os.fchmod(file.fileno(), 0o600)

@@ -125,7 +125,7 @@ class Place:
         timestamp: bool = True,
         seed: int = 1,
     ) -> Path:
-        """Writes an image with a flat disk by hand, as any program that knows the format may; returns its descriptor."""
+        """Writes an image with a flat disk, as other programs that know the format do; returns its descriptor."""
         directory = self.directory(image_id)
         directory.mkdir(parents=True)
         write_flat_disk(directory, image_id, size=size, data=data, seed=seed)

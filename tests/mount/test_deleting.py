@@ -1,0 +1,91 @@
+"""rm, in each of its forms: a tombstone, exactly one, and the command succeeds."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sidecar.client import ImageState, SidecarClient
+from tests.mount.harness import import_sparse, log_of, names, wait_listed
+from tests.support.disks import make_disk, tree_digest
+from tests.support.processes import Mount, run, wait_until
+
+
+@pytest.fixture(params=["one", "three"])
+def image(request: pytest.FixtureRequest, client: SidecarClient, mount: Mount, tmp_path: Path) -> Path:
+    datastore: str = request.param
+    import_sparse(client, f"{datastore}/a", make_disk(tmp_path / "source"), companions={"disk.ecv": b'{"k": 1}'})
+    return wait_listed(mount, f"{datastore}/a")
+
+
+def is_tombstoned(client: SidecarClient, image: Path) -> bool:
+    return client.image(f"{image.parent.name}/a").state == ImageState.IMAGE_STATE_TOMBSTONED
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["rm", "-r"],
+        ["rm", "-rf"],
+        ["rmdir"],
+        ["busybox", "rm", "-r"],
+        ["sh", "-c", 'rm "$0"/* && rmdir "$0"'],
+        ["sh", "-c", 'find "$0" -delete'],
+    ],
+    ids=" ".join,
+)
+def test_a_deleted_image_is_gone_and_comes_back_whole(
+    command: list[str], image: Path, mount: Mount, client: SidecarClient
+) -> None:
+    before = tree_digest(image)
+    run(*command, image)
+    assert not image.exists()
+    assert names(image.parent) == set()
+    assert is_tombstoned(client, image)
+    assert log_of(mount).count("tombstoned image=") == 1
+    client.restore(f"{image.parent.name}/a")
+    wait_listed(mount, f"{image.parent.name}/a")
+    assert tree_digest(image) == before
+
+
+def test_rmtree(image: Path, client: SidecarClient) -> None:
+    shutil.rmtree(image)
+    assert not image.exists()
+    assert is_tombstoned(client, image)
+
+
+@pytest.mark.parametrize("name", ["a.vmdk", "a-flat.vmdk"])
+def test_without_a_file_of_its_disk_the_image_is_gone(
+    name: str, image: Path, mount: Mount, client: SidecarClient
+) -> None:
+    (image / name).unlink()
+    assert names(image.parent) == set()
+    assert not (image / name).exists()
+    assert is_tombstoned(client, image)
+    wait_until(lambda: not image.exists(), "nothing is left to be seen")
+
+
+def test_rm_of_a_companion_file_removes_it_from_the_image(image: Path, client: SidecarClient) -> None:
+    ref = f"{image.parent.name}/a"
+    (image / "a.ecv").unlink()
+    assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+    wait_until(lambda: [file.name for file in client.image(ref).files] == ["a-flat.vmdk", "a.vmdk"], "it is removed")
+    assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+    client.validate(ref)
+
+
+def test_an_open_file_of_a_deleted_image_is_read_to_its_end(image: Path) -> None:
+    expected = (image / "a-flat.vmdk").read_bytes()
+    with (image / "a-flat.vmdk").open("rb") as file:
+        start = file.read(4096)
+        run("rm", "-r", image)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert start + file.read() == expected
+
+
+def test_a_name_can_be_used_again_after_purge(image: Path, client: SidecarClient, mount: Mount, tmp_path: Path) -> None:
+    run("rm", "-r", image)
+    client.purge(f"{image.parent.name}/a")
+    run("cp", "-r", tmp_path / "source", image)
+    assert names(wait_listed(mount, f"{image.parent.name}/a")) == {"a.vmdk", "a-flat.vmdk"}

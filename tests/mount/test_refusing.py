@@ -1,0 +1,113 @@
+"""What cannot be is refused at once, with an errno that makes sense in the tool's own message."""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sidecar.client import SidecarClient
+from tests.mount.harness import message_of, names, wait_listed
+from tests.support.disks import MIB, make_disk
+from tests.support.processes import Mount, Sidecar, loop_mount, run
+
+MakeImage = Callable[[str], Path]
+
+
+@pytest.fixture
+def image(make_image: MakeImage, mount: Mount) -> Path:
+    make_image("one/a")
+    return wait_listed(mount, "one/a")
+
+
+@pytest.mark.parametrize("name", [".hidden", "with space", "ümlaut", "x" * 129, "lock.ec_lock"])
+def test_what_is_no_image_id(name: str, mount: Mount) -> None:
+    assert message_of("mkdir", mount.path / "one" / name) == "Invalid argument"
+
+
+def test_an_image_that_exists(image: Path, mount: Mount, client: SidecarClient) -> None:
+    assert message_of("mkdir", image) == "File exists"
+    run("rm", "-r", image)
+    # Deleted, and restorable: the name is not free yet.
+    assert message_of("mkdir", image) == "File exists"
+
+
+def test_a_published_image_is_read_only(image: Path, tmp_path: Path, mount: Mount) -> None:
+    read_only = "Read-only file system"
+    assert message_of("sh", "-c", 'echo x > "$0"', image / "a.vmdk") == read_only
+    assert message_of("sh", "-c", 'echo x >> "$0"', image / "a.vmdk") == read_only
+    assert message_of("truncate", "-s", "1", image / "a-flat.vmdk") == read_only
+    assert message_of("chmod", "600", image / "a.vmdk") == read_only
+    assert message_of("chown", "1", image / "a.vmdk") == read_only
+    assert message_of("chmod", "600", image) == read_only
+    assert message_of("touch", image / "a.vmdk") == read_only
+    assert message_of("touch", image / "new") == read_only
+    assert message_of("mkdir", image / "sub") == read_only
+    assert message_of("mv", image / "a.vmdk", image / "b.vmdk") == read_only
+    assert message_of("cp", "-r", tmp_path / "sources", image) == read_only
+    assert "Operation not permitted" in message_of("ln", "-s", "x", image / "link")
+    assert message_of("ln", image / "a.vmdk", image / "hard") == "Operation not permitted"
+    assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+
+
+def test_only_images_are_in_a_datastore_and_only_datastores_in_the_root(mount: Mount) -> None:
+    assert message_of("mkdir", mount.path / "four") == "Operation not permitted"
+    assert message_of("rmdir", mount.path / "one") == "Operation not permitted"
+    assert message_of("touch", mount.path / "one" / "file") == "Operation not permitted"
+    assert message_of("touch", mount.path / "file") == "Operation not permitted"
+    staged = mount.path / "one" / "new"
+    staged.mkdir()
+    assert message_of("mkdir", staged / "sub") == "Operation not permitted"
+    assert message_of("touch", staged / "image_tombstone.txt") == "Operation not permitted"
+    assert message_of("rmdir", mount.path / "one" / "none") == "No such file or directory"
+
+
+def test_renaming_by_hand_is_a_copy(image: Path, mount: Mount) -> None:
+    with pytest.raises(OSError) as error:
+        os.rename(image, mount.path / "two" / "b")
+    assert error.value.errno == errno.EXDEV
+
+
+def test_touch_is_a_touch(image: Path, client: SidecarClient) -> None:
+    before = client.image("one/a").touch_time.ToNanoseconds()
+    run("touch", image)
+    assert client.image("one/a").touch_time.ToNanoseconds() > before
+    assert message_of("touch", "-d", "2001-01-01", image) == "Read-only file system"
+
+
+def test_a_sidecar_that_is_away(image: Path, sidecar: Sidecar, mount: Mount) -> None:
+    expected = (image / "a-flat.vmdk").read_bytes()
+    assert sidecar.stop() == 0
+    assert message_of("mkdir", mount.path / "one" / "new") == "Host is down"
+    assert message_of("rmdir", image) == "Host is down"
+    assert message_of("rm", "-r", image).endswith("Host is down")
+    # What is known is served, and read from the datastore itself.
+    assert names(mount.path / "one") == {"a"}
+    assert (image / "a-flat.vmdk").read_bytes() == expected
+    sidecar.start()
+    (mount.path / "one" / "new").mkdir()
+    (mount.path / "one" / "new").rmdir()
+    run("rm", "-r", image)
+
+
+@pytest.mark.slow
+def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "loop", 96 * MIB, ("mkfs.ext4", "-q")))
+    (tmp_path / "large").mkdir()
+    arguments = (f"small={root},reserve=32MiB", f"large={tmp_path / 'large'}")
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", *arguments))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    outside = tmp_path / "outside"
+    make_disk(outside, "x.vmdk", size=80 * MIB, data=((0, 80 * MIB),))
+    target = mount.path / "small" / "new"
+    assert message_of("cp", "-r", outside, target) == "No space left on device"
+    assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 8 * MIB
+    run("rm", "-r", target)
+    assert not list(root.glob("tmp_image_*"))
+    run("cp", "-r", outside, mount.path / "large" / "new")
+    source = wait_listed(mount, "large/new")
+    assert message_of("cp", "-r", source, target) == "No space left on device"
+    run("rm", "-rf", target)
+    assert names(mount.path / "small") == set()
