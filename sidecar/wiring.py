@@ -89,7 +89,7 @@ def build(config: SidecarConfig) -> Parts:
 
 
 def _refuse_aliases(config: SidecarConfig) -> None:
-    """ConfigError when two names lead to one directory, as links and bind mounts do: each image would be there twice."""
+    """ConfigError when two names lead to one directory, as by a link or bind mount: each image would be there twice."""
     names: dict[tuple[int, int], str] = {}
     for place in config.datastores:
         try:

@@ -10,31 +10,25 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.datastores import open_files
-from sidecar.datastores.beneath import open_beneath, open_directory_beneath, parent_of
+from sidecar.datastores.faults import Faults
 from sidecar.datastores.inotify import InotifyWatcher
-from sidecar.datastores.interface import Capacity, Datastore, Entry, EntryKind, ReadableFile, Transfer, WritableFile
+from sidecar.datastores.interface import Capacity, Datastore, Entry, EntryKind, ReadableFile, WritableFile
+from sidecar.datastores.posix_files import PosixReadable, PosixWritable, read_up_to, remove_tree, write_all
 from sidecar.datastores.renaming import rename_no_replace
-from sidecar.datastores.transfer import can_clone, data_ranges, punch_hole, transfer_range
+from sidecar.datastores.transfer import can_clone
 from sidecar.errors import (
-    DatastoreDenied,
     DatastoreUnavailable,
     ImageInUse,
-    ImagesError,
     InvalidRequest,
-    NoSpace,
     OperationCancelled,
 )
 from sidecar.locks.files import FileLocks
 from sidecar.locks.interface import HeldLock
-
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_BLOCK = 1024 * 1024
-_CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +50,7 @@ class PosixDatastore:
         self.type = datastore_type
         self.root_path = os.path.abspath(root_path)
         self.shared = datastore_type == "nfs"
+        self._faults = Faults(name, self.root_path)
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
         self._interrupted = threading.Event()
@@ -90,12 +85,12 @@ class PosixDatastore:
             return self._root
 
     def names(self, path: str) -> list[str]:
-        with self._faults("list", path), self._directory(path) as fd:
+        with self._faults.during("list", path), self._directory(path) as fd:
             return os.listdir(fd)
 
     def entries(self, path: str) -> list[Entry]:
         found = []
-        with self._faults("list", path), self._directory(path) as fd, os.scandir(fd) as scan:
+        with self._faults.during("list", path), self._directory(path) as fd, os.scandir(fd) as scan:
             for item in scan:
                 try:
                     found.append(_entry(item.name, item.stat(follow_symlinks=False)))
@@ -104,27 +99,27 @@ class PosixDatastore:
         return found
 
     def entry(self, path: str) -> Entry:
-        with self._faults("look at", path):
+        with self._faults.during("look at", path):
             if not path:
                 return _entry("", os.fstat(self._root_fd))
             with parent_of(self._root_fd, path) as (parent, name):
                 return _entry(name, os.stat(name, dir_fd=parent, follow_symlinks=False))
 
     def read_file(self, path: str, limit: int) -> bytes:
-        with self._faults("read", path), self._opened(path, os.O_RDONLY) as fd:
-            return _read_up_to(fd, limit)
+        with self._faults.during("read", path), self._opened(path, os.O_RDONLY) as fd:
+            return read_up_to(fd, limit)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
-        with self._faults("read", path), self._opened(path, os.O_RDONLY) as fd:
+        with self._faults.during("read", path), self._opened(path, os.O_RDONLY) as fd:
             return os.pread(fd, length, offset)
 
     def write_file(self, path: str, content: bytes) -> None:
-        with self._faults("write", path), parent_of(self._root_fd, path) as (parent, name):
+        with self._faults.during("write", path), parent_of(self._root_fd, path) as (parent, name):
             temporary = f".{name[:100]}.{uuid.uuid4().hex}"
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=parent)
             try:
                 try:
-                    _write_all(fd, content)
+                    write_all(fd, content)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -135,7 +130,7 @@ class PosixDatastore:
             os.fsync(parent)
 
     def create_file(self, path: str, modified_ns: int | None = None) -> None:
-        with self._faults("create", path), parent_of(self._root_fd, path) as (parent, name):
+        with self._faults.during("create", path), parent_of(self._root_fd, path) as (parent, name):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             fd = os.open(name, flags, 0o644, dir_fd=parent)
             try:
@@ -147,12 +142,12 @@ class PosixDatastore:
             os.fsync(parent)
 
     def set_modified(self, path: str, modified_ns: int) -> None:
-        with self._faults("touch", path), self._opened(path, os.O_RDONLY) as fd:
+        with self._faults.during("touch", path), self._opened(path, os.O_RDONLY) as fd:
             os.utime(fd, ns=(modified_ns, modified_ns))
             os.fsync(fd)
 
     def make_directory(self, path: str, *, parents: bool = False) -> None:
-        with self._faults("make the directory", path):
+        with self._faults.during("make the directory", path):
             parts = path.split("/")
             if parents:
                 for depth in range(1, len(parts)):
@@ -164,18 +159,18 @@ class PosixDatastore:
 
     def rename(self, source: str, destination: str) -> None:
         with (
-            self._faults("move", f"{source} to {destination}"),
+            self._faults.during("move", f"{source} to {destination}"),
             parent_of(self._root_fd, source) as (source_parent, source_name),
             parent_of(self._root_fd, destination) as (parent, name),
         ):
             rename_no_replace(source_parent, source_name, parent, name)
 
     def remove_file(self, path: str) -> None:
-        with self._faults("remove", path), parent_of(self._root_fd, path) as (parent, name):
+        with self._faults.during("remove", path), parent_of(self._root_fd, path) as (parent, name):
             os.unlink(name, dir_fd=parent)
 
     def remove_directory(self, path: str) -> None:
-        with self._faults("remove", path), parent_of(self._root_fd, path) as (parent, name):
+        with self._faults.during("remove", path), parent_of(self._root_fd, path) as (parent, name):
             try:
                 os.rmdir(name, dir_fd=parent)
             except OSError as error:
@@ -184,23 +179,23 @@ class PosixDatastore:
                 raise
 
     def remove_tree(self, path: str) -> int:
-        with self._faults("remove", path):
+        with self._faults.during("remove", path):
             try:
                 with parent_of(self._root_fd, path) as (parent, name):
-                    return _remove_tree(parent, name)
+                    return remove_tree(parent, name)
             except FileNotFoundError:
                 return 0
 
     def sync_file(self, path: str) -> None:
-        with self._faults("write to the disk", path), self._opened(path, os.O_RDONLY) as fd:
+        with self._faults.during("write to the disk", path), self._opened(path, os.O_RDONLY) as fd:
             os.fsync(fd)
 
     def sync_directory(self, path: str) -> None:
-        with self._faults("write to the disk", path), self._directory(path) as fd:
+        with self._faults.during("write to the disk", path), self._directory(path) as fd:
             os.fsync(fd)
 
     def open_readable(self, path: str) -> ReadableFile:
-        with self._faults("open", path):
+        with self._faults.during("open", path):
             fd = self._open_regular(path, os.O_RDONLY)
             try:
                 open_files.share_lock(fd)
@@ -210,15 +205,15 @@ class PosixDatastore:
             except BaseException:
                 os.close(fd)
                 raise
-            return PosixReadable(self, path, fd)
+            return PosixReadable(self._faults, path, fd)
 
     def open_writable(self, path: str) -> WritableFile:
-        with self._faults("open", path):
+        with self._faults.during("open", path):
             fd = open_beneath(self._root_fd, path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.close(fd)
                 raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            return PosixWritable(self, path, fd)
+            return PosixWritable(self._faults, path, fd)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         if not isinstance(other, PosixDatastore):
@@ -227,7 +222,7 @@ class PosixDatastore:
         return here.reflink and here.device == there.device
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
-        with self._faults("lock", path):
+        with self._faults.during("lock", path):
             return self._open_root().locks.acquire(path, operation, timeout, check)
 
     def interrupt(self) -> None:
@@ -238,14 +233,14 @@ class PosixDatastore:
             raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
     def users(self, paths: Sequence[str]) -> list[str]:
-        with ExitStack() as stack, self._faults("ask who has open", ", ".join(paths)):
+        with ExitStack() as stack, self._faults.during("ask who has open", ", ".join(paths)):
             descriptors = [self._enter_open(stack, path, os.O_RDONLY) for path in paths]
             return [str(user) for user in open_files.open_users(descriptors)]
 
     @contextmanager
     def exclude_users(self, paths: Sequence[str]) -> Iterator[None]:
         with ExitStack() as stack:
-            with self._faults("ask who has open", ", ".join(paths)):
+            with self._faults.during("ask who has open", ", ".join(paths)):
                 descriptors = [self._enter_open(stack, path, os.O_RDWR) for path in paths]
                 try:
                     stack.enter_context(open_files.exclude_users(descriptors))
@@ -257,33 +252,15 @@ class PosixDatastore:
         return None if self.shared else InotifyWatcher(self._root_fd)
 
     def capacity(self) -> Capacity:
-        with self._faults("ask for the free space"):
+        with self._faults.during("ask for the free space"):
             status = os.fstatvfs(self._root_fd)
             return Capacity(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
 
     def check(self) -> None:
-        with self._faults("look at the root"):
+        with self._faults.during("look at the root"):
             if os.fstat(self._root_fd).st_nlink == 0:
                 raise DatastoreUnavailable(f"datastore {self.name}: {self.root_path} was removed; restart the sidecar")
             os.listdir(self._root_fd) if self.type == "nfs" else os.fstatvfs(self._root_fd)
-
-    @contextmanager
-    def _faults(self, what: str, path: str = "") -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, FileExistsError, ImagesError):
-            raise
-        except OSError as error:
-            where = f"{self.name}: cannot {what}{' ' + path if path else ''}: {error.strerror or error}"
-            if error.errno in _NO_SPACE:
-                raise NoSpace(f"{where}; purge images that are not needed, or make the datastore larger") from error
-            if error.errno in _DENIED:
-                raise DatastoreDenied(f"{where}; give the sidecar the right to it under {self.root_path}") from error
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
-                raise InvalidRequest(
-                    f"{where}; links, and other than plain files and directories, are refused"
-                ) from error
-            raise DatastoreUnavailable(f"{where}; look at the datastore under {self.root_path}") from error
 
     @contextmanager
     def _directory(self, path: str) -> Iterator[int]:
@@ -318,87 +295,6 @@ class PosixDatastore:
             os.fsync(parent)
 
 
-class PosixReadable:
-    """An open file of a posix datastore; its shared lock goes with the descriptor."""
-
-    def __init__(self, datastore: PosixDatastore, path: str, fd: int) -> None:
-        self._datastore, self._path, self.fd = datastore, path, fd
-        self.size = os.fstat(fd).st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        with self._datastore._faults("read", self._path):
-            return os.pread(self.fd, length, offset)
-
-    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        with self._datastore._faults("read", self._path):
-            return data_ranges(self.fd, offset, length)
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-class PosixWritable:
-    """A staged file of a posix datastore that is being written."""
-
-    def __init__(self, datastore: PosixDatastore, path: str, fd: int) -> None:
-        self._datastore, self._path, self._fd = datastore, path, fd
-
-    def write(self, offset: int, data: bytes) -> None:
-        with self._datastore._faults("write", self._path):
-            _write_all(self._fd, data, offset)
-
-    def make_hole(self, offset: int, length: int) -> None:
-        with self._datastore._faults("write", self._path):
-            punch_hole(self._fd, offset, length)
-            if self.size() < offset + length:
-                os.ftruncate(self._fd, offset + length)
-
-    def resize(self, size: int) -> None:
-        with self._datastore._faults("write", self._path):
-            os.ftruncate(self._fd, size)
-
-    def size(self) -> int:
-        return os.fstat(self._fd).st_size
-
-    def sync(self) -> None:
-        with self._datastore._faults("write to the disk", self._path):
-            os.fsync(self._fd)
-
-    def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
-        done = 0
-        while done < length:
-            piece = min(_CLONE_PIECE, length - done)
-            with self._datastore._faults("copy to", self._path):
-                if isinstance(source, PosixReadable):
-                    moved = transfer_range(source.fd, source_offset + done, self._fd, offset + done, piece, transfer)
-                else:
-                    moved = self._copy_from(source, source_offset + done, offset + done, piece, transfer)
-            if not moved:
-                break
-            done += moved
-        return done
-
-    def _copy_from(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
-        """From a datastore of another kind: through memory."""
-        end = source_offset + max(min(length, source.size - source_offset), 0)
-        shift = offset - source_offset
-        position = source_offset
-        for start, size in source.data_ranges(source_offset, end - source_offset):
-            if start > position:
-                self.make_hole(position + shift, start - position)
-            position = start
-            while position < start + size and (data := source.read(position, min(_BLOCK, start + size - position))):
-                _write_all(self._fd, data, position + shift)
-                position += len(data)
-                transfer.advance(len(data))
-        if position < end:
-            self.make_hole(position + shift, end - position)
-        return end - source_offset
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 def _entry(name: str, status: os.stat_result) -> Entry:
     kind = (
         EntryKind.FILE
@@ -410,47 +306,3 @@ def _entry(name: str, status: os.stat_result) -> Entry:
     return Entry(
         name, kind, status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
     )
-
-
-def _read_up_to(fd: int, limit: int) -> bytes:
-    parts: list[bytes] = []
-    left = limit
-    while left > 0 and (part := os.read(fd, min(left, 1 << 20))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
-
-
-def _write_all(fd: int, data: bytes, offset: int = 0) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _remove_tree(parent: int, name: str) -> int:
-    """Removes what is at `name`, following no link. Another remover at the same time is no error."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-            raise
-        return _remove_file(parent, name)
-    try:
-        freed = sum(_remove_tree(fd, child) for child in os.listdir(fd))
-    finally:
-        os.close(fd)
-    with suppress(FileNotFoundError):
-        os.rmdir(name, dir_fd=parent)
-    return freed
-
-
-def _remove_file(parent: int, name: str) -> int:
-    try:
-        allocated = os.stat(name, dir_fd=parent, follow_symlinks=False).st_blocks * 512
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return 0
-    return allocated

@@ -168,7 +168,8 @@ class DirectoryReader:
 
     def __init__(self, datastore: Datastore, directory: str, sizes: dict[str, int]) -> None:
         self._datastore, self._directory, self._sizes = datastore, directory, sizes
-        self._start = ("", b"")  # the file read last, and its first bytes: a descriptor is read by its magic, then whole
+        # The file read last, and its first bytes: a descriptor is read twice, its magic first.
+        self._start = ("", b"")
 
     def size(self, name: str) -> int:
         if name not in self._sizes:

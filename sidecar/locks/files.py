@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sidecar.datastores.beneath import open_beneath, parent_of
+from sidecar.beneath import open_beneath, parent_of
 from sidecar.errors import LockTimeout
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 

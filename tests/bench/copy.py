@@ -97,6 +97,8 @@ class World:
     mount: Path = field(init=False)
     address: str = field(init=False)
     client: SidecarClient = field(init=False)
+    # A new name for every copy: the kernel may remember for a moment what the mount showed under one that was purged.
+    copies: int = 0
     # Seconds from cp's exit until the image was there, where it was not at once.
     published_late: list[float] = field(default_factory=list)
 
@@ -109,6 +111,10 @@ class World:
         self.mount = self.directory / "mnt"
         if mounted:
             self.stack.enter_context(Mount(self.mount, sidecar.address))
+
+    @property
+    def copy(self) -> str:
+        return f"copy-{self.copies}"
 
     def root(self, kind: str) -> Path:
         return self.directory / kind / "images"
@@ -145,25 +151,27 @@ class World:
 
     def copy_by_client(self, case: Case) -> dict[str, float]:
         start = time.perf_counter()
-        self.client.copy(f"{case.kind}/{case.disk.name}", f"{case.kind}/copy").wait()
+        self.client.copy(f"{case.kind}/{case.disk.name}", f"{case.kind}/{self.copy}").wait()
         return {CLIENT: time.perf_counter() - start}
 
     def copy_by_imagectl(self, case: Case) -> dict[str, float]:
         command = [str(BIN / "imagectl"), "--sidecar", self.address, "cp"]
         start = time.perf_counter()
         subprocess.run(
-            [*command, f"{case.kind}/{case.disk.name}", f"{case.kind}/copy"], check=True, stdout=subprocess.DEVNULL
+            [*command, f"{case.kind}/{case.disk.name}", f"{case.kind}/{self.copy}"],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         return {IMAGECTL: time.perf_counter() - start}
 
     def copy_by_mount(self, case: Case) -> dict[str, float]:
         start = time.perf_counter()
         subprocess.run(
-            ["cp", "-r", self.mount / case.kind / case.disk.name, self.mount / case.kind / "copy"], check=True
+            ["cp", "-r", self.mount / case.kind / case.disk.name, self.mount / case.kind / self.copy], check=True
         )
         copied = time.perf_counter()
-        if not self.is_there(f"{case.kind}/copy"):
-            wait_until(lambda: self.is_there(f"{case.kind}/copy"), "the copy is published", 60)
+        if not self.is_there(f"{case.kind}/{self.copy}"):
+            wait_until(lambda: self.is_there(f"{case.kind}/{self.copy}"), "the copy is published", 60)
             self.published_late.append(time.perf_counter() - copied)
             copied = time.perf_counter()
         return {MOUNTED: copied - start}
@@ -178,6 +186,7 @@ class World:
 
     def settle(self, case: Case) -> None:
         """The same state before every run: nothing left to write, the source in the page cache."""
+        self.copies += 1
         subprocess.run(["sync", "-f", self.root(case.kind)], check=True)
         for path in self.image_directory(f"{case.kind}/{case.disk.name}").iterdir():
             with path.open("rb", buffering=0) as file:
@@ -186,8 +195,8 @@ class World:
     def check_copy(self, case: Case) -> None:
         """What was measured is a copy: the guest sees the same bytes, and holes are holes."""
         source = self.image_directory(f"{case.kind}/{case.disk.name}")
-        copy = self.image_directory(f"{case.kind}/copy")
-        assert_same_disk(source / f"{case.disk.name}.vmdk", copy / "copy.vmdk")
+        copy = self.image_directory(f"{case.kind}/{self.copy}")
+        assert_same_disk(source / f"{case.disk.name}.vmdk", copy / f"{self.copy}.vmdk")
         if allocated(copy) > allocated(source) * 1.02 + MIB:
             raise AssertionError(f"the copy of {source} takes {allocated(copy)} bytes instead of {allocated(source)}")
 
@@ -225,7 +234,7 @@ def measure(world: World, case: Case, runs: int, ways: Sequence[str]) -> dict[st
             if way in OURS:
                 if number == 0:
                     world.check_copy(case)
-                world.client.delete(f"{case.kind}/copy", force=True)
+                world.client.delete(f"{case.kind}/{world.copy}", force=True)
             if number:
                 for what, seconds in taken.items():
                     times.setdefault(what, []).append(seconds)

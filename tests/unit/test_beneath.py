@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.datastores.beneath import open_beneath, open_directory_beneath, parent_of
+from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 
 
 def open_descriptors() -> int:

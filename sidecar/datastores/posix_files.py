@@ -1,0 +1,122 @@
+"""Open files of a posix datastore, and what is done with whole files and trees by their descriptors."""
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from sidecar.datastores.faults import Faults
+from sidecar.datastores.interface import ReadableFile, Transfer
+from sidecar.datastores.transfer import data_ranges, punch_hole, transfer_range
+from sidecar.errors import InvalidRequest
+
+_CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
+
+
+class PosixReadable:
+    """An open file of a posix datastore; its shared lock goes with the descriptor."""
+
+    def __init__(self, faults: Faults, path: str, fd: int) -> None:
+        self._faults, self._path, self.fd = faults, path, fd
+        self.size = os.fstat(fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        with self._faults.during("read", self._path):
+            return os.pread(self.fd, length, offset)
+
+    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        with self._faults.during("read", self._path):
+            return data_ranges(self.fd, offset, length)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class PosixWritable:
+    """A staged file of a posix datastore that is being written."""
+
+    def __init__(self, faults: Faults, path: str, fd: int) -> None:
+        self._faults, self._path, self._fd = faults, path, fd
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self._faults.during("write", self._path):
+            write_all(self._fd, data, offset)
+
+    def make_hole(self, offset: int, length: int) -> None:
+        with self._faults.during("write", self._path):
+            punch_hole(self._fd, offset, length)
+            if self.size() < offset + length:
+                os.ftruncate(self._fd, offset + length)
+
+    def resize(self, size: int) -> None:
+        with self._faults.during("write", self._path):
+            os.ftruncate(self._fd, size)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def sync(self) -> None:
+        with self._faults.during("write to the disk", self._path):
+            os.fsync(self._fd)
+
+    def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
+        if not isinstance(source, PosixReadable):
+            raise InvalidRequest(f"{self._path}: only files of datastores on this host can be cloned to this one")
+        done = 0
+        while done < length:
+            piece = min(_CLONE_PIECE, length - done)
+            with self._faults.during("copy to", self._path):
+                moved = transfer_range(source.fd, source_offset + done, self._fd, offset + done, piece, transfer)
+            if not moved:
+                break
+            done += moved
+        return done
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_up_to(fd: int, limit: int) -> bytes:
+    """What is left of an open file, `limit` bytes at most."""
+    parts: list[bytes] = []
+    left = limit
+    while left > 0 and (part := os.read(fd, min(left, 1 << 20))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: bytes, offset: int = 0) -> None:
+    """Writes all of it, in as many steps as the kernel takes."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def remove_tree(parent: int, name: str) -> int:
+    """Removes what is at `name`, following no link; another remover meanwhile is no error. Returns allocated bytes."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        return _remove_file(parent, name)
+    try:
+        freed = sum(remove_tree(fd, child) for child in os.listdir(fd))
+    finally:
+        os.close(fd)
+    with suppress(FileNotFoundError):
+        os.rmdir(name, dir_fd=parent)
+    return freed
+
+
+def _remove_file(parent: int, name: str) -> int:
+    try:
+        allocated = os.stat(name, dir_fd=parent, follow_symlinks=False).st_blocks * 512
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        return 0
+    return allocated
