@@ -42,7 +42,9 @@ class OpenImage:
 
     def _read_disk(self) -> vmdk.Disk:
         try:
-            return vmdk.check_disk(descriptor_name(self.image.key.image_id), self)
+            disk = vmdk.check_disk(descriptor_name(self.image.key.image_id), self)
+            vmdk.require_standalone(disk.descriptor)
+            return disk
         except InvalidDisk as error:
             raise ImageIncomplete(f"{self.image.key} is not whole: {error.message}") from error
 

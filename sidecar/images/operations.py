@@ -11,8 +11,15 @@ from sidecar.errors import InvalidRequest
 from sidecar.images.progress import Amount, Progress
 
 _REMEMBERED = 1_000
+_LONGEST_REQUEST_ID = 128
 
 Result = TypeVar("Result")
+
+
+def check_request_id(request_id: str) -> None:
+    """InvalidRequest for one that is too long to be remembered."""
+    if len(request_id) > _LONGEST_REQUEST_ID:
+        raise InvalidRequest(f"request_id has {len(request_id)} characters: at most {_LONGEST_REQUEST_ID} are allowed")
 
 
 class Operation(Generic[Result]):
@@ -92,6 +99,7 @@ class Operations(Generic[Result]):
 
         InvalidRequest when the id was used for something else.
         """
+        check_request_id(request_id)
         with self._lock:
             known = self._by_request.get(request_id) if request_id else None
             if known and known.fingerprint != fingerprint:

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from sidecar.errors import DeadlineExceeded, ImagesError, InternalError, InvalidRequest
+from sidecar.images.operations import check_request_id
 
 T = TypeVar("T")
 
-MAX_ID_LENGTH = 128
 # An error that says nothing about the next try is not remembered.
 TRANSIENT = frozenset({"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL"})
 # The fate of the caller that happened to be first, not of the change.
@@ -79,8 +79,7 @@ class Requests:
         """
         if not request_id:
             return work()
-        if len(request_id) > MAX_ID_LENGTH:
-            raise InvalidRequest(f"request_id has {len(request_id)} characters: at most {MAX_ID_LENGTH} are allowed")
+        check_request_id(request_id)
         until = self._clock() + min(MAX_WAIT_SECONDS if timeout is None else timeout, MAX_WAIT_SECONDS)
         while True:
             with self._lock:
