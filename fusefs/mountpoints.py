@@ -26,7 +26,7 @@ def prepare(mountpoint: str, *, may_cover_files: bool) -> str:
     """
     path = os.path.abspath(mountpoint)
     try:
-        os.stat(path)
+        os.statvfs(path)  # the kernel answers a stat for a daemon that died, for as long as it remembers
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             hint = ": make the directory first" if error.errno == errno.ENOENT else ""

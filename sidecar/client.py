@@ -71,12 +71,20 @@ class CopyCall(AnswerStream[CopyImageResponse]):
 
         Raises the error of the copy, OperationCancelled when it was cancelled. What `progress` raises cancels it.
         """
+        image: Image | None = None
         with self:
-            for answer in self:
-                if progress is not None:
-                    progress(answer)
-                if answer.HasField("image"):
-                    return answer.image
+            try:
+                for answer in self:
+                    if progress is not None:
+                        progress(answer)
+                    if answer.HasField("image"):
+                        image = answer.image
+            except errors.ImagesError:
+                if image is None:
+                    raise
+        # Read to its end: a call that is left at its last answer is cancelled, and the sidecar would log it as that.
+        if image is not None:
+            return image
         raise errors.InternalError("the sidecar ended the copy without saying what it made: see its log")
 
 

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import signal
@@ -101,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # gRPC writes about connections to stderr, where our own messages belong.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="imagectl: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding does not have is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             # An exception, so that what is half made is taken back.

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageState
+from sidecar.ctl.session import plain
 
 NONE = "-"
 # Wider than any table: lines are never cut or folded, so an id is whole wherever the output goes.
@@ -130,11 +131,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
         legacy_windows=False,
     ).print(made, crop=False, no_wrap=True, overflow="ignore")
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
-
-
-def plain(text: str) -> str:
-    """Text that moves no cursor: file names and messages are other people's."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _set_fields(image: Image) -> set[str]:

@@ -57,7 +57,7 @@ class Session:
 
     def note(self, message: str) -> None:
         """What somebody who waits should know: a line on stderr."""
-        click.echo(f"imagectl: {message}", err=True)
+        click.echo(f"imagectl: {plain(message)}", err=True)
 
     def report(self, reason: str, message: str) -> None:
         """An error, on stderr: one line for people, and with JSON a second one for programs."""
@@ -115,6 +115,11 @@ def what_came_of_it(sidecar: "SidecarClient", ref: "ImageRef") -> Interrupted:
     except errors.ImagesError as error:
         return Interrupted(f"cancelled; whether {ref_text(ref)} was made before that is not known: {error.message}")
     return Interrupted(f"interrupted, but {ref_text(ref)} is there: the cancellation came too late, or it was before")
+
+
+def plain(text: str) -> str:
+    """Text that moves no cursor: file names and messages are other people's."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_terminal(stream: Any = None) -> bool:

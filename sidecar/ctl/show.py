@@ -12,12 +12,11 @@ from sidecar.ctl.output import (
     human_size,
     image_time,
     kind_name,
-    plain,
     state_name,
     table,
     time_text,
 )
-from sidecar.ctl.session import Session, command, image_argument, ref_text
+from sidecar.ctl.session import Session, command, image_argument, plain, ref_text
 
 
 @command("show")

@@ -14,8 +14,8 @@ import click
 
 from sidecar import errors
 from sidecar.client import Datastore, Image, ImageState, SidecarClient, WatchImagesResponse
-from sidecar.ctl.output import Document, datastore_document, human_size, image_document, plain, state_name
-from sidecar.ctl.session import Session, command, is_terminal, ref_text
+from sidecar.ctl.output import Document, datastore_document, human_size, image_document, state_name
+from sidecar.ctl.session import Session, command, is_terminal, plain, ref_text
 
 PAUSE_SECONDS = 0.5
 # What ends a stream of a sidecar that stops, or is gone.

@@ -36,6 +36,11 @@ def image_directory(root: Path, layout: str, image_id: str) -> Path:
     return root / (f"images/{image_id[:2]}/{image_id}" if layout == "sharded" else f"image_{image_id}")
 
 
+def image_lock(root: Path, layout: str, image_id: str) -> Path:
+    directory = image_directory(root, layout, image_id)
+    return directory / "lock.ec_lock" if layout == "vsan" else directory.with_name(f"{directory.name}.ec_lock")
+
+
 def write_image(root: Path, layout: str, image_id: str, *, size: int = 1 * MIB, dense: bool = False) -> Path:
     """An image as another program would leave it there, in one rename; the path of its extent.
 

@@ -2,15 +2,15 @@
 
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sidecar import errors
-from tests.crash.stopping import stop_in_the_middle
-from tests.crash.support import LAYOUTS, answers, remains, write_image
+from tests.crash.stopping import held_back, stop_in_the_middle
+from tests.crash.support import LAYOUTS, answers, image_directory, remains, staging_directories, write_image
 from tests.support.disks import MIB
 from tests.support.processes import Sidecar, wait_until
 
@@ -46,13 +46,16 @@ def test_the_source_of_a_running_copy_is_not_purged(tmp_path: Path, stack: ExitS
     copying = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}", name="a"))
     other = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}", name="b"))
     client, second = stack.enter_context(copying.client()), stack.enter_context(other.client())
+    go_on = stack.enter_context(ExitStack())
+    go_on.enter_context(held_back(root, layout, "target"))
     copy = client.copy("one/source", "one/target")
-    stop_in_the_middle(copying, root, size)
+    assert stop_in_the_middle(copying, root, layout, "target")
     stack.callback(copying.signal, signal.SIGCONT)
     with pytest.raises(errors.ImageInUse) as raised:
         second.delete("one/source", force=True)
     assert str(copying.pid) in raised.value.message
     second.delete("one/source")
+    go_on.close()
     copying.signal(signal.SIGCONT)
     assert copy.wait().ref.image_id == "target", "a tombstone does not end what had begun"
     assert second.purge("one/source") >= size
@@ -91,13 +94,18 @@ def test_a_copy_that_its_client_cancels_leaves_nothing_a_second_later(
     write_image(root, layout, "source", size=size, dense=True)
     sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}"))
     client = stack.enter_context(sidecar.client())
-    copy = client.copy("one/source", "one/target")
-    stop_in_the_middle(sidecar, root, size)
-    copy.cancel()
-    sidecar.signal(signal.SIGCONT)
-    began = time.monotonic()
-    wait_until(lambda: remains(root, "source") == [], "nothing is left")
-    took = time.monotonic() - began
+    # The lock is held until the copy has to be gone: this is also the cancelling of a copy that waits for it.
+    with held_back(root, layout, "target"):
+        copy = client.copy("one/source", "one/target")
+        assert stop_in_the_middle(sidecar, root, layout, "target")
+        copy.cancel()
+        sidecar.signal(signal.SIGCONT)
+        began = time.monotonic()
+        wait_until(lambda: not staging_directories(root), "nothing is staged any more")
+        took = time.monotonic() - began
+    with suppress(FileNotFoundError):
+        image_directory(root, layout, "target").rmdir()  # layout vsan: for the lock
     assert took < 5, f"it took {took:.1f} s; a second where the disk is not busy"
     assert answers(copy.wait) == "CANCELLED"
     assert answers(partial(client.image, "one/target")) == "IMAGE_NOT_FOUND"
+    wait_until(lambda: remains(root, "source") == [], "the lock of what was staged is gone")

@@ -10,7 +10,7 @@ import pytest
 from sidecar import errors
 from sidecar.client import Part
 from sidecar.datastores.posix import PosixDatastore
-from tests.crash.stopping import stop_in_the_middle
+from tests.crash.stopping import held_back, stop_in_the_middle
 from tests.crash.support import (
     LAYOUTS,
     answers,
@@ -33,9 +33,11 @@ def test_a_copy_killed_in_the_middle_leaves_no_image_and_the_next_copy_succeeds(
     source = write_image(root, layout, "source", size=SIZE, dense=True)
     sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}"))
     client = stack.enter_context(sidecar.client())
-    copy = client.copy("one/source", "one/target")
-    staging = stop_in_the_middle(sidecar, root, SIZE)
-    sidecar.kill()
+    with held_back(root, layout, "target"):
+        copy = client.copy("one/source", "one/target")
+        staging = stop_in_the_middle(sidecar, root, layout, "target")
+        sidecar.kill()
+    assert staging is not None
     with pytest.raises(errors.SidecarUnavailable):
         copy.wait()
     assert staging.is_dir()

@@ -77,6 +77,8 @@ def test_show_has_every_field(imagectl: Imagectl, make_image: MakeImage, tmp_pat
     shown = imagectl("show", "one/a")
     for expected in ("one/a", "VALID", "monolithicFlat", "8.0 MiB (8388608 bytes)", "a-flat.vmdk", "débian", "image_a"):
         assert expected in shown
+    # An encoding that cannot say it is no reason to fail.
+    assert "d\\xe9bian" in Imagectl(imagectl.address, {"PYTHONIOENCODING": "ascii"})("show", "one/a")
     document = imagectl.json("show", "one/a")
     assert document["metadata"] == document["manifest"] == {"os": "débian"}
     assert document["capacity_bytes"] == 8 << 20

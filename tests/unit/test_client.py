@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -476,6 +477,40 @@ def test_a_staging_directory_that_is_left_is_aborted(client: SidecarClient, area
         assert (staging.id, staging.directory, staging.lease_seconds, staging.ref) == ("s1", "tmp", 60, ONE)
         raise ZeroDivisionError
     assert area.aborted == ["s1"]
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.1])
+def test_ctrl_c_before_the_answer_leaves_no_staging_directory(
+    seconds: float, client: SidecarClient, area: StagingArea, scripted: Scripted
+) -> None:
+    made = scripted.behaviors["CreateStaging"]
+
+    def slow(request: Any, context: grpc.ServicerContext) -> Any:
+        time.sleep(0.4)
+        return made(request, context)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    scripted.behaviors["CreateStaging"] = slow
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with pytest.raises(KeyboardInterrupt):
+            client.create_staging(ONE)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert area.aborted == ["s1"]
+
+
+def test_a_staging_directory_that_cannot_be_made_is_not_aborted(
+    client: SidecarClient, area: StagingArea, scripted: Scripted
+) -> None:
+    scripted.behaviors["CreateStaging"] = raising(errors.ImageAlreadyExists("it is there"))
+    with pytest.raises(errors.ImageAlreadyExists):
+        client.create_staging(ONE)
+    assert area.aborted == []
 
 
 def test_a_staging_directory_that_was_published_is_not_aborted(client: SidecarClient, area: StagingArea) -> None:
