@@ -5,6 +5,7 @@ or go on where the images are; they never take an empty mount point for an empty
 """
 
 import errno
+import logging
 import os
 import stat
 import threading
@@ -29,6 +30,8 @@ from sidecar.errors import (
 )
 from sidecar.locks.files import FileLocks
 from sidecar.locks.interface import HeldLock
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +252,13 @@ class PosixDatastore:
             yield
 
     def watcher(self) -> InotifyWatcher | None:
-        return None if self.shared else InotifyWatcher(self._root_fd)
+        if self.shared:
+            return None
+        try:
+            return InotifyWatcher(self._root_fd)
+        except OSError as error:  # EMFILE: fs.inotify.max_user_instances are used up
+            _log.warning("no inotify datastore=%s error=%s see=fs.inotify.max_user_instances", self.name, error)
+            return None
 
     def capacity(self) -> Capacity:
         with self._faults.during("ask for the free space"):

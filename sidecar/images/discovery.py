@@ -45,7 +45,9 @@ class Discovery:
         self._rescan_seconds = rescan_seconds
         self._monotonic = monotonic
         self._refreshing = threading.Lock()  # from reading an image to putting it: the later reading wins
+        self._watching = threading.Lock()  # guards which watcher there is; only the thread changes it
         self._watcher: ChangeWatcher | None = None
+        self._can_watch = True
         self._stopping = threading.Event()
         self._complete = False
         self._settled = threading.Event()  # the first scan has ended, in whatever way
@@ -66,12 +68,11 @@ class Discovery:
 
     def close(self) -> None:
         self._stopping.set()
-        if self._watcher:
-            self._watcher.wake()
+        with self._watching:
+            if self._watcher:
+                self._watcher.wake()
         if self._thread.ident:
             self._thread.join()
-        if self._watcher:
-            self._watcher.close()
 
     @property
     def complete(self) -> bool:
@@ -122,6 +123,12 @@ class Discovery:
         return status
 
     def _run(self) -> None:
+        try:
+            self._keep_up()
+        finally:
+            self._end_watcher()
+
+    def _keep_up(self) -> None:
         next_scan = next_check = self._monotonic()
         while not self._stopping.is_set():
             try:
@@ -159,8 +166,10 @@ class Discovery:
     def _look_at_all(self) -> bool:
         store, layout = self.store, self.store.layout
         layout.prepare(store.datastore)
-        if self._watcher is None:
-            self._watcher = store.datastore.watcher()
+        if self._watcher is None and self._can_watch:
+            with self._watching:
+                self._watcher = store.datastore.watcher()
+            self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
             self._watch(parent)
         known = set(self._catalog.ids(store.datastore.name))
@@ -182,8 +191,14 @@ class Discovery:
 
     def _watch(self, path: str) -> None:
         if self._watcher and not self._watcher.watch(path):
-            self._watcher.close()
-            self._watcher = None
+            self._can_watch = False  # for good: a watcher that misses something is worse than looking again
+            self._end_watcher()
+
+    def _end_watcher(self) -> None:
+        with self._watching:
+            watcher, self._watcher = self._watcher, None
+        if watcher:
+            watcher.close()
 
     def _is_unchanged(self, image_id: str) -> bool:
         """Whether directory and timestamp file are as when the image was read: two looks instead of reading it."""

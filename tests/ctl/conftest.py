@@ -22,6 +22,7 @@ class Imagectl:
 
     address: str
     environment: dict[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
 
     def command(self, *arguments: str | Path) -> list[str]:
         return [str(BIN / "imagectl"), *map(str, arguments)]
@@ -41,7 +42,7 @@ class Imagectl:
         return subprocess.run(
             self.command(*arguments),
             capture_output=True,
-            text=True,
+            encoding=self.encoding,
             timeout=60,
             check=False,
             stdin=subprocess.DEVNULL,

@@ -72,15 +72,23 @@ def test_a_table_in_a_pipe_has_no_colour_and_no_trailing_blanks(imagectl: Imagec
 
 def test_show_has_every_field(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
     descriptor = make_image("one/b")
-    (tmp_path / "m.json").write_text('{"os": "débian"}')
+    (tmp_path / "m.json").write_text('{"os": "débi€an"}')
     imagectl("import", descriptor, "one/a", "--metadata", tmp_path / "m.json", "--manifest", tmp_path / "m.json")
     shown = imagectl("show", "one/a")
-    for expected in ("one/a", "VALID", "monolithicFlat", "8.0 MiB (8388608 bytes)", "a-flat.vmdk", "débian", "image_a"):
+    for expected in (
+        "one/a",
+        "VALID",
+        "monolithicFlat",
+        "8.0 MiB (8388608 bytes)",
+        "a-flat.vmdk",
+        "débi€an",
+        "image_a",
+    ):
         assert expected in shown
     # An encoding that cannot say it is no reason to fail.
-    assert "d\\xe9bian" in Imagectl(imagectl.address, {"PYTHONIOENCODING": "ascii"})("show", "one/a")
+    assert r"débi\u20acan" in Imagectl(imagectl.address, {"PYTHONIOENCODING": "latin-1"}, "latin-1")("show", "one/a")
     document = imagectl.json("show", "one/a")
-    assert document["metadata"] == document["manifest"] == {"os": "débian"}
+    assert document["metadata"] == document["manifest"] == {"os": "débi€an"}
     assert document["capacity_bytes"] == 8 << 20
     assert {file["name"] for file in document["files"]} == {"a.vmdk", "a-flat.vmdk", "a.ecv", "a.manifest"}
     assert ISO_UTC.fullmatch(document["touch_time"])

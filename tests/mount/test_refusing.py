@@ -11,7 +11,7 @@ import pytest
 from sidecar.client import SidecarClient
 from tests.mount.harness import message_of, names, wait_listed
 from tests.support.disks import MIB, make_disk
-from tests.support.processes import Mount, Sidecar, loop_mount, run
+from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
 MakeImage = Callable[[str], Path]
 
@@ -87,7 +87,7 @@ def test_a_sidecar_that_is_away(image: Path, sidecar: Sidecar, mount: Mount) -> 
     assert names(mount.path / "one") == {"a"}
     assert (image / "a-flat.vmdk").read_bytes() == expected
     sidecar.start()
-    (mount.path / "one" / "new").mkdir()
+    wait_until(lambda: run("mkdir", mount.path / "one" / "new", check=False).returncode == 0, "it is back", 10)
     (mount.path / "one" / "new").rmdir()
     run("rm", "-r", image)
 
