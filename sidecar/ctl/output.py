@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageState
 from sidecar.ctl.session import plain
@@ -115,6 +112,11 @@ def datastore_document(datastore: Datastore) -> Document:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> str:
     """Lines of aligned columns under their names; bold names and nothing else where stdout is a terminal."""
+    # Late: most commands print no table, and rich takes as long to load as they take to run.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(Text(column), justify="right" if column in right else "left", no_wrap=True, overflow="ignore")

@@ -260,7 +260,7 @@ class CopyImageResponse(_message.Message):
     CLONED_BYTES_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
-    """Bytes of the disk that are done, of those that have to be (holes are not counted)."""
+    """Bytes of the image's files that are done, holes included."""
     total_bytes: _builtins.int
     cloned_bytes: _builtins.int
     """Bytes that share the source's extents instead of being written."""
