@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
-from fusefs.reading import RemoteReader
+from fusefs.reading import LocalReader, RemoteReader
 from sidecar.client import SidecarClient, Staging
 
 _SPACE_CHECK_BYTES = 16 << 20
@@ -27,6 +27,9 @@ class Content(Protocol):
     def status(self) -> Status: ...
     def read(self, size: int, offset: int) -> bytes: ...
     def write(self, data: bytes, offset: int) -> None: ...
+    def share(self, source: LocalReader, offset: int, length: int) -> bool:
+        """Takes a range from the same place of an image's file without moving a byte; False where that cannot be."""
+
     def truncate(self, size: int) -> None: ...
     def allocate(self, offset: int, length: int) -> None: ...
     def seek(self, offset: int, whence: int) -> int: ...
@@ -80,6 +83,7 @@ class LocalContent:
         self._fd = fd
         self._free_for_images = free_for_images
         self._unchecked = 0
+        self._shares = True  # until it was tried in vain: most file systems cannot
 
     def status(self) -> Status:
         status = os.fstat(self._fd)
@@ -95,6 +99,10 @@ class LocalContent:
             done = os.pwrite(self._fd, view, offset)
             view = view[done:]
             offset += done
+
+    def share(self, source: LocalReader, offset: int, length: int) -> bool:
+        self._shares = self._shares and source.share(self._fd, offset, length)
+        return self._shares
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
@@ -173,6 +181,9 @@ class RemoteContent:
     def write(self, data: bytes, offset: int) -> None:
         with self._lock:
             self._note_size(self._staging.write_file(self._name, [(offset, data)]).size_bytes)
+
+    def share(self, source: LocalReader, offset: int, length: int) -> bool:
+        return False  # the source is a file of this host
 
     def truncate(self, size: int) -> None:
         with self._lock:

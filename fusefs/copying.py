@@ -5,6 +5,7 @@ what it writes is compared with the bytes at the same place there, and where the
 """
 
 import errno
+from typing import NamedTuple
 
 from fusefs.errors import fail
 from fusefs.handles import Handles, ImageHandle, StagedHandle
@@ -20,6 +21,13 @@ from sidecar.errors import TooManyCalls
 _MOST_MISMATCHES = 8
 
 
+class _Equal(NamedTuple):
+    """A file that has the bytes that are written, at the same offset, and is open."""
+
+    source: SourceFile
+    reader: LocalReader
+
+
 class Copying:
     def __init__(self, tree: Tree, handles: Handles) -> None:
         self._tree = tree
@@ -28,10 +36,11 @@ class Copying:
     def write(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> None:
         file = handle.file
         with handle.directory.change():
-            source = self._equal_source(handle, data, offset, pid)
+            equal = self._equal_source(handle, data, offset, pid)
             with file.lock:
-                file.content.write(data, offset)
-                file.provenance.wrote(offset, len(data), source)
+                if equal is None or not file.content.share(equal.reader, offset, len(data)):
+                    file.content.write(data, offset)
+                file.provenance.wrote(offset, len(data), equal.source if equal else None)
 
     def truncate(self, directory: StagedDirectory, file: StagedFile, size: int) -> None:
         with directory.change(), file.lock:
@@ -65,7 +74,7 @@ class Copying:
             file.provenance.wrote(offset, answer.done_bytes, origin if source_offset == offset else None)
             return answer.done_bytes
 
-    def _equal_source(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> SourceFile | None:
+    def _equal_source(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> "_Equal | None":
         """The file with the same bytes at the same offset, out of those of images that the writer has open."""
         if not handle.compared or pid == 0:
             return None
@@ -76,9 +85,9 @@ class Copying:
             return None
         candidates.sort(key=lambda candidate: candidate.source.name != handle.file.name)
         for candidate in candidates:
-            if isinstance(candidate.reader, LocalReader) and candidate.reader.read(len(data), offset) == data:
+            if isinstance(candidate.reader, LocalReader) and candidate.reader.equals(data, offset):
                 handle.mismatches = 0
-                return candidate.source
+                return _Equal(candidate.source, candidate.reader)
         handle.mismatches += 1
         handle.compared = handle.mismatches < _MOST_MISMATCHES
         return None

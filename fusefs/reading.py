@@ -26,6 +26,10 @@ _log = logging.getLogger(__name__)
 READER_BYTE = 100
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
+_FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
+_CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, its offset, length, offset
+_CANNOT_SHARE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
+
 _FIRST_WINDOW = 1 << 20
 _LARGEST_WINDOW = 8 << 20
 
@@ -50,6 +54,8 @@ class LocalReader:
 
     def __init__(self, path: str, generation: Generation) -> None:
         """Opens the file; FileNotFoundError when the path leads to another one, or to one that is being purged."""
+        self._closing = threading.Lock()  # held by whoever uses the file for another one's request
+        self._closed = False
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             _lock_shared(self._fd, path)
@@ -72,8 +78,31 @@ class LocalReader:
         # The descriptor's own position is used by nobody.
         return os.lseek(self._fd, offset, whence)
 
+    def equals(self, data: bytes, offset: int) -> bool:
+        """Whether the file has these bytes there; False once it is closed. For requests of another open file."""
+        with self._closing:
+            return not self._closed and os.pread(self._fd, len(data), offset) == data
+
+    def share(self, target: int, offset: int, length: int) -> bool:
+        """Gives a range of the file to the same place of the open file `target`, by sharing extents: no byte moves.
+
+        False, and no change, where the file systems cannot, the range is not made of whole blocks, or it is closed.
+        """
+        with self._closing:
+            if self._closed:
+                return False
+            try:
+                fcntl.ioctl(target, _FICLONERANGE, _CLONE_RANGE.pack(self._fd, offset, length, offset))
+            except OSError as error:
+                if error.errno in _CANNOT_SHARE:
+                    return False
+                raise
+            return True
+
     def close(self) -> None:
-        os.close(self._fd)
+        with self._closing:
+            self._closed = True
+            os.close(self._fd)
 
 
 class RemoteReader:

@@ -77,6 +77,9 @@ def _find_disk(reader: DirectoryReader, sizes: dict[str, int]) -> vmdk.Disk:
 
 
 def _companion(staging: StagingDirectory, name: str, stem: str) -> str:
+    if name.endswith(".vmdk"):
+        # Else a descriptor that was cut off at the end of a line would do, with an extent fewer.
+        raise InvalidDisk(f"{name!r} is no part of the disk: no descriptor names it")
     new_name = renamed_companion(name, stem, staging.image_id)
     if is_reserved(new_name):
         raise InvalidDisk(f"{name!r} cannot be part of an image: the name is the sidecar's own")

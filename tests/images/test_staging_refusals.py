@@ -190,6 +190,10 @@ def two_files_for_one_name(staging: Staging, directory: Path) -> None:
     write(staging, "a.txt", b"y")
 
 
+def extent_that_nobody_names(staging: Staging, directory: Path) -> None:
+    write(staging, "disk-s002.vmdk", b"x")
+
+
 def companion_with_the_disks_name(staging: Staging, directory: Path) -> None:
     write(staging, "a-flat.vmdk", b"x")
 
@@ -200,6 +204,7 @@ FAULTS: list[Callable[[Staging, Path], None]] = [
     extent_is_a_lock, with_a_parent, with_a_parent_in_a_comment, raw_disk, link_for_the_extent, link_for_the_descriptor,
     link_beside, fifo, fifo_for_the_descriptor, socket_or_device, subdirectory, subdirectory_named_like_a_disk,
     hidden_file, tombstone, marker, two_files_for_one_name, companion_with_the_disks_name,
+    extent_that_nobody_names,
 ]  # fmt: skip
 
 
