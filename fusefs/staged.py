@@ -227,5 +227,5 @@ class StagedDirectory:
 
 
 def _check_name(name: str) -> None:
-    if name in _OWN_NAMES or name.endswith(_OWN_SUFFIX) or name.startswith(_OWN_PREFIX):
+    if name in _OWN_NAMES or name.endswith(_OWN_SUFFIX) or (name.startswith(_OWN_PREFIX) and "." not in name):
         fail(errno.EPERM, f"{name} is a name of the sidecar's own files")

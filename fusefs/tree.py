@@ -212,7 +212,7 @@ class Tree:
                 else:
                     self._put(key, None)
             if answer.snapshot_complete:
-                doubted += self._take_snapshot()
+                doubted += self._take_snapshot(set(answer.incomplete_datastores))
             return doubted
 
     def forget_half_snapshot(self) -> None:
@@ -270,11 +270,12 @@ class Tree:
             datastores[info.name] = IndexedDatastore(info, number, before.images if before is not None else {})
         self._datastores = datastores
 
-    def _take_snapshot(self) -> list[Key]:
+    def _take_snapshot(self, incomplete: set[str]) -> list[Key]:
+        """Images of `incomplete` datastores that are not in it stay: nothing is known about them."""
         snapshot, self._snapshot = self._snapshot or {}, None
         doubted = []
         for datastore in self.datastores:
-            for image_id in list(datastore.images):
+            for image_id in list(datastore.images) if datastore.name not in incomplete else ():
                 key = (datastore.name, image_id)
                 if key not in snapshot:
                     if self._is_doubted(key):

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class PathError(OSError):
+    """The path is not one that can be opened beneath a directory: the kernel was not asked. Its errno is EINVAL."""
+
+
 def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0o644) -> int:
     """Open `path`, relative to the directory `root_fd`; the caller closes the descriptor.
 
     O_CLOEXEC and O_NOFOLLOW are added to `flags`; `mode` is for O_CREAT, less the umask.
 
-    Raises OSError with the whole `path` in it, and leaves no descriptor open: EINVAL for a path that is empty,
-    absolute, or has an empty, `.` or `..` component or a NUL; ELOOP when the last component is a symbolic link,
+    Raises OSError with the whole `path` in it, and leaves no descriptor open: PathError for a path that is
+    empty, absolute, or has an empty, `.` or `..` component or a NUL; ELOOP when the last component is a symbolic link,
     ENOTDIR when a parent is one; and whatever open(2) reports.
     """
     with parent_of(root_fd, path) as (directory_fd, name), _errors_name(path):
@@ -61,7 +65,7 @@ def _components(path: str) -> list[str]:
     except UnicodeEncodeError:
         encoded = b"\0"
     if b"\0" in encoded or not {"", ".", ".."}.isdisjoint(components):
-        raise OSError(errno.EINVAL, "not a plain relative path", path)
+        raise PathError(errno.EINVAL, "not a plain relative path", path)
     return components
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -65,6 +66,7 @@ def run(config: SidecarConfig) -> bool:
     from sidecar.server import SidecarServer
     from sidecar.wiring import build
 
+    raise_open_files_limit()
     # A signal before this is done ends the process at once, which is safe: storage that hangs must not keep it.
     parts = build(config)
     with Wakeups() as wakeups:
@@ -98,6 +100,15 @@ def run(config: SidecarConfig) -> bool:
     clean = stopped == [True] and closed
     logger.log(logging.INFO if clean else logging.ERROR, "stopped clean=%s", str(clean).lower())
     return clean
+
+
+def raise_open_files_limit() -> None:
+    """To what this process may have at most: a copy or a purge opens all files of an image at once."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("limit of open files not raised error=%s", error)
 
 
 def _bounded(close: Callable[[], None], seconds: float) -> bool:

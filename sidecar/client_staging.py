@@ -125,8 +125,8 @@ class Staging:
     def commit(self, *, copied_from: ImageRef | str | None = None) -> wire.CommitStagingResponse:
         """Checks the disk and publishes it as the image; afterwards the image is there, durable and complete.
 
-        After InvalidDisk or InvalidMetadata the staging directory is as it was, to be mended and committed again, or
-        aborted; after any other error it is gone.
+        After an error the staging directory is as it was, to be mended and committed again, or aborted. Gone is it
+        after ImageAlreadyExists, and when its files could not be moved into the image's place.
         """
         request = wire.CommitStagingRequest(
             staging_id=self.id,

@@ -64,6 +64,7 @@ def build(config: SidecarConfig) -> Parts:
     datastores = DatastoreServicer(library)
 
     def close() -> None:
+        library.copies.cancel()  # while the clones end
         clones.close()
         library.close()
 

@@ -109,7 +109,9 @@ class Known:
         for ref in answer.removed:
             yield from self._removed(ref_text(ref))
         if answer.snapshot_complete and self.seen is not None:
-            for name in sorted(self.images.keys() - self.seen):
+            unknown = set(answer.incomplete_datastores)
+            gone = (name for name in self.images.keys() - self.seen if name.partition("/")[0] not in unknown)
+            for name in sorted(gone):
                 yield from self._removed(name)
             self.seen, self.first = None, False
 

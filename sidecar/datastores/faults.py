@@ -4,11 +4,12 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sidecar.beneath import PathError
 from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError, InvalidRequest, NoSpace
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NOT_PLAIN = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
+_NOT_PLAIN = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class Faults:
@@ -31,7 +32,7 @@ class Faults:
                 raise NoSpace(f"{where}; purge images that are not needed, or make the datastore larger") from error
             if error.errno in _DENIED:
                 raise DatastoreDenied(f"{where}; give the sidecar the right to it under {self.root_path}") from error
-            if error.errno in _NOT_PLAIN:
+            if isinstance(error, PathError) or error.errno in _NOT_PLAIN:
                 raise InvalidRequest(
                     f"{where}; links, and other than plain files and directories, are refused"
                 ) from error

@@ -33,6 +33,7 @@ class InotifyWatcher:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._paths: dict[int, str] = {}
         self._full = False
+        self._unwatched = False  # it was logged that a directory cannot be watched
 
     def watch(self, path: str) -> bool:
         if self._full:
@@ -44,12 +45,18 @@ class InotifyWatcher:
             return True  # gone again: its collection says so
         except OSError as error:
             if error.errno != errno.ENOSPC:
-                raise
+                self._note_unwatched(path, error)
+                return True  # that one is looked at again, as all are, now and then
             self._full = True
             _log.warning("inotify watches used up path=%s see=fs.inotify.max_user_watches", path)
             return False
         self._paths[watch] = path
         return True
+
+    def _note_unwatched(self, path: str, error: OSError) -> None:
+        if not self._unwatched:
+            self._unwatched = True
+            _log.warning("directories not watched, this one and maybe others path=%s error=%s", path, error.strerror)
 
     def wait(self, timeout: float) -> Changes:
         ready, _, _ = select.select([self._inotify.fileno(), self._wake_fd], [], [], timeout)

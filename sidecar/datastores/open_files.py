@@ -10,6 +10,7 @@ comes second is refused.
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ _TO_THE_END = 0
 _EXCERPT_CHARACTERS = 200
 _DESCRIBED_USERS = 5
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class FileUser:
@@ -30,13 +33,12 @@ class FileUser:
 
     pid: int | None
     process: str
-    command: str  # the start of its command line
 
     def __str__(self) -> str:
         return self.process if self.pid is None else f"{self.process} (pid {self.pid})"
 
 
-UNSEEN_USER = FileUser(None, "a process on another host or that this one cannot see", "")
+UNSEEN_USER = FileUser(None, "a process on another host or that this one cannot see")
 
 
 class FilesInUse(Exception):  # noqa: N818 (named like the errors of the domain)
@@ -89,7 +91,7 @@ def exclude_users(fds: Sequence[int]) -> Iterator[None]:
                 _set_lock(fd, fcntl.F_WRLCK, 0, _TO_THE_END)
             except BlockingIOError:
                 raise FilesInUse(open_users(fds) or (UNSEEN_USER,)) from None
-            locked.callback(_set_lock, fd, fcntl.F_UNLCK, 0, _TO_THE_END)
+            locked.callback(_unlock, fd)
         yield
 
 
@@ -108,6 +110,14 @@ def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(errno.EAGAIN, "locked by another") from None
         raise
+
+
+def _unlock(fd: int) -> None:
+    """Never fails: what the lock was for is done, and closing the descriptor lets go of it in any case."""
+    try:
+        _set_lock(fd, fcntl.F_UNLCK, 0, _TO_THE_END)
+    except OSError as error:
+        _log.warning("file not unlocked error=%s", error)
 
 
 def _is_locked(fd: int) -> bool:
@@ -148,13 +158,13 @@ def _holds_lock(pid: int, files: set[tuple[int, int]], own: set[str]) -> bool:
 def _user(pid: int) -> FileUser:
     try:
         name = _read(f"/proc/{pid}/comm").decode(errors="replace").strip()
-        arguments = _read(f"/proc/{pid}/cmdline").decode(errors="replace").rstrip("\0").split("\0")
+        arguments = _read(f"/proc/{pid}/cmdline").decode(errors="replace").split("\0")
     except OSError:
-        return FileUser(pid, "a process that has ended", "")
+        return FileUser(pid, "a process that has ended")
     # The kernel keeps 15 characters of a name; the command line often has the rest.
     program = os.path.basename(arguments[0])
     process = program if program.startswith(name) else name
-    return FileUser(pid, _printable(process), _printable(" ".join(arguments)))
+    return FileUser(pid, _printable(process))
 
 
 def _printable(text: str) -> str:

@@ -118,7 +118,7 @@ class PosixDatastore:
 
     def write_file(self, path: str, content: bytes) -> None:
         with self._faults.during("write", path), parent_of(self._root_fd, path) as (parent, name):
-            temporary = f".{name[:100]}.{uuid.uuid4().hex}"
+            temporary = f".{uuid.uuid4().hex}"
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=parent)
             try:
                 try:
@@ -202,21 +202,17 @@ class PosixDatastore:
             fd = self._open_regular(path, os.O_RDONLY)
             try:
                 open_files.share_lock(fd)
+                return PosixReadable(self._faults, path, fd)
             except BlockingIOError as error:
                 os.close(fd)
                 raise ImageInUse(f"{self.name}: {path} is being removed, or written by another process") from error
             except BaseException:
                 os.close(fd)
                 raise
-            return PosixReadable(self._faults, path, fd)
 
     def open_writable(self, path: str) -> WritableFile:
         with self._faults.during("open", path):
-            fd = open_beneath(self._root_fd, path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            return PosixWritable(self._faults, path, fd)
+            return PosixWritable(self._faults, path, self._open_regular(path, os.O_RDWR | os.O_CREAT))
 
     def shares_extents_with(self, other: Datastore) -> bool:
         if not isinstance(other, PosixDatastore):
@@ -236,14 +232,14 @@ class PosixDatastore:
             raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
     def users(self, paths: Sequence[str]) -> list[str]:
-        with ExitStack() as stack, self._faults.during("ask who has open", ", ".join(paths)):
+        with ExitStack() as stack, self._faults.during("ask who has open", _described(paths)):
             descriptors = [self._enter_open(stack, path, os.O_RDONLY) for path in paths]
             return [str(user) for user in open_files.open_users(descriptors)]
 
     @contextmanager
     def exclude_users(self, paths: Sequence[str]) -> Iterator[None]:
         with ExitStack() as stack:
-            with self._faults.during("ask who has open", ", ".join(paths)):
+            with self._faults.during("ask who has open", _described(paths)):
                 descriptors = [self._enter_open(stack, path, os.O_RDWR) for path in paths]
                 try:
                     stack.enter_context(open_files.exclude_users(descriptors))
@@ -269,7 +265,18 @@ class PosixDatastore:
         with self._faults.during("look at the root"):
             if os.fstat(self._root_fd).st_nlink == 0:
                 raise DatastoreUnavailable(f"datastore {self.name}: {self.root_path} was removed; restart the sidecar")
+            if not self._is_at_its_path():
+                raise DatastoreUnavailable(
+                    f"datastore {self.name}: another file system is mounted at {self.root_path}, or it was moved; "
+                    "restart the sidecar"
+                )
             os.listdir(self._root_fd) if self.type == "nfs" else os.fstatvfs(self._root_fd)
+
+    def _is_at_its_path(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.root_path), os.fstat(self._root_fd))
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def _directory(self, path: str) -> Iterator[int]:
@@ -290,9 +297,12 @@ class PosixDatastore:
     def _open_regular(self, path: str, flags: int) -> int:
         # O_NONBLOCK: opening a FIFO that somebody planted must not hang.
         fd = open_beneath(self._root_fd, path, flags | os.O_NONBLOCK)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+        except BaseException:
             os.close(fd)
-            raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+            raise
         return fd
 
     def _enter_open(self, stack: ExitStack, path: str, flags: int) -> int:
@@ -302,6 +312,11 @@ class PosixDatastore:
         with parent_of(self._root_fd, path) as (parent, name):
             os.mkdir(name, 0o755, dir_fd=parent)
             os.fsync(parent)
+
+
+def _described(paths: Sequence[str]) -> str:
+    """Not every path: an image may have thousands of files."""
+    return f"{len(paths)} files in {paths[0].rpartition('/')[0]}" if paths else "no file"
 
 
 def _entry(name: str, status: os.stat_result) -> Entry:

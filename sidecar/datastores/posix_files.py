@@ -11,6 +11,7 @@ from sidecar.datastores.transfer import data_ranges, punch_hole, transfer_range
 from sidecar.errors import InvalidRequest
 
 _CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
+_DEEPEST = 64  # directories in one another that are removed: each one takes a descriptor
 
 
 class PosixReadable:
@@ -94,8 +95,13 @@ def write_all(fd: int, data: bytes, offset: int = 0) -> None:
         view, offset = view[written:], offset + written
 
 
-def remove_tree(parent: int, name: str) -> int:
-    """Removes what is at `name`, following no link; another remover meanwhile is no error. Returns allocated bytes."""
+def remove_tree(parent: int, name: str, depth: int = _DEEPEST) -> int:
+    """Removes what is at `name`, following no link; another remover meanwhile is no error. Returns allocated bytes.
+
+    InvalidRequest when directories are nested deeper than `depth`: no image's are.
+    """
+    if not depth:
+        raise InvalidRequest(f"{name}: directories nested deeper than {_DEEPEST} are not removed; remove them by hand")
     try:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except FileNotFoundError:
@@ -105,7 +111,7 @@ def remove_tree(parent: int, name: str) -> int:
             raise
         return _remove_file(parent, name)
     try:
-        freed = sum(remove_tree(fd, child) for child in os.listdir(fd))
+        freed = sum(remove_tree(fd, child, depth - 1) for child in os.listdir(fd))
     finally:
         os.close(fd)
     with suppress(FileNotFoundError):

@@ -190,11 +190,13 @@ def _write_pages(source: int, source_offset: int, direct: int, offset: int, leng
     Only the kernel reads the pages, so what is wrong with one is an error here and never a signal.
     """
     try:
-        with mmap.mmap(source, length, prot=mmap.PROT_READ, offset=source_offset) as pages:
-            return os.pwrite(direct, pages, offset)
-    except ValueError:  # the source is shorter by now
+        mapped = mmap.mmap(source, length, prot=mmap.PROT_READ, offset=source_offset)
+    except (OSError, ValueError):  # not on this file system, or the source is shorter by now
         return 0
-    except OSError as error:
-        if error.errno in _CANNOT_WRITE_DIRECTLY:
-            return 0
-        raise
+    with mapped as pages:
+        try:
+            return os.pwrite(direct, pages, offset)
+        except OSError as error:
+            if error.errno in _CANNOT_WRITE_DIRECTLY:
+                return 0
+            raise

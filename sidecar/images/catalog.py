@@ -4,7 +4,7 @@ import bisect
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sidecar.images.image import Image, ImageKey, ImageState
 
@@ -157,7 +157,11 @@ class Catalog:
 
 
 def with_details(image: Image, details: Image | None) -> Image:
-    """A listing by names alone, with the details that were read before: an image's disk never changes."""
+    """A listing by names alone, with the details that were read before: an image's disk never changes.
+
+    In another directory (another inode) it is another image, published anew.
+    """
     if image.details_known or details is None or not details.details_known:
         return image
-    return replace(details, state=image.state) if details.state == image.state else image
+    same = details.state == image.state and details.fingerprint[0] == image.fingerprint[0]
+    return details if same else image

@@ -1,14 +1,18 @@
 """Commit: a staging directory that somebody else filled becomes an image, once it is shown to hold a whole disk."""
 
+import logging
+
 from sidecar.datastores.interface import EntryKind
 from sidecar.errors import InvalidDisk
 from sidecar.images import vmdk
-from sidecar.images.copying import rewrite_staged_descriptor
+from sidecar.images.copying import put_staged_descriptor, rewrite_staged_descriptor
 from sidecar.images.image import DirectoryReader, Image
 from sidecar.images.metadata import MAX_METADATA_BYTES, has_meaning, parse_metadata
 from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, is_bookkeeping, is_reserved, renamed_companion
 from sidecar.images.publishing import publish
 from sidecar.images.staging import StagingDirectory
+
+_log = logging.getLogger(__name__)
 
 
 class StagedDisk:
@@ -30,13 +34,38 @@ class StagedDisk:
 
 
 def commit(staging: StagingDirectory, staged: StagedDisk) -> Image:
-    """Gives the files the image's names and publishes; the staging directory is gone afterwards, also on an error."""
-    with staging:
-        disk = staged.disk
-        raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
-        _rename_files(staging, staged.renames)
+    """Gives the files the image's names and publishes.
+
+    After an error before the files are moved into the image's place the staging directory is as it was, and can be
+    committed again; after one while they are moved it is gone.
+    """
+    disk = staged.disk
+    raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
+    renamed: list[tuple[str, str]] = []
+    rewriting = False
+    try:
+        for old, new in _rename_steps(staged.renames):
+            staging.store.datastore.rename(staging.path(old), staging.path(new))
+            renamed.append((old, new))
+        rewriting = True
         rewrite_staged_descriptor(staging, disk, staged.renames, raw)
         return publish(staging)
+    except BaseException:
+        if staging.held:
+            _undo(staging, staged, renamed, raw if rewriting else None)
+        raise
+
+
+def _undo(staging: StagingDirectory, staged: StagedDisk, renamed: list[tuple[str, str]], raw: bytes | None) -> None:
+    """Gives the files their old names, by which their maker knows them, and the descriptor its text."""
+    try:
+        if raw is not None:
+            put_staged_descriptor(staging, staged.disk, staged.renames[staged.disk.name], raw)
+        for old, new in reversed(renamed):
+            staging.store.datastore.rename(staging.path(new), staging.path(old))
+    except Exception as error:
+        # A disk with all of its files renamed can be committed again, too.
+        _log.warning("staged files not renamed back directory=%s error=%s", staging.directory, error)
 
 
 def _plain_files(staging: StagingDirectory) -> dict[str, int]:
@@ -45,12 +74,20 @@ def _plain_files(staging: StagingDirectory) -> dict[str, int]:
     for entry in staging.store.datastore.entries(staging.directory):
         if entry.name.endswith(LOCK_SUFFIX) or entry.name == TIMESTAMP:
             continue
-        if entry.kind is not EntryKind.FILE or is_bookkeeping(entry.name):
+        if entry.kind is not EntryKind.FILE or is_bookkeeping(entry.name) or not _is_text(entry.name):
             raise InvalidDisk(
-                f"{entry.name!r} cannot be part of an image: only plain files, and no names with a dot first"
+                f"{entry.name!r} cannot be part of an image: only plain files, with names in UTF-8 and no dot first"
             )
         sizes[entry.name] = entry.size
     return sizes
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _find_disk(reader: DirectoryReader, sizes: dict[str, int]) -> vmdk.Disk:
@@ -89,11 +126,7 @@ def _companion(staging: StagingDirectory, name: str, stem: str) -> str:
     return new_name
 
 
-def _rename_files(staging: StagingDirectory, renames: dict[str, str]) -> None:
+def _rename_steps(renames: dict[str, str]) -> list[tuple[str, str]]:
     """By way of names that no file has, so that one file may take the name of another."""
-    datastore = staging.store.datastore
     changes = [(old, f".{number}.renaming", new) for number, (old, new) in enumerate(renames.items()) if old != new]
-    for old, between, _ in changes:
-        datastore.rename(staging.path(old), staging.path(between))
-    for _, between, new in changes:
-        datastore.rename(staging.path(between), staging.path(new))
+    return [(old, between) for old, between, _ in changes] + [(between, new) for _, between, new in changes]

@@ -141,9 +141,13 @@ def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, rename
     """Writes the descriptor `raw`, with the new names of its extents, into the staged disk under its new name."""
     new_name = renames[disk.name]
     content = vmdk.rewrite_embedded(raw, new_name) if disk.embedded else vmdk.rewrite_descriptor(raw, renames)
-    if content == raw:
-        return
-    target = staging.open_writable(new_name)
+    if content != raw:
+        put_staged_descriptor(staging, disk, new_name, content)
+
+
+def put_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, name: str, content: bytes) -> None:
+    """Writes the text of a descriptor to where the staged file `name` has it."""
+    target = staging.open_writable(name)
     try:
         target.write(disk.descriptor_offset, content)
         if not disk.embedded:

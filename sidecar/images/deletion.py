@@ -1,6 +1,7 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
 import logging
+from dataclasses import replace
 
 from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
 from sidecar.images.image import Image, ImageState, not_found
@@ -38,7 +39,8 @@ def restore_image(store: ImageStore, image_id: str) -> Image:
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
     store.changed(image_id)
-    return store.read(image_id)
+    # Known without another look, which may fail: the change is made.
+    return replace(image, state=ImageState.VALID, tombstoned_ns=None)
 
 
 def purge_image(store: ImageStore, image_id: str, *, force: bool = False) -> int:
@@ -77,11 +79,11 @@ def discard_unused(store: ImageStore, image: Image) -> str | None:
 def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
     """Frees what `discard_unused` took away; call without the lock.
 
-    The image is gone already: what cannot be freed now, or is not because of a crash, is left to the reaper.
+    The image is gone already: what cannot be freed now, or is not because of a crash, stays in the trash.
     """
     try:
         if trash is not None:
             store.datastore.remove_tree(trash)
         store.layout.tidy(store.datastore, image_id)
-    except ImagesError as error:
+    except (ImagesError, OSError) as error:
         _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)

@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from sidecar.datastores.interface import Capacity, ChangeWatcher, EntryKind
 from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, InvalidRequest
@@ -15,6 +16,7 @@ from sidecar.images.store import ImageStore
 
 RESCAN_WATCHED_SECONDS = 60.0  # a net below inotify, which does not hear of everything on every file system
 STATUS_SECONDS = 5.0
+_HUNG_SECONDS = 3 * STATUS_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +52,10 @@ class Discovery:
         self._can_watch = True
         self._stopping = threading.Event()
         self._complete = False
+        self._changes_lost = False  # of the discovery's thread: what looks unchanged may have changed
         self._settled = threading.Event()  # the first scan has ended, in whatever way
         self._status = DatastoreStatus(Capacity(0, 0), "it was not looked at yet", 0)
+        self._checked = float("-inf")  # when the status was seen
         self._thread = threading.Thread(target=self._run, name=f"discovery-{store.datastore.name}")
 
     @property
@@ -61,7 +65,12 @@ class Discovery:
 
     @property
     def status(self) -> DatastoreStatus:
-        return self._status
+        """What was last seen; a datastore that hangs answers nothing, so its silence is a fault."""
+        status = self._status
+        if status.fault or self._monotonic() - self._checked <= _HUNG_SECONDS:
+            return status
+        seen = datetime.fromtimestamp(status.checked_ns / 1e9, UTC).isoformat(" ", "seconds")
+        return replace(status, fault=f"datastore {self.store.datastore.name} has not answered since {seen}")
 
     def start(self) -> None:
         self._thread.start()
@@ -95,6 +104,10 @@ class Discovery:
 
         Where attributes are slow to read, they are read again only of an image that did change and has them listed.
         """
+        self._read_again(image_id, changed=changed)
+
+    def _read_again(self, image_id: str, *, changed: bool) -> bool:
+        """Whether it is known now what there is."""
         key = self.store.key(image_id)
         try:
             with self._refreshing:
@@ -102,12 +115,14 @@ class Discovery:
                 detailed = changed and known is not None and known.details_known
                 try:
                     image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
-                except (ImageNotFound, InvalidRequest):
+                except ImageNotFound:
                     self._catalog.remove(key)
                 else:
                     self._catalog.put(with_details(image, known))
         except ImagesError as error:
             _log.warning("image unreadable image=%s error=%s", key, error)
+            return False
+        return True
 
     def check(self) -> DatastoreStatus:
         """Looks at the datastore itself, and remembers what it saw."""
@@ -119,7 +134,7 @@ class Discovery:
             status = DatastoreStatus(self._status.capacity, error.message, time.time_ns())
         if status.fault != self._status.fault:
             _log.info("datastore changed datastore=%s fault=%r", datastore.name, status.fault)
-        self._status = status
+        self._status, self._checked = status, self._monotonic()
         return status
 
     def _run(self) -> None:
@@ -129,18 +144,15 @@ class Discovery:
             self._end_watcher()
 
     def _keep_up(self) -> None:
-        next_scan = next_check = self._monotonic()
+        next_scan = self._monotonic()
         while not self._stopping.is_set():
             try:
-                now = self._monotonic()
-                if now >= next_check:
-                    self.check()
-                    next_check = now + STATUS_SECONDS
-                if now >= next_scan:
+                self._check_when_due()
+                if (now := self._monotonic()) >= next_scan:
                     next_scan = now + STATUS_SECONDS
-                    self._scan()
-                    next_scan = self._monotonic() + self._rescan_interval()
-                if self._wait(min(next_scan, next_check) - self._monotonic()):
+                    if self._scan():
+                        next_scan = self._monotonic() + self._rescan_interval()
+                if self._wait(min(next_scan, self._checked + STATUS_SECONDS) - self._monotonic()):
                     next_scan = self._monotonic()
             except ImagesError as error:
                 _log.warning("datastore unreadable datastore=%s error=%s", self.store.datastore.name, error)
@@ -150,20 +162,31 @@ class Discovery:
                 _log.exception("discovery failed datastore=%s", self.store.datastore.name)
                 self._stopping.wait(1.0)
 
+    def _check_when_due(self) -> None:
+        if self._monotonic() >= self._checked + STATUS_SECONDS:
+            self.check()
+
     def _rescan_interval(self) -> float:
         return max(RESCAN_WATCHED_SECONDS, self._rescan_seconds) if self._watcher else self._rescan_seconds
 
-    def _scan(self) -> None:
-        """Looks at every image and reads what changed; while the datastore cannot be used, what is known stays."""
+    def _scan(self) -> bool:
+        """Looks at every image and reads what changed; while the datastore cannot be used, what is known stays.
+
+        Whether everything was read.
+        """
+        lost, self._changes_lost = self._changes_lost, False
+        whole = False
         try:
-            if not self._status.fault:
-                self._complete = self._look_at_all() or self._complete
+            whole = not self._status.fault and self._look_at_all(lost)
+            self._complete = whole or self._complete
+            return whole
         except FileNotFoundError as error:
             raise DatastoreUnavailable(f"{self.store.datastore.name}: {error} vanished") from error
         finally:
+            self._changes_lost = self._changes_lost or (lost and not whole)
             self._settled.set()
 
-    def _look_at_all(self) -> bool:
+    def _look_at_all(self, lost: bool) -> bool:
         store, layout = self.store, self.store.layout
         layout.prepare(store.datastore)
         if self._watcher is None and self._can_watch:
@@ -172,26 +195,38 @@ class Discovery:
             self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
             self._watch(parent)
+        whole = True
         known = set(self._catalog.ids(store.datastore.name))
         for collection in layout.collections(store.datastore):
             self._watch(collection)
-            for name in store.datastore.names(collection):
+            try:
+                names = store.datastore.names(collection)
+            except (FileNotFoundError, InvalidRequest):
+                continue  # gone, or a file or link that somebody put there: no collection
+            except ImagesError as error:
+                _log.warning("collection unreadable datastore=%s error=%s", store.datastore.name, error)
+                known = {each for each in known if layout.image_directory(each).rpartition("/")[0] != collection}
+                whole = False
+                continue
+            for name in names:
                 image_id = layout.image_id(collection, name)
                 if image_id is None:
                     continue
                 known.discard(image_id)
                 self._watch(layout.image_directory(image_id))
-                if not self._is_unchanged(image_id):
-                    self.refresh(image_id, changed=False)
+                if lost or not self._is_unchanged(image_id):
+                    whole = self._read_again(image_id, changed=lost) and whole
+                self._check_when_due()
                 if self._stopping.is_set():
                     return False
         for image_id in known:
-            self.refresh(image_id)
-        return True
+            whole = self._read_again(image_id, changed=True) and whole
+        return whole
 
     def _watch(self, path: str) -> None:
         if self._watcher and not self._watcher.watch(path):
             self._can_watch = False  # for good: a watcher that misses something is worse than looking again
+            self._changes_lost = True
             self._end_watcher()
 
     def _end_watcher(self) -> None:
@@ -209,7 +244,7 @@ class Discovery:
         try:
             place = datastore.entry(image.directory)
             timestamp = datastore.entry(image.path(TIMESTAMP)).modified_ns if image.touched_ns is not None else 0
-        except FileNotFoundError:
+        except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory any more
             return False
         return place.kind is EntryKind.DIRECTORY and image.fingerprint == (place.inode, place.changed_ns, timestamp)
 
@@ -224,8 +259,6 @@ class Discovery:
         layout = self.store.layout
         changed: set[str] = set()
         for directory, names in changes.names.items():
-            if directory == layout.collection_parent():
-                return True
             found = {layout.image_id(directory, name) for name in names} - {None}
             owner = self._owner(directory)
             if owner is not None and any(not name.endswith(LOCK_SUFFIX) for name in names):
@@ -234,7 +267,8 @@ class Discovery:
         for image_id in changed:
             self._watch(layout.image_directory(image_id))
             self.refresh(image_id)
-        return changes.lost
+        self._changes_lost = self._changes_lost or changes.lost
+        return changes.lost or layout.collection_parent() in changes.names or self._watcher is None
 
     def _owner(self, directory: str) -> str | None:
         """The image whose directory this is."""

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from sidecar.datastores.interface import Datastore, Entry, EntryKind
-from sidecar.errors import ImageNotFound, InvalidDisk
+from sidecar.errors import ImageNotFound, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import (
@@ -87,10 +87,6 @@ class Image:
     def allocated(self) -> int:
         return sum(file.allocated for file in self.files)
 
-    @property
-    def disk_files(self) -> tuple[ImageFile, ...]:
-        return tuple(file for file in self.files if file.kind is not FileKind.COMPANION)
-
     def path(self, name: str) -> str:
         return f"{self.directory}/{name}"
 
@@ -108,11 +104,12 @@ def read_image_names(datastore: Datastore, layout: Layout, image_id: str) -> Ima
     key = ImageKey(datastore.name, image_id)
     directory = layout.image_directory(image_id)
     try:
+        place = datastore.entry(directory)
         names = set(datastore.names(directory))
-    except FileNotFoundError:
+    except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory
         raise not_found(key) from None
     _require_something(key, names)
-    return Image(key, directory, image_state(names, image_id), details_known=False)
+    return Image(key, directory, image_state(names, image_id), details_known=False, fingerprint=(place.inode, 0, 0))
 
 
 def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
@@ -125,7 +122,7 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
     try:
         place = datastore.entry(directory)
         entries = {entry.name: entry for entry in datastore.entries(directory)}
-    except FileNotFoundError:
+    except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory
         raise not_found(key) from None
     _require_something(key, set(entries))
     problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
@@ -143,10 +140,12 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         key=lambda file: (file.kind, file.name),
     )
     timestamp, tombstone = entries.get(TIMESTAMP), entries.get(TOMBSTONE)
+    if timestamp and timestamp.kind is not EntryKind.FILE:
+        timestamp = None
     return Image(
         key,
         directory,
-        image_state(set(entries), image_id),
+        image_state(set(entries) - (set() if timestamp else {TIMESTAMP}), image_id),
         files=tuple(files),
         capacity=disk.capacity_bytes if disk else 0,
         disk_type=disk.descriptor.create_type if disk else "",
@@ -204,13 +203,14 @@ def _read_disk(
 
 
 def _read_marker(datastore: Datastore, directory: str, entries: dict[str, Entry], problems: list[str]) -> int | None:
-    if UNUSED_MARKER not in entries:
+    marker = entries.get(UNUSED_MARKER)
+    if marker is None or marker.kind is not EntryKind.FILE:
         return None
     try:
         seconds = int(datastore.read_file(f"{directory}/{UNUSED_MARKER}", _MARKER_LIMIT))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, InvalidRequest):  # the latter: it is no plain file any more
         seconds = -1
     if not 0 <= seconds <= _LATEST_SECONDS:
         problems.append(f"{UNUSED_MARKER} does not hold a time")
@@ -226,7 +226,7 @@ def _require_something(key: ImageKey, names: set[str]) -> None:
 
 def _is_misplaced(entry: Entry) -> bool:
     if entry.kind is EntryKind.DIRECTORY:
-        return not is_bookkeeping(entry.name)
+        return not is_bookkeeping(entry.name) or entry.name in (TIMESTAMP, TOMBSTONE, UNUSED_MARKER)
     return entry.kind is EntryKind.OTHER
 
 

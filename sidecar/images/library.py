@@ -1,5 +1,6 @@
 """All datastores of a sidecar together: what the services call, and what starts and ends with the process."""
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,8 @@ from sidecar.images.image import Image, ImageKey
 from sidecar.images.operations import Operation, Operations
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
+
+_log = logging.getLogger(__name__)
 
 
 class Library:
@@ -42,10 +45,13 @@ class Library:
         """Ends what runs, leaves nothing half made, joins every thread."""
         self.copies.close()
         self.sessions.close()
-        for discovery in self.discoveries.values():
-            discovery.close()
-        for discovery in self.discoveries.values():
-            discovery.store.datastore.close()
+        discoveries = self.discoveries.values()
+        for end in (*(d.close for d in discoveries), *(d.store.datastore.close for d in discoveries)):
+            try:
+                end()
+            except Exception:
+                # The others are closed all the same.
+                _log.exception("not closed")
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store

@@ -1,6 +1,7 @@
 """The companion files that have a meaning: `<id>.ecv`, `<id>.manifest`; and changes to companions of an image."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,13 +14,15 @@ from sidecar.images.store import ImageStore
 MAX_METADATA_BYTES = 1 << 20
 _MANIFEST_VALUES = {"imageType": ("CLOUD", "MANAGEMENT"), "imageReplication": ("EAGER", "ON_DEMAND")}
 
+_log = logging.getLogger(__name__)
+
 
 def parse_metadata(name: str, content: bytes) -> dict[str, Any]:
     """The JSON object in a metadata or manifest file; any bytes give one or InvalidMetadata, which names the file."""
     if len(content) > MAX_METADATA_BYTES:
         raise InvalidMetadata(f"{name} has more than {MAX_METADATA_BYTES} bytes")
     try:
-        value = json.loads(content)
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InvalidMetadata(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -79,7 +82,17 @@ def update_companions(store: ImageStore, image_id: str, files: Mapping[str, byte
             for name in removed:
                 store.datastore.remove_file(image.path(name))
             store.datastore.sync_directory(image.directory)
+            after = _read_again(store, image)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
     store.changed(image_id)
-    return store.read(image_id)
+    return after
+
+
+def _read_again(store: ImageStore, image: Image) -> Image:
+    """The image after its change; as it was before, when that cannot be read: the change is made."""
+    try:
+        return store.read(image.key.image_id)
+    except Exception as error:
+        _log.warning("changed image unreadable image=%s error=%s", image.key, error)
+        return image

@@ -12,6 +12,7 @@ from sidecar.images.progress import Amount, Progress
 
 _REMEMBERED = 1_000
 _LONGEST_REQUEST_ID = 128
+_LOOK_SECONDS = 0.1
 
 Result = TypeVar("Result")
 
@@ -39,27 +40,40 @@ class Operation(Generic[Result]):
             self._future.set_exception(error)
 
     @property
-    def failed(self) -> bool:
-        return self._future.done() and self._future.exception() is not None
+    def ended(self) -> bool:
+        return self._future.done()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it has a result, or is still wanted."""
+        if self._future.done():
+            return self._future.exception() is None
+        return not self.progress.cancelled
+
+    def join(self) -> bool:
+        """Counts one more who wants the result, and attends next. False: it has none, and will have none."""
+        with self._lock:
+            if not self.usable:
+                return False
+            self._attending += 1
+            return True
 
     @contextmanager
     def attend(self) -> Iterator[Callable[[], None]]:
-        """Wants the result for as long as the block lasts. When the last one leaves, what is not done is cancelled.
+        """For whoever joined: wants the result for as long as the block lasts.
 
-        Gives what leaves before the end of the block, from any thread: who finds out first that nobody is there.
+        When the last one leaves, what is not done is cancelled. Gives what leaves before the end of the block, from any
+        thread: who finds out first that nobody is there.
         """
-        with self._lock:
-            self._attending += 1
         here = True
 
         def leave() -> None:
             nonlocal here
             with self._lock:
                 self._attending -= here
-                last = here and self._attending == 0
+                if here and self._attending == 0 and not self._future.done():
+                    self.progress.cancel()
                 here = False
-            if last and not self._future.done():
-                self.progress.cancel()
 
         try:
             yield leave
@@ -97,16 +111,19 @@ class Operations(Generic[Result]):
     def start(self, request_id: str, fingerprint: str, work: Callable[[Progress], Result]) -> Operation[Result]:
         """The operation of this request id, running or done; a new one when there is none or it failed.
 
-        InvalidRequest when the id was used for something else.
+        The caller has joined it and must attend it. InvalidRequest when the id was used for something else.
         """
         check_request_id(request_id)
         with self._lock:
             known = self._by_request.get(request_id) if request_id else None
             if known and known.fingerprint != fingerprint:
                 raise InvalidRequest(f"request id {request_id} was used for {known.fingerprint}; take a new one")
-            if known and not known.failed and not known.progress.cancelled:
+            if known and known.join():
                 return known
+            if known and not known.ended:
+                work = _after(known, work)
             operation: Operation[Result] = Operation(fingerprint)
+            operation.join()
             if request_id:
                 self._by_request[request_id] = operation
                 self._by_request.move_to_end(request_id)
@@ -123,9 +140,25 @@ class Operations(Generic[Result]):
             with self._lock:
                 self._unfinished.discard(operation)
 
-    def close(self) -> None:
-        """Cancels what runs and waits until it has cleaned up."""
+    def cancel(self) -> None:
+        """Cancels what runs; returns at once."""
         with self._lock:
             for operation in self._unfinished:
                 operation.progress.cancel()
+
+    def close(self) -> None:
+        """Cancels what runs and waits until it has cleaned up."""
+        self.cancel()
         self._executor.shutdown(wait=True)
+
+
+def _after(cancelled: Operation[Result], work: Callable[[Progress], Result]) -> Callable[[Progress], Result]:
+    """The work, once an operation that was cancelled has ended; or its result, when the cancelling came too late."""
+
+    def wait_and_work(progress: Progress) -> Result:
+        # It was queued before, so it has a thread or has had one.
+        while not cancelled.wait(_LOOK_SECONDS):
+            progress.check()
+        return cancelled.result() if cancelled.usable else work(progress)
+
+    return wait_and_work

@@ -1,8 +1,10 @@
 """Publish: the atomic step that turns a staging directory into an image."""
 
+import logging
 from collections.abc import Callable
 
-from sidecar.errors import ImageIncomplete, ImageNotFound
+from sidecar.datastores.interface import EntryKind
+from sidecar.errors import ImageIncomplete, ImageNotFound, InvalidRequest
 from sidecar.images.checking import restore_timestamp
 from sidecar.images.deletion import discard_unused, free_discarded
 from sidecar.images.image import Image, ImageState
@@ -10,36 +12,57 @@ from sidecar.images.names import TIMESTAMP
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore, already_exists
 
+_log = logging.getLogger(__name__)
+
 
 def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None) -> Image:
-    """Makes a staged image durable and publishes it; afterwards the staging directory is gone, also on an error.
+    """Makes a staged image durable and publishes it. Once it is published, nothing is an error any more.
 
-    Until the last moment, what `check` raises ends it.
+    Until the last moment, what `check` raises ends it. After an error before the files are moved the staging directory
+    is there, and can be published again; after one while they are moved it is gone.
 
     ImageAlreadyExists when somebody was faster, LockTimeout, or what the datastore says. A crash at any point
     leaves either no image or the whole image.
     """
     store, image_id = staging.store, staging.image_id
     trash: str | None = None
+    moving = False
+    now = store.clock()
     try:
-        with staging:
-            store.datastore.create_file(staging.path(TIMESTAMP), store.clock())
-            staging.sync()
-            with store.lock(image_id, "publish", new=True, check=check):
-                trash = _clear_the_way(store, image_id)
-                check()
-                try:
-                    store.layout.publish(store.datastore, staging.place, image_id)
-                except FileExistsError:
-                    # Without the lock, as only another program would do it.
-                    raise already_exists(store.read(image_id)) from None
-            staging.published()
-        store.changed(image_id)
+        store.datastore.create_file(staging.path(TIMESTAMP), now)
+        staging.sync()
+        with store.lock(image_id, "publish", new=True, check=check):
+            trash = _clear_the_way(store, image_id)
+            check()
+            moving = True
+            try:
+                store.layout.publish(store.datastore, staging.place, image_id)
+            except FileExistsError:
+                # Without the lock, as only another program would do it.
+                raise already_exists(store.read(image_id)) from None
+            image = _read_published(store, image_id, now)
+    except BaseException:
+        if moving:  # some of its files may be in the image's place
+            staging.abort()
+        raise
     finally:
         # After an error too: the wreck that was in the way is gone, and its bytes are nobody's.
         if trash is not None:
             free_discarded(store, image_id, trash)
-    return store.read(image_id)
+    staging.published()
+    store.changed(image_id)
+    return image
+
+
+def _read_published(store: ImageStore, image_id: str, now: int) -> Image:
+    """The image that was just published; without its details when they cannot be read."""
+    try:
+        return store.read(image_id)
+    except Exception as error:
+        key = store.key(image_id)
+        _log.warning("published image unreadable image=%s error=%s", key, error)
+        directory = store.layout.image_directory(image_id)
+        return Image(key, directory, ImageState.VALID, details_known=False, touched_ns=now)
 
 
 def _clear_the_way(store: ImageStore, image_id: str) -> str | None:
@@ -63,7 +86,9 @@ def _clear_remains(store: ImageStore, image_id: str) -> str | None:
     if store.layout.names_only:
         return None
     try:
-        store.datastore.entry(store.layout.image_directory(image_id))
+        place = store.datastore.entry(store.layout.image_directory(image_id))
     except FileNotFoundError:
         return None
+    if place.kind is not EntryKind.DIRECTORY:
+        raise InvalidRequest(f"{store.key(image_id)}: in its place is something else than a directory; look at it")
     return store.layout.discard(store.datastore, image_id, store.new_token())

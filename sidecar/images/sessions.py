@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sidecar.errors import InvalidRequest, StagingNotFound
+from sidecar.errors import ImageAlreadyExists, InvalidRequest, StagingNotFound
 from sidecar.images.committing import StagedDisk, commit
 from sidecar.images.image import Image
 from sidecar.images.staging import StagingDirectory
@@ -54,7 +54,7 @@ class StagingSessions:
         with self._changed:
             sessions = list(self._sessions.values())
         for session in sessions:
-            self._end(session)
+            self._drop(session)
 
     def create(self, store: ImageStore, image_id: str, expected_bytes: int, request_id: str) -> StagingSession:
         """A new staging directory for an image that is not there.
@@ -98,24 +98,23 @@ class StagingSessions:
     def commit(self, staging_id: str) -> tuple[Image, dict[str, str]]:
         """Publishes; returns the image and the new names of the staged files.
 
-        After InvalidDisk or InvalidMetadata the staging directory is as it was and can be mended; after any other
-        error it is gone.
+        After an error the staging directory is as it was: it can be mended, and committed again. Gone is it after
+        ImageAlreadyExists, and when its files could not be moved into the image's place.
         """
         session = self._close_session(staging_id)
         try:
-            try:
-                staged = StagedDisk(session.staging)
-            except FileNotFoundError as error:
+            staged = StagedDisk(session.staging)
+            image = commit(session.staging, staged)
+        except BaseException as error:
+            if isinstance(error, ImageAlreadyExists) or not session.staging.held:
+                self._drop(session)
+            else:
+                self._reopen(session)
+            if isinstance(error, FileNotFoundError):
                 raise _gone(staging_id) from error
-        except BaseException:
-            with self._changed:
-                session.closing = False
-                session.expires = self._monotonic() + self.lease_seconds
             raise
-        try:
-            return commit(session.staging, staged), staged.renames
-        finally:
-            self._end(session)
+        self._end(session)
+        return image, staged.renames
 
     def abort(self, staging_id: str) -> None:
         """Drops a staging directory; one that is gone already is no error."""
@@ -155,6 +154,18 @@ class StagingSessions:
                 raise InvalidRequest(f"staging directory {staging_id} is being written to; end those calls first")
             return session
 
+    def _reopen(self, session: StagingSession) -> None:
+        with self._changed:
+            session.closing = False
+            session.expires = self._monotonic() + self.lease_seconds
+
+    def _drop(self, session: StagingSession) -> None:
+        """Ends it; what its datastore says against that is logged, so that the others are dropped all the same."""
+        try:
+            self._end(session)
+        except Exception as error:
+            _log.warning("staging not dropped id=%s error=%s", session.id, error)
+
     def _end(self, session: StagingSession) -> None:
         with self._changed:
             self._sessions.pop(session.id, None)
@@ -171,10 +182,7 @@ class StagingSessions:
                     session.closing = True
             for session in abandoned:
                 _log.info("staging dropped image=%s/%s", session.staging.store.datastore.name, session.staging.image_id)
-                try:
-                    self._end(session)
-                except Exception:
-                    _log.exception("staging not dropped id=%s", session.id)
+                self._drop(session)
 
 
 def _gone(staging_id: str) -> StagingNotFound:

@@ -18,8 +18,7 @@ _log = logging.getLogger(__name__)
 class StagingDirectory:
     """A staging directory and its lock. As a context manager it is gone afterwards, unless it was published.
 
-    The lock keeps the reaper away however long the making takes; when this process dies it goes with it, and the
-    reaper finds the directory by its age.
+    The lock says that somebody is making it, however long that takes; when this process dies it goes with it.
     """
 
     def __init__(self, store: ImageStore, image_id: str, operation: str) -> None:
@@ -62,6 +61,11 @@ class StagingDirectory:
     def directory(self) -> str:
         """Relative to the datastore's root."""
         return self.place.directory
+
+    @property
+    def held(self) -> bool:
+        """It was neither published nor aborted."""
+        return self._lock is not None
 
     def path(self, name: str) -> str:
         return f"{self.place.directory}/{name}"

@@ -1,6 +1,7 @@
 """The images of one datastore: what every algorithm needs to read, lock and judge them."""
 
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import check_image_id
 
 _LOCK_TRIES = 8
+
+_log = logging.getLogger(__name__)
 
 
 class ImageStore:
@@ -44,7 +47,11 @@ class ImageStore:
         self._observer = observer
 
     def changed(self, image_id: str) -> None:
-        self._observer(image_id)
+        """Tells the observer. The change is made: what is wrong with telling of it is logged, never raised."""
+        try:
+            self._observer(image_id)
+        except Exception:
+            _log.exception("change not told image=%s", self.key(image_id))
 
     def key(self, image_id: str) -> ImageKey:
         return ImageKey(self.datastore.name, image_id)

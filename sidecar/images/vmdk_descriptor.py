@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sidecar.errors import InvalidDisk
+from sidecar.images.names import is_reserved
 
 SECTOR = 512
 MAX_DESCRIPTOR_BYTES = 1 << 20
@@ -21,10 +22,7 @@ MAX_CAPACITY_BYTES = 64 << 40
 """A larger disk is refused. VMFS ends at 62 TiB, so nothing real is above it."""
 NO_PARENT = 0xFFFFFFFF
 
-BOOKKEEPING_NAMES = frozenset(
-    {"image_timestamp.txt", "image_timestamp.txt.renamed", "image_tombstone.txt", "unused_image_marker.txt"}
-)
-BOOKKEEPING_SUFFIXES = (".ec_lock", ".ecv", ".manifest")
+_METADATA_SUFFIXES = (".ecv", ".manifest")
 
 _CREATE_TYPES = frozenset(
     {
@@ -168,7 +166,7 @@ def _name_fault(name: str) -> str | None:
         return "it is not Unicode text"
     if length > 255:
         return f"it is {length} bytes long, and a name has at most 255"
-    if folded in BOOKKEEPING_NAMES or folded.endswith(BOOKKEEPING_SUFFIXES):
+    if is_reserved(folded) or folded.endswith(_METADATA_SUFFIXES):
         return "images keep their own state under that name"
     return None
 

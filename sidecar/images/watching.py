@@ -17,13 +17,17 @@ LOOK_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
-    """With `everything`, the images are all there are. `datastores` are those to tell about now."""
+    """With `everything`, the images are all there are, but for those of the `incomplete` datastores.
+
+    `datastores` are those to tell about now.
+    """
 
     images: list[Image]
     removed: list[ImageKey]
     everything: bool
     resume_token: str
     datastores: list[Discovery]
+    incomplete: list[str]
 
 
 class Watches:
@@ -49,20 +53,29 @@ class Watches:
         revision = self._revision(resume_token)
         if not revision:
             # A snapshot of half a datastore would tell that the other half is gone.
-            for discovery in discoveries:
-                self._wait_complete(discovery, wanted)
+            self._wait_complete(discoveries, wanted)
         told: dict[str, object] = {}
+        first = True
+        missing: set[str] = set()  # the datastores that were incomplete in the last snapshot
         while wanted():
             if self._ended.is_set():
                 raise SidecarUnavailable("the sidecar is shutting down; watch again when it is back")
-            changes = self._catalog.changes_since(revision, datastore)
-            changed = [d for d in discoveries if told.get(d.store.datastore.name) != _seen(d)]
-            first = not told
-            if first or changed or changes.images or changes.removed or changes.everything:
-                told.update((d.store.datastore.name, _seen(d)) for d in discoveries)
-                token = f"{self._life}:{changes.revision}"
-                everything = changes.everything and (first or bool(revision))
-                yield WatchEvent(changes.images, changes.removed, everything, token, discoveries if first else changed)
+            incomplete = {d.store.datastore.name for d in discoveries if not d.complete}
+            # What vanished from them while there was no sidecar can be told by another snapshot only.
+            again = not missing <= incomplete
+            changes = self._catalog.changes_since(0 if again else revision, datastore)
+            seen = {d.store.datastore.name: _seen(d) for d in discoveries}
+            changed = [d for d in discoveries if told.get(d.store.datastore.name) != seen[d.store.datastore.name]]
+            everything = changes.everything and (first or again or bool(revision))
+            if everything:
+                missing = incomplete
+            if first or changed or changes.images or changes.removed or everything:
+                # Who has no whole snapshot yet must not go on from here: it would never get one.
+                token = "" if missing else f"{self._life}:{changes.revision}"
+                # Whoever takes a snapshot for all there is needs all datastores with it.
+                about = discoveries if first or everything else changed
+                yield WatchEvent(changes.images, changes.removed, everything, token, about, sorted(missing))
+            first, told = False, seen
             revision = changes.revision
             self._catalog.wait(revision, LOOK_SECONDS, lambda: self._ended.is_set() or not wanted())
 
@@ -70,11 +83,12 @@ class Watches:
         life, _, revision = resume_token.partition(":")
         return int(revision) if life == self._life and revision.isdecimal() else 0
 
-    def _wait_complete(self, discovery: Discovery, wanted: Callable[[], bool]) -> None:
+    def _wait_complete(self, discoveries: list[Discovery], wanted: Callable[[], bool]) -> None:
         until = time.monotonic() + FIRST_SCAN_SECONDS
-        while wanted() and not self._ended.is_set() and time.monotonic() < until:
-            if discovery.wait_first_scan(0.1):
-                return
+        for discovery in discoveries:
+            while wanted() and not self._ended.is_set() and time.monotonic() < until:
+                if discovery.wait_first_scan(0.1):
+                    break
 
 
 def _seen(discovery: Discovery) -> object:

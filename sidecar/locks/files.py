@@ -110,7 +110,7 @@ class FileLocks:
             keep = False
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise OSError(errno.EINVAL, "the lock file is not a regular file", path)
+                    raise OSError(errno.EISDIR, "the lock file is not a regular file", path)
                 if not self._lock_now(fd, fcntl.LOCK_EX):
                     return _read_holder(fd)
                 keep = self._is_at(path, fd)

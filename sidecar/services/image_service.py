@@ -1,6 +1,7 @@
 """ImageService: what the contract says, in terms of the domain."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from google.protobuf.message import Message
 
 from protos.images.v1 import image_service_pb2 as pb
 from protos.images.v1 import image_service_pb2_grpc as pb_grpc
+from protos.images.v1 import types_pb2
 from sidecar.errors import InvalidMetadata, InvalidRequest
 from sidecar.images.checking import touch_image, validate_image
 from sidecar.images.deletion import delete_image, purge_image, restore_image
@@ -30,7 +32,8 @@ from sidecar.services.requests import Requests, fingerprint
 PROGRESS_SECONDS = 0.25
 DEFAULT_PAGE, LARGEST_PAGE = 500, 5_000
 FIRST_LISTING_SECONDS = 10.0
-IMAGES_A_MESSAGE = 500  # a few hundred bytes each, far below the limit of a message
+IMAGES_A_MESSAGE = 500
+BYTES_A_MESSAGE = 4 << 20  # of images: half of what a message has at most
 
 Answer = TypeVar("Answer")
 
@@ -53,7 +56,10 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         )
         # Only the first listing after the start ever waits here.
         wait = min(context.time_remaining() or FIRST_LISTING_SECONDS, FIRST_LISTING_SECONDS) * 0.9
-        unknown = [d for d in discoveries if not d.wait_first_scan(wait) or not d.complete or d.status.fault]
+        until = time.monotonic() + wait
+        for discovery in discoveries:
+            discovery.wait_first_scan(max(until - time.monotonic(), 0))
+        unknown = [d for d in discoveries if not d.complete or d.status.fault]
         page = self._library.catalog.page(
             [discovery.store.datastore.name for discovery in discoveries],
             image_states(request.states),
@@ -61,9 +67,11 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
             request.page_token,
             request.page_size or DEFAULT_PAGE,
         )
+        images = next(_batches(page.images, LARGEST_PAGE))
+        cut = len(images) < len(page.images)
         return pb.ListImagesResponse(
-            images=[image_message(image) for image in page.images],
-            next_page_token=page.after or "",
+            images=images,
+            next_page_token=str(page.images[len(images) - 1].key) if cut else page.after or "",
             total_size=page.total,
             incomplete_datastores=[
                 f"{d.store.datastore.name}: {d.status.fault or 'its images are still being read'}" for d in unknown
@@ -176,18 +184,35 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         context.add_callback(self._library.catalog.wake)
         for event in self._watches.follow(request.datastore, request.resume_token, context.is_active):
             datastores = [datastore_message(discovery) for discovery in event.datastores]
-            batches = range(0, max(len(event.images), 1), IMAGES_A_MESSAGE)
-            for start in batches:
-                last = start == batches[-1]
+            told = 0
+            for images in _batches(event.images, IMAGES_A_MESSAGE):
+                first, last = told == 0, told + len(images) == len(event.images)
+                told += len(images)
                 yield pb.WatchImagesResponse(
-                    snapshot_start=event.everything and start == 0,
+                    snapshot_start=event.everything and first,
                     snapshot_complete=event.everything and last,
-                    images=[image_message(image) for image in event.images[start : start + IMAGES_A_MESSAGE]],
+                    images=images,
                     removed=[image_ref(key) for key in event.removed] if last else [],
                     resume_token=event.resume_token if last else "",
-                    datastores=datastores if start == 0 else [],
+                    datastores=datastores if first else [],
+                    incomplete_datastores=event.incomplete if event.everything else [],
                 )
 
     def _once(self, method: str, request: Message, context: grpc.ServicerContext, work: Callable[[], Answer]) -> Answer:
         request_id: str = request.request_id  # type: ignore[attr-defined]
         return self._requests.run(request_id, fingerprint(method, request), work, context.time_remaining())
+
+
+def _batches(images: Sequence[Image], most: int) -> Iterator[list[types_pb2.Image]]:
+    """The images as messages, as many at once as one answer carries; at least one batch, which may be empty."""
+    batch: list[types_pb2.Image] = []
+    size = 0
+    for image in images:
+        message = image_message(image)
+        length = message.ByteSize()
+        if batch and (len(batch) == most or size + length > BYTES_A_MESSAGE):
+            yield batch
+            batch, size = [], 0
+        batch.append(message)
+        size += length
+    yield batch

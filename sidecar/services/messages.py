@@ -22,6 +22,8 @@ _KINDS = {
     FileKind.COMPANION: pb.FILE_KIND_COMPANION,
 }
 
+_MAX_FILES = 10_000  # of one image: 3 MiB of a message at most
+
 # The years 1 to 9999.
 _EARLIEST_NS, _LATEST_NS = -62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1
 
@@ -53,7 +55,7 @@ def image_message(image: Image) -> pb.Image:
         ref=image_ref(image.key),
         state=_STATES[image.state],
         details_known=image.details_known,
-        files=[file_message(file) for file in image.files],
+        files=[file_message(file) for file in image.files[-_MAX_FILES:]],
         capacity_bytes=image.capacity,
         size_bytes=image.size,
         allocated_bytes=image.allocated,
@@ -61,6 +63,8 @@ def image_message(image: Image) -> pb.Image:
         directory=image.directory,
         problems=[_text(problem) for problem in image.problems],
     )
+    if len(image.files) > _MAX_FILES:
+        message.problems.append(f"it has more than {_MAX_FILES} files: the others are not told of")
     for field, ns in (
         (message.create_time, image.created_ns),
         (message.touch_time, image.touched_ns),

@@ -1,5 +1,6 @@
 """StagingService: what the contract says, in terms of the domain."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -25,6 +26,9 @@ MESSAGE_DATA_BYTES = 1 << 20
 CLONE_SECONDS = 1.0
 CLONE_PIECE = 64 << 20  # bytes between two looks at the clock
 LARGEST_FILE = 64 << 40
+SPACE_CHECK_BYTES = 256 << 20  # written between two looks at the reserve
+
+_log = logging.getLogger(__name__)
 
 
 class StagingServicer(pb_grpc.StagingServiceServicer):
@@ -56,7 +60,8 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 "the stream ended before its first message, which names the staging directory and file"
             )
         check_file_name(first.name)
-        written = 0
+        written = checked = 0
+        size: int | None = None
         with (
             self._library.sessions.using(first.staging_id) as staging,
             closing(staging.open_writable(first.name)) as target,
@@ -64,15 +69,20 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             for message in _with_first(first, request_iterator):
                 _check_range(message.offset, len(message.data) + message.hole_bytes)
                 if message.data:
+                    if written >= checked + SPACE_CHECK_BYTES:
+                        staging.store.require_space(0)
+                        checked = written
                     target.write(message.offset, message.data)
                     written += len(message.data)
                 if message.hole_bytes:
                     target.make_hole(message.offset + len(message.data), message.hole_bytes)
                 if message.HasField("size_bytes"):
                     _check_range(0, message.size_bytes)
-                    target.resize(message.size_bytes)
+                    size = message.size_bytes
             if not context.is_active():
                 raise OperationCancelled("the stream was cancelled before its end")
+            if size is not None:
+                target.resize(size)
             return pb.WriteFileResponse(written_bytes=written, size_bytes=target.size())
 
     def ReadFile(self, request: pb.ReadFileRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadFileResponse]:
@@ -147,6 +157,9 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
     ) -> pb.CommitStagingResponse:
         def work() -> pb.CommitStagingResponse:
             image, renames = self._library.sessions.commit(request.staging_id)
+            source = request.copied_from
+            copied_from = f"{source.datastore}/{source.image_id}"[:300] if request.HasField("copied_from") else "-"
+            _log.info("published image=%s copied_from=%s", image.key, copied_from)
             return pb.CommitStagingResponse(
                 image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
             )

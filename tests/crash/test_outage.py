@@ -12,6 +12,11 @@ import pytest
 
 from sidecar import errors
 from sidecar.client import SidecarClient
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
+from sidecar.images.layouts import LAYOUTS as IMAGE_LAYOUTS
+from sidecar.images.store import ImageStore
 from sidecar.locks.interface import LockHolder
 from tests.crash.support import LAYOUTS, answers, image_directory, write_image
 from tests.support.disks import MIB
@@ -121,3 +126,53 @@ def test_a_lock_that_another_process_holds_is_a_timeout_that_names_it(
     assert client.image("one/a").ref.image_id == "a", "reading needs no lock"
     fcntl.flock(holder, fcntl.LOCK_UN)
     client.delete("one/a")
+
+
+def test_an_outage_at_the_start_is_not_told_as_the_end_of_its_images(tmp_path: Path, stack: ExitStack) -> None:
+    write_image(tmp_path / "here", "compound", "a")
+    away = tmp_path / "away"
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"here={tmp_path / 'here'}", f"away={away}"))
+    client = stack.enter_context(sidecar.client())
+    watch = stack.enter_context(client.watch())
+    first = next(watch)
+    assert first.snapshot_complete
+    assert list(first.incomplete_datastores) == ["away"]
+    assert not first.resume_token, "who goes on from here would never hear what vanished"
+    write_image(away, "compound", "b")
+    again = next(answer for answer in watch if answer.snapshot_start)
+    assert again.snapshot_complete and again.resume_token
+    assert not again.incomplete_datastores
+    assert [image.ref.datastore for image in again.images].count("away") == 1
+    assert {store.name for store in again.datastores} == {"here", "away"}
+
+
+def test_what_is_mounted_over_a_datastore_is_not_taken_for_it(tmp_path: Path, stack: ExitStack) -> None:
+    root = tmp_path / "one"
+    write_image(root, "compound", "a")
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root}"))
+    client = stack.enter_context(sidecar.client())
+    assert ids(client) == ["one/a"]
+    run("mount", "-t", "tmpfs", "none", root)
+    with ExitStack() as mounted:
+        mounted.callback(run, "umount", root)
+        store = client.datastore("one")
+        assert not store.accessible and "another file system is mounted" in store.fault
+        assert ids(client) == ["one/a"]
+    assert client.datastore("one").accessible
+
+
+def test_a_datastore_that_hangs_is_told_to_be_away(tmp_path: Path) -> None:
+    # Whatever asks it does not come back, so nothing but the time says so.
+    now = [100.0]
+    datastore = PosixDatastore("one", str(tmp_path))
+    try:
+        discovery = Discovery(ImageStore(datastore, IMAGE_LAYOUTS["compound"]), Catalog(), monotonic=lambda: now[0])
+        assert discovery.check().fault == ""
+        now[0] += 14
+        assert discovery.status.fault == ""
+        now[0] += 2
+        assert "has not answered since" in discovery.status.fault
+        discovery.check()
+        assert discovery.status.fault == ""
+    finally:
+        datastore.close()

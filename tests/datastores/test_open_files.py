@@ -1,19 +1,23 @@
 """Open disks are seen, named, and never taken away from under their readers. Real QEMU, real OFD locks."""
 
+import contextlib
+import errno
 import fcntl
 import os
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 import sidecar
+from sidecar.cli import raise_open_files_limit
 from sidecar.datastores.open_files import (
     UNSEEN_USER,
     FilesInUse,
@@ -23,6 +27,8 @@ from sidecar.datastores.open_files import (
     open_users,
     share_lock,
 )
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.errors import DatastoreUnavailable, InvalidRequest
 
 REPOSITORY = Path(sidecar.__file__).parents[1]
 
@@ -139,7 +145,6 @@ def test_qemu_nbd_is_seen_and_named_on_descriptor_and_extent(files: ExitStack, d
             for fds in ([descriptor], [extent], [descriptor, extent]):
                 (user,) = open_users(fds)
                 assert (user.pid, user.process) == (pid, "qemu-nbd")
-                assert user.command.startswith("qemu-nbd --read-only")
         assert open_users([descriptor, extent]) == ()
 
 
@@ -297,7 +302,7 @@ def test_a_reader_out_of_sight_is_still_a_reader(files: ExitStack, plain: Path) 
 
 
 def test_describe() -> None:
-    users = [FileUser(pid, "qemu-nbd", "") for pid in range(1, 8)]
+    users = [FileUser(pid, "qemu-nbd") for pid in range(1, 8)]
     assert describe(users[:1]) == "qemu-nbd (pid 1)"
     assert describe([users[0], UNSEEN_USER]) == f"qemu-nbd (pid 1), {UNSEEN_USER.process}"
     assert describe(users).endswith("qemu-nbd (pid 5) and 2 more")
@@ -311,3 +316,56 @@ def test_a_name_longer_than_the_kernel_keeps_is_completed(files: ExitStack, plai
         with subprocess.Popen([program], stdin=subprocess.PIPE, pass_fds=[shared.fileno()]) as running:
             users = open_users([opened(files, plain)])
             assert [user.process for user in users if user.pid == running.pid] == [program.name]
+
+
+def test_a_lock_that_cannot_be_undone_does_not_undo_what_was_done_under_it(plain: Path) -> None:
+    fd = os.open(plain, os.O_RDWR)
+    with exclude_users([fd]):
+        os.close(fd)
+
+
+@pytest.fixture
+def datastore(files: ExitStack, tmp_path: Path) -> PosixDatastore:
+    (tmp_path / "root" / "image_a").mkdir(parents=True)
+    (tmp_path / "root" / "image_a" / "a.vmdk").write_bytes(b"x")
+    datastore = files.enter_context(closing(PosixDatastore("one", str(tmp_path / "root"))))
+    datastore.check()
+    return datastore
+
+
+def test_a_file_whose_attributes_cannot_be_read_stays_open_in_nobody(
+    datastore: PosixDatastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = os.listdir("/proc/self/fd")
+    for call in (datastore.open_readable, datastore.open_writable, lambda path: datastore.read_file(path, 1)):
+        with monkeypatch.context() as patched, contextlib.suppress(DatastoreUnavailable):
+            patched.setattr(os, "fstat", fail)
+            call("image_a/a.vmdk")
+            raise AssertionError("the fault was met")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_too_many_files_are_counted_and_not_listed(datastore: PosixDatastore) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    try:
+        with pytest.raises(DatastoreUnavailable, match="1100 files in image_a") as caught:
+            datastore.users(["image_a/a.vmdk"] * 1100)
+        assert "a.vmdk" not in str(caught.value)
+        raise_open_files_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_tree_without_end_is_refused_before_it_uses_up_the_descriptors(datastore: PosixDatastore) -> None:
+    deep = f"trash{'/d' * 200}"
+    datastore.make_directory(deep, parents=True)
+    with pytest.raises(InvalidRequest, match="nested deeper"):
+        datastore.remove_tree("trash")
+    datastore.make_directory(f"shallow{'/d' * 50}", parents=True)
+    datastore.remove_tree("shallow")
+    assert "shallow" not in datastore.names("")

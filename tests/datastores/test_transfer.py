@@ -1,5 +1,7 @@
 """Ranges of files, moved on real file systems: the same bytes, the same holes, whatever the way."""
 
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,3 +103,14 @@ def test_a_full_disk_is_told_as_that(ext4: Path, tmp_path: Path) -> None:
         pytest.raises(OSError, match="No space left"),
     ):
         move(ext4 / "source", small / "target", Progress())
+
+
+def test_a_source_that_cannot_be_mapped_is_copied_all_the_same(
+    ext4: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert move(ext4 / "source", target, Progress()) == SIZE
+    assert digest(target) == digest(ext4 / "source")

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,14 @@ import pytest
 from protos.images.v1.types_pb2 import IMAGE_STATE_INCOMPLETE, IMAGE_STATE_TOMBSTONED, IMAGE_STATE_VALID
 from sidecar import errors
 from sidecar.client import SidecarClient
+from sidecar.datastores.inotify import InotifyWatcher
+from sidecar.datastores.interface import Changes
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
+from sidecar.images.image import ImageKey
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.store import ImageStore
 from tests.support.places import MARKER, RENAMED, TIMESTAMP, TOMBSTONE, Place, flat_files
 from tests.support.processes import Sidecar, wait_until
 from tests.support.world import NOTICED_SECONDS, World, datastore_flags, make_places, text
@@ -192,3 +204,147 @@ def test_where_the_kernel_tells_of_nothing_a_rescan_finds_the_changes(
         )
     shutil.rmtree(place.directory("a"))
     wait_until(lambda: set(states()) == {"b"}, "the removal is seen")
+
+
+def test_a_stray_file_or_link_among_the_shards_hides_no_image(world: World, scratch: Path) -> None:
+    place = world.places["two"]
+    stray, link = place.root / "images" / "x", place.root / "images" / "y"
+    stray.touch()
+    link.symlink_to(scratch)
+    place.plant("qq1")
+    world.wait_listed("two/qq1")
+    stray.unlink()
+    link.unlink()
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three"])
+def test_a_file_in_place_of_an_image_is_no_image_and_hides_no_other(
+    tmp_path: Path, stack: ExitStack, name: str
+) -> None:
+    place, client = rescanned(tmp_path, stack, name)
+    place.plant("aa1")
+    wait_until(lambda: [image.ref.image_id for image in client.images()] == ["aa1"], "it is listed")
+    place.directory("aa1").rename(tmp_path / "away")
+    place.directory("aa1").touch()
+    wait_until(lambda: not list(client.images()), "it is gone")
+    place.plant("zz1")
+    wait_until(lambda: [image.ref.image_id for image in client.images()] == ["zz1"], "the next one is listed")
+
+
+def test_an_image_that_another_host_published_anew_does_not_keep_the_files_of_the_old_one(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    place, client = rescanned(tmp_path, stack, "three")
+    place.plant("a")
+    wait_until(lambda: bool(list(client.images())), "it is listed")
+    old = client.image("three/a").files[0].inode
+    assert next(file.inode for image in client.images() for file in image.files) == old
+    place.directory("a").rename(tmp_path / "away")
+    place.plant("a")
+    wait_until(
+        lambda: old not in [file.inode for image in client.images() for file in image.files], "the old files are gone"
+    )
+
+
+def rescanned(tmp_path: Path, stack: ExitStack, name: str) -> tuple[Place, SidecarClient]:
+    """A datastore of which the kernel tells nothing, and a client of its sidecar."""
+    place = make_places(tmp_path)[name]
+    config = (
+        f'[datastore.{name}]\npath = "{place.root}"\ntype = "nfs"\nlayout = "{place.layout}"\nrescan_seconds = 0.2\n'
+    )
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", config=config))
+    return place, stack.enter_context(sidecar.client())
+
+
+class Limited(InotifyWatcher):
+    """Its watches are used up at image_a, just when another image appears."""
+
+    def __init__(self, root_fd: int, place: Place) -> None:
+        super().__init__(root_fd)
+        self.place = place
+
+    def watch(self, path: str) -> bool:
+        if path == "image_a":
+            self.place.plant("b")
+            return False
+        return super().watch(path)
+
+
+class Forgetful(InotifyWatcher):
+    """The kernel's queue is always full."""
+
+    def wait(self, timeout: float) -> Changes:
+        return Changes({}, bool(super().wait(timeout).names))
+
+
+@dataclass
+class Discovered:
+    """A datastore's catalogue, with a given watcher and no look at everything for a minute."""
+
+    place: Place
+    watcher: Callable[[int], InotifyWatcher]
+
+    def __enter__(self) -> Catalog:
+        class Watched(PosixDatastore):
+            def watcher(self) -> InotifyWatcher:
+                return make(self._root_fd)
+
+        make, catalog = self.watcher, Catalog()
+        self._datastore = Watched("one", str(self.place.root))
+        self._discovery = Discovery(ImageStore(self._datastore, LAYOUTS["compound"]), catalog, rescan_seconds=60)
+        self._discovery.start()
+        assert self._discovery.wait_first_scan(10)
+        return catalog
+
+    def __exit__(self, *error: object) -> None:
+        self._discovery.close()
+        self._datastore.close()
+
+
+def test_what_appears_while_the_watches_are_used_up_is_found_at_once(tmp_path: Path) -> None:
+    place = make_places(tmp_path)["one"]
+    with Discovered(place, lambda fd: Limited(fd, place)) as catalog:
+        place.plant("a")
+        wait_until(lambda: catalog.ids("one") == ["a", "b"], "both are found")
+
+
+def test_after_lost_events_images_that_look_unchanged_are_read_again(tmp_path: Path) -> None:
+    place = make_places(tmp_path)["one"]
+    place.plant("a", companions={"a.ecv": b"{}"})
+    key = ImageKey("one", "a")
+
+    def size() -> int:
+        image = catalog.get(key)
+        return image.files[0].size if image else -1
+
+    with Discovered(place, Forgetful) as catalog:
+        assert size() == 2
+        place.file("a", "a.ecv").write_bytes(b'{"a": 1}')
+        wait_until(lambda: size() == 8, "the new size is known", NOTICED_SECONDS)
+
+
+_WATCH_AS_NOBODY = """
+import os, sys
+from sidecar.datastores.inotify import InotifyWatcher
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+watcher = InotifyWatcher(int(sys.argv[1]))
+assert watcher.watch("closed")
+assert watcher.watch("open")
+print(sorted(watcher._paths.values()))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's directory")
+def test_a_directory_that_may_not_be_watched_ends_no_scan(tmp_path: Path, stack: ExitStack) -> None:
+    for name, mode in (("closed", 0o700), ("open", 0o755)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    tmp_path.chmod(0o755)
+    root_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    stack.callback(os.close, root_fd)
+    command = [sys.executable, "-c", _WATCH_AS_NOBODY, str(root_fd)]
+    project = Path(__file__).parents[2]
+    answer = subprocess.run(command, pass_fds=[root_fd], cwd=project, capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (0, "['open']\n"), answer.stderr

@@ -1,10 +1,14 @@
 """One request id is one copy; a copy that nobody wants any more leaves nothing."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from sidecar import errors
+from sidecar.images.operations import Operations
+from sidecar.images.progress import Progress
 from tests.support.disks import assert_same_disk
 from tests.support.places import MIB, Place, flat_files
 from tests.support.processes import wait_until
@@ -116,3 +120,56 @@ def test_a_copy_goes_on_while_one_of_its_callers_still_wants_it(world: World, pl
         wait_until(lambda: outcome(world, request_id), "the sidecar knows that one call was cancelled")
     calls[1].wait()
     place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
+
+
+@pytest.fixture
+def operations() -> Iterator[Operations[int]]:
+    with contextlib.closing(Operations[int](2, "test")) as operations:
+        yield operations
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_request_whose_caller_had_gone_too_late_to_cancel_it_is_found_and_else_made_anew(
+    operations: Operations[int], succeeds: bool
+) -> None:
+    end, made = threading.Event(), []
+
+    def work(progress: Progress) -> int:
+        made.append(1)
+        end.wait(10)
+        if not succeeds:
+            progress.check()
+        return len(made)
+
+    first = operations.start("id", "copy", work)
+    with first.attend():
+        wait_until(lambda: bool(made), "it runs")
+    second = operations.start("id", "copy", work)
+    with second.attend():
+        assert second is not first
+        assert made == [1]  # never two at once
+        end.set()
+        assert second.wait(10)
+        assert second.result() == (1 if succeeds else 2)
+    third = operations.start("id", "copy", work)
+    with third.attend():
+        assert third is second
+
+
+def test_a_request_that_succeeded_although_nobody_waited_any_more_is_not_made_again(
+    operations: Operations[int],
+) -> None:
+    end, made = threading.Event(), []
+
+    def work(progress: Progress) -> int:
+        made.append(1)
+        end.wait(10)
+        return len(made)
+
+    first = operations.start("id", "copy", work)
+    with first.attend():
+        pass
+    end.set()
+    assert first.wait(10)
+    with (again := operations.start("id", "copy", work)).attend():
+        assert again is first

@@ -1,15 +1,28 @@
 """ListImages: pages, filters and totals, from memory, on every layout."""
 
+import os
 import shutil
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from protos.images.v1 import image_service_pb2 as wire
 from protos.images.v1.types_pb2 import IMAGE_STATE_INCOMPLETE, IMAGE_STATE_TOMBSTONED, IMAGE_STATE_VALID
 from sidecar import errors
-from tests.support.places import TIMESTAMP, Place
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.library import Library
+from sidecar.images.store import ImageStore
+from sidecar.images.watching import Watches
+from sidecar.services.image_service import ImageServicer
+from sidecar.services.requests import Requests
+from tests.support.places import TIMESTAMP, Place, write_flat_disk
 from tests.support.processes import wait_until
-from tests.support.world import ALL_STATES, World, text
+from tests.support.world import ALL_STATES, Watcher, World, text
 
 
 def ids(world: World, datastore: str = "", **arguments: object) -> list[str]:
@@ -233,3 +246,46 @@ def test_an_image_in_another_shard_than_its_own_is_none(world: World) -> None:
     with pytest.raises(errors.ImageNotFound):
         world.client.image("two/abc")
     shutil.rmtree(stray)
+
+
+def test_datastores_that_hang_at_the_start_are_waited_for_together(tmp_path: Path) -> None:
+    # Of none of them a first scan ever ends.
+    catalog = Catalog()
+    discoveries = [
+        Discovery(ImageStore(PosixDatastore(name, str(tmp_path / name)), LAYOUTS["compound"]), catalog)
+        for name in ("a", "b", "c", "d", "e")
+    ]
+    library = Library(discoveries, catalog, max_copies=1, lease_seconds=1)
+    servicer = ImageServicer(library, Requests(), Watches(catalog, discoveries))
+    impatient: Any = Impatient()
+    began = time.monotonic()
+    answer = servicer.ListImages(wire.ListImagesRequest(), impatient)
+    assert time.monotonic() - began < 1.0
+    assert len(answer.incomplete_datastores) == 5
+
+
+class Impatient:
+    """The context of a call whose caller waits half a second."""
+
+    def time_remaining(self) -> float:
+        return 0.5
+
+
+@pytest.mark.slow
+def test_images_of_many_files_are_listed_and_watched_in_answers_that_arrive(world: World) -> None:
+    place = world.places["one"]
+    images = ["a", "b", "c"]
+    for image_id in images:
+        making = place.root / "making"
+        write_flat_disk(making, image_id)
+        (making / TIMESTAMP).touch()
+        for number in range(10_000):
+            os.mknod(making / f"{'x' * 240}-{number}")
+        making.rename(place.directory(image_id))
+    wait_until(lambda: len(world.listed()) == len(images), "all are known", 30)
+    for image in world.client.images("one"):
+        assert len(image.files) == 10_000
+        assert image.files[-1].name == f"{image.ref.image_id}.vmdk"
+        assert any("more than 10000 files" in problem for problem in image.problems)
+    with Watcher(world.client, "one") as watcher:
+        wait_until(lambda: sorted(watcher.images) == [f"one/{image_id}" for image_id in images], "all are told")

@@ -115,3 +115,10 @@ def test_a_link_in_place_of_a_companion_is_replaced_and_not_followed(world: Worl
     with pytest.raises(errors.ImagesError):
         world.client.update_metadata(f"{place.name}/a", files={"x": b"x"})
     assert not (place.root / "outside").exists()
+
+
+def test_a_companion_with_the_longest_of_names_is_written(world: World, place: Place) -> None:
+    place.plant("a")
+    name = "\N{GRINNING FACE}" * 63  # 252 bytes
+    world.client.update_metadata(f"{place.name}/a", files={name: b"x"})
+    place.assert_holds({"a": flat_files("a", name)})

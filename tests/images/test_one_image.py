@@ -269,3 +269,27 @@ def test_an_image_that_is_not_there_is_not_found(world: World, place: Place) -> 
     with pytest.raises(errors.ImageNotFound):
         world.client.copy(f"{place.name}/none", f"{place.name}/b").wait()
     assert place.snapshot() == before
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "fifo"])
+@pytest.mark.parametrize("name", [TIMESTAMP, TOMBSTONE, MARKER])
+def test_a_bookkeeping_file_that_is_no_plain_file_is_a_problem_of_an_image_that_can_be_deleted(
+    world: World, place: Place, scratch: Path, name: str, kind: str
+) -> None:
+    ref = f"{place.name}/a"
+    place.plant("a")
+    world.wait_listed(ref)
+    place.file("a", name).unlink(missing_ok=True)
+    if kind == "directory":
+        place.file("a", name).mkdir()
+    elif kind == "link":
+        place.file("a", name).symlink_to(scratch)
+    else:
+        os.mkfifo(place.file("a", name))
+    image = world.client.image(ref)
+    assert f"{name!r} is not a plain file" in image.problems
+    states = {TIMESTAMP: IMAGE_STATE_INCOMPLETE, TOMBSTONE: IMAGE_STATE_TOMBSTONED, MARKER: IMAGE_STATE_VALID}
+    assert image.state == states[name]
+    assert ref in world.listed()
+    world.client.delete(ref, force=True)
+    place.assert_holds({})

@@ -1,16 +1,24 @@
 """The last step of a publish, without the lock's protection: it never replaces what is there."""
 
 import contextlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from sidecar.datastores.interface import Entry
 from sidecar.datastores.posix import PosixDatastore
+from sidecar.errors import DatastoreUnavailable
+from sidecar.images.copying import copy_image
+from sidecar.images.deletion import delete_image, restore_image
+from sidecar.images.image import ImageState
 from sidecar.images.layouts import LAYOUTS as SIDECAR_LAYOUTS
+from sidecar.images.metadata import update_companions
+from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
-from tests.support.places import LAYOUTS, TIMESTAMP, Place, flat_files, write_flat_disk
+from tests.support.places import LAYOUTS, TIMESTAMP, TOMBSTONE, Place, flat_files, write_flat_disk
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -25,6 +33,62 @@ def store(place: Place, stack: ExitStack) -> ImageStore:
     layout = SIDECAR_LAYOUTS[place.layout]
     layout.prepare(datastore)
     return ImageStore(datastore, layout)
+
+
+class Unreadable(PosixDatastore):
+    """A datastore on which an image cannot be read any more once its files are such ones."""
+
+    unreadable: Callable[[set[str]], bool] = staticmethod(lambda names: False)
+
+    def entries(self, path: str) -> list[Entry]:
+        found = super().entries(path)
+        if self.unreadable({entry.name for entry in found}):
+            raise DatastoreUnavailable(f"{path}: Input/output error")
+        return found
+
+
+@pytest.fixture
+def failing(place: Place, stack: ExitStack) -> ImageStore:
+    """A store whose changes can neither be read again nor told."""
+    datastore = stack.enter_context(contextlib.closing(Unreadable(place.name, str(place.root))))
+    SIDECAR_LAYOUTS[place.layout].prepare(datastore)
+    store = ImageStore(datastore, SIDECAR_LAYOUTS[place.layout])
+
+    def refuse(image_id: str) -> None:
+        raise RuntimeError("a defect of who is told")
+
+    store.observe(refuse)
+    return store
+
+
+def break_when(store: ImageStore, unreadable: Callable[[set[str]], bool]) -> None:
+    assert isinstance(store.datastore, Unreadable)
+    store.datastore.unreadable = unreadable
+
+
+def test_an_image_that_was_published_is_never_told_to_have_failed(failing: ImageStore, place: Place) -> None:
+    place.plant("source")
+    break_when(failing, lambda names: place.descriptor("a").exists() and "a.vmdk" in names)
+    image = copy_image(failing, "source", failing, "a", Progress())
+    assert (image.key.image_id, image.state) == ("a", ImageState.VALID)
+    assert image.touched_ns == place.file("a", TIMESTAMP).stat().st_mtime_ns
+    place.assert_holds({"source": flat_files("source"), "a": flat_files("a")})
+
+
+def test_a_restore_that_was_made_is_never_told_to_have_failed(failing: ImageStore, place: Place) -> None:
+    place.plant("a")
+    delete_image(failing, "a")
+    break_when(failing, lambda names: TOMBSTONE not in names)
+    image = restore_image(failing, "a")
+    assert (image.state, image.tombstoned_ns) == (ImageState.VALID, None)
+    place.assert_holds({"a": flat_files("a")})
+
+
+def test_a_companion_that_was_written_is_never_told_to_have_failed(failing: ImageStore, place: Place) -> None:
+    place.plant("a")
+    break_when(failing, lambda names: "a.ecv" in names)
+    assert update_companions(failing, "a", {"a.ecv": b"{}"}, ()).state is ImageState.VALID
+    place.assert_holds({"a": flat_files("a", "a.ecv")})
 
 
 @pytest.mark.parametrize("there", ["an image", "one file"])

@@ -115,7 +115,7 @@ def test_the_first_answer_of_a_read_tells_the_size(world: World, place: Place) -
 
 def test_a_size_cuts_or_extends_a_file(world: World, place: Place) -> None:
     with world.client.create_staging(f"{place.name}/a") as staging:
-        assert staging.write_file("x", [(0, b"abcdef")], size=3).size_bytes == 6  # grown again by what was written
+        assert staging.write_file("x", [(0, b"abcdef")], size=3).size_bytes == 3  # at the end, whatever was written
         requests = [
             wire.WriteFileRequest(staging_id=staging.id, name="x", offset=0, data=b"abcdef"),
             wire.WriteFileRequest(size_bytes=3),
@@ -253,6 +253,7 @@ def test_a_disk_is_cloned_into_a_staging_directory_without_its_companions(
         assert answers[-1].done_bytes == answers[-1].total_bytes > 64 * MIB
         staging.write_file("a.ecv", [(0, b'{"mine": 1}')])
         staging.commit(copied_from=f"{source}/src")
+    assert f"published image={place.name}/a copied_from={source}/src\n" in world.sidecar.log.read_text()
     expected = {"a": flat_files("a", "a.ecv")}
     if source == place.name:
         expected["src"] = flat_files("src", "src.ecv")

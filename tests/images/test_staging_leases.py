@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from sidecar import errors
+from sidecar.datastores.interface import WritableFile
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.images.layouts import LAYOUTS as SIDECAR_LAYOUTS
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
-from tests.support.places import LAYOUTS, Place
+from tests.support.places import LAYOUTS, Place, flat_files, write_flat_disk
 from tests.support.processes import wait_until
 
 LEASE = 0.04  # the thread looks four times in a lease of real time; the lease itself ends by the clock below
@@ -123,6 +124,91 @@ def test_only_the_abandoned_one_is_dropped(
     assert place.staging_directories() == [place.root / kept.staging.directory]
     # The request of the dropped one is free: it makes another.
     assert sessions.create(store, "a", 0, "first").id not in (kept.id, "")
+
+
+class Failing(PosixDatastore):
+    """A datastore that goes away while files are made durable, until `away` is cleared; or that removes nothing."""
+
+    fails = away = stuck = False
+
+    def sync_file(self, path: str) -> None:
+        self.away = self.away or self.fails
+        self._check()
+        super().sync_file(path)
+
+    def open_writable(self, path: str) -> WritableFile:
+        self._check()
+        return super().open_writable(path)
+
+    def rename(self, source: str, destination: str) -> None:
+        self._check()
+        super().rename(source, destination)
+
+    def remove_tree(self, path: str) -> int:
+        if self.stuck:
+            raise errors.DatastoreUnavailable("stuck")
+        return super().remove_tree(path)
+
+    def _check(self) -> None:
+        if self.away:
+            raise errors.DatastoreUnavailable("away")
+
+
+@pytest.fixture
+def failing(place: Place, stack: ExitStack) -> Failing:
+    return stack.enter_context(contextlib.closing(Failing(place.name, str(place.root))))
+
+
+def staged_disk(sessions: StagingSessions, store: ImageStore, place: Place) -> tuple[str, Path]:
+    session = sessions.create(store, "a", 0, "")
+    directory = place.root / session.staging.directory
+    write_flat_disk(directory, "disk")
+    (directory / "disk.ecv").write_bytes(b"{}")
+    return session.id, directory
+
+
+def test_a_commit_that_could_not_get_the_images_lock_loses_nothing_and_can_be_repeated(
+    sessions: StagingSessions, failing: Failing, place: Place
+) -> None:
+    layout = SIDECAR_LAYOUTS[place.layout]
+    layout.prepare(failing)
+    store = ImageStore(failing, layout, lock_timeout=0.05)
+    staging_id, directory = staged_disk(sessions, store, place)
+    before = {path.name: path.read_bytes() for path in directory.glob("*disk*")}
+    with place.locked("a"):
+        for _ in range(2):
+            with pytest.raises(errors.LockTimeout):
+                sessions.commit(staging_id)
+            # By the names that its maker knows.
+            assert {path.name: path.read_bytes() for path in directory.glob("*disk*")} == before
+    _, renames = sessions.commit(staging_id)
+    assert renames["disk-flat.vmdk"] == "a-flat.vmdk"
+    place.assert_holds({"a": flat_files("a", "a.ecv")})
+
+
+def test_a_commit_during_an_outage_loses_nothing_and_can_be_repeated_after_it(
+    sessions: StagingSessions, failing: Failing, place: Place
+) -> None:
+    layout = SIDECAR_LAYOUTS[place.layout]
+    layout.prepare(failing)
+    staging_id, _ = staged_disk(sessions, ImageStore(failing, layout), place)
+    failing.fails = True
+    with pytest.raises(errors.DatastoreUnavailable):
+        sessions.commit(staging_id)
+    failing.fails = failing.away = False
+    sessions.commit(staging_id)
+    place.assert_holds({"a": flat_files("a", "a.ecv")})
+
+
+def test_a_datastore_in_trouble_keeps_no_other_ones_staging_directory(
+    store: ImageStore, failing: Failing, place: Place, clock: Clock
+) -> None:
+    sessions = StagingSessions(LEASE, clock)
+    sessions.create(ImageStore(failing, store.layout), "a", 0, "")
+    sessions.create(store, "b", 0, "")
+    failing.stuck = True
+    sessions.close()
+    assert len(place.staging_directories()) == 1
 
 
 def test_the_end_of_the_sidecar_drops_them_all(store: ImageStore, place: Place, clock: Clock) -> None:

@@ -198,13 +198,17 @@ def companion_with_the_disks_name(staging: Staging, directory: Path) -> None:
     write(staging, "a-flat.vmdk", b"x")
 
 
+def name_that_is_no_text(staging: Staging, directory: Path) -> None:
+    (directory / os.fsdecode(b"notes-\xff")).touch()
+
+
 FAULTS: list[Callable[[Staging, Path], None]] = [
     without_descriptor, without_extent, short_extent, long_extent, cut_descriptor, empty_descriptor, zeroed_descriptor,
     two_disks, extent_is_shadow, extent_is_above, extent_is_the_parent_directory, extent_is_the_descriptor,
     extent_is_a_lock, with_a_parent, with_a_parent_in_a_comment, raw_disk, link_for_the_extent, link_for_the_descriptor,
     link_beside, fifo, fifo_for_the_descriptor, socket_or_device, subdirectory, subdirectory_named_like_a_disk,
     hidden_file, tombstone, marker, two_files_for_one_name, companion_with_the_disks_name,
-    extent_that_nobody_names,
+    extent_that_nobody_names, name_that_is_no_text,
 ]  # fmt: skip
 
 
@@ -234,6 +238,17 @@ def test_what_is_no_whole_disk_is_not_published_and_can_be_mended(
     assert_same_disk(disk, place.descriptor("a"))
 
 
+def test_an_extent_is_never_named_like_a_staging_directory(world: World, place: Place, scratch: Path) -> None:
+    # The descriptor's name, less `.vmdk`, is the extent's: the image id alone would be its new name.
+    write_flat_disk(scratch, "disk", seed=5)
+    with world.client.create_staging(f"{place.name}/tmp_image_x") as staging:
+        write(staging, "disk.vmdk", (scratch / "disk.vmdk").read_text().replace("disk-flat.vmdk", "disk"))
+        write(staging, "disk", (scratch / "disk-flat.vmdk").read_bytes())
+        staging.commit()
+    place.assert_holds({"tmp_image_x": flat_files("tmp_image_x")})
+    assert_same_disk(scratch / "disk.vmdk", place.descriptor("tmp_image_x"))
+
+
 def test_a_delta_on_another_disk_is_not_published(world: World, place: Place, disk: Path, scratch: Path) -> None:
     delta = scratch / "delta.vmdk"
     run("qemu-img", "create", "-f", "vmdk", "-F", "vmdk", "-b", disk, delta)
@@ -251,6 +266,7 @@ def test_a_delta_on_another_disk_is_not_published(world: World, place: Place, di
         ("disk.ecv", b"[]"),
         ("disk.manifest", b'{"imageType": "X"}'),
         ("a.ecv", b""),
+        ("a.ecv", "{}".encode("utf-16")),
         ("a.manifest", b"\xff"),
     ],
 )

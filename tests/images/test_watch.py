@@ -1,11 +1,21 @@
 """WatchImages: everything there is, then every change, resumable without a gap."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from protos.images.v1.types_pb2 import IMAGE_STATE_TOMBSTONED, IMAGE_STATE_VALID
 from sidecar import errors
+from sidecar.datastores.interface import Capacity
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.images import watching
 from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import DatastoreStatus, Discovery
 from sidecar.images.image import Image, ImageKey, ImageState
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.store import ImageStore
+from sidecar.images.watching import Watches
 from tests.support.places import TOMBSTONE, Place
 from tests.support.processes import wait_until
 from tests.support.world import NOTICED_SECONDS, Watcher, World, text
@@ -188,3 +198,49 @@ def test_a_watch_that_ends_leaves_room_for_the_next(world: World) -> None:
     for _ in range(80):
         with world.client.watch() as watch:
             next(watch)
+
+
+def waiting_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Watches:
+    """Of datastores of which no scan ever ends."""
+    monkeypatch.setattr(watching, "FIRST_SCAN_SECONDS", 0.4)
+    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.01)
+    catalog = Catalog()
+    stores = [ImageStore(PosixDatastore(name, str(tmp_path / name)), LAYOUTS["compound"]) for name in names]
+    return Watches(catalog, [Discovery(store, catalog) for store in stores])
+
+
+def test_datastores_that_hang_at_the_start_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic()
+    event = next(waiting_watch(tmp_path, monkeypatch, "a", "b", "c", "d").follow("", "", lambda: True))
+    assert time.monotonic() - began < 1.0
+    assert event.everything
+    assert event.incomplete == ["a", "b", "c", "d"]
+    assert event.resume_token == ""
+
+
+def test_nothing_is_told_while_an_empty_library_stays_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter(range(20))
+    events = list(waiting_watch(tmp_path, monkeypatch, "a").follow("", "", lambda: next(looks, None) is not None))
+    assert len(events) == 1
+
+
+def test_a_fault_that_comes_while_an_answer_is_made_is_told_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Flickering(Discovery):
+        looks = 0
+
+        @property
+        def status(self) -> DatastoreStatus:
+            self.looks += 1
+            return DatastoreStatus(Capacity(0, 0), "" if self.looks == 1 else "gone", 0)
+
+    monkeypatch.setattr(watching, "FIRST_SCAN_SECONDS", 0)
+    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.01)
+    catalog = Catalog()
+    store = ImageStore(PosixDatastore("one", str(tmp_path)), LAYOUTS["compound"])
+    looks = iter(range(20))
+    watches = Watches(catalog, [Flickering(store, catalog)])
+    assert len(list(watches.follow("", "", lambda: next(looks, None) is not None))) == 2

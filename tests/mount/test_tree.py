@@ -199,3 +199,14 @@ def test_pages_are_kept_for_the_same_file_only() -> None:
     assert pages.opened("/a", second) == CacheAdvice(keep=False, bypass=False)
     pages.closed("/a", second)
     assert pages.opened("/a", second) == CacheAdvice(keep=True, bypass=False)
+
+
+def test_a_snapshot_says_nothing_of_what_it_lacks_of_an_incomplete_datastore() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a"), image("b", datastore="two"), image("c", datastore="two")))
+    answer = snapshot(image("c", state=TOMBSTONED, datastore="two"))
+    answer.incomplete_datastores.append("two")
+    tree.apply(answer)
+    assert (names(tree), names(tree, "two")) == ([], ["b"])
+    tree.apply(snapshot(image("c", datastore="two")))
+    assert names(tree, "two") == ["c"]

@@ -155,7 +155,8 @@ class Place:
 
 def is_passing(name: str) -> bool:
     """Whether a name in an image's directory must be gone when nothing runs."""
-    return name.endswith((".ec_lock", ".renaming")) or name.startswith((".", "tmp_image_"))
+    staging = name.startswith("tmp_image_") and "." not in name
+    return name.endswith((".ec_lock", ".renaming")) or name.startswith(".") or staging
 
 
 def flat_descriptor(extent: str, size: int) -> str:

@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import grpc
+import pytest
 
 from sidecar import errors
+from sidecar.datastores.faults import Faults
+from sidecar.datastores.posix import PosixDatastore
 
 API_DOC = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -29,3 +32,16 @@ def test_every_error_has_a_code_that_grpc_knows() -> None:
 def test_no_two_errors_share_a_reason() -> None:
     subclasses = errors.ImagesError.__subclasses__()
     assert len(errors.error_classes()) == len(subclasses)
+
+
+def test_an_error_of_the_kernel_is_not_taken_for_a_bad_path(tmp_path: Path) -> None:
+    # The harm: an image that is there, taken for one that is not.
+    faults = Faults("one", "/images")
+    with pytest.raises(errors.DatastoreUnavailable), faults.during("read", "a"):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    datastore = PosixDatastore("one", str(tmp_path))
+    try:
+        with pytest.raises(errors.InvalidRequest):
+            datastore.names("../b")
+    finally:
+        datastore.close()

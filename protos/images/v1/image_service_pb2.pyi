@@ -521,6 +521,7 @@ class WatchImagesResponse(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     DATASTORES_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_DATASTORES_FIELD_NUMBER: _builtins.int
     snapshot_start: _builtins.bool
     """What follows, up to the first answer with snapshot_complete, is everything there is: forget what was known."""
     snapshot_complete: _builtins.bool
@@ -537,6 +538,12 @@ class WatchImagesResponse(_message.Message):
     def datastores(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Datastore]:
         """Every datastore of the sidecar, in the first answer and whenever one of them changed."""
 
+    @_builtins.property
+    def incomplete_datastores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In a snapshot: datastores whose images are not all in it. Keep what was known of them; when one becomes complete,
+        a new snapshot is sent. Until there is one with none of them, resume_token is empty.
+        """
+
     def __init__(
         self,
         *,
@@ -546,10 +553,11 @@ class WatchImagesResponse(_message.Message):
         removed: _abc.Iterable[_types_pb2.ImageRef] | None = ...,
         resume_token: _builtins.str = ...,
         datastores: _abc.Iterable[_types_pb2.Datastore] | None = ...,
+        incomplete_datastores: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["datastores", b"datastores", "images", b"images", "removed", b"removed", "resume_token", b"resume_token", "snapshot_complete", b"snapshot_complete", "snapshot_start", b"snapshot_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["datastores", b"datastores", "images", b"images", "incomplete_datastores", b"incomplete_datastores", "removed", b"removed", "resume_token", b"resume_token", "snapshot_complete", b"snapshot_complete", "snapshot_start", b"snapshot_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

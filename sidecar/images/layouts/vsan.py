@@ -77,7 +77,7 @@ class VsanLayout:
         names = datastore.names(directory)
         if TIMESTAMP in names:
             # From here on a restore finds an image that is not whole: it cannot bring back one that is half gone.
-            datastore.remove_file(f"{directory}/{TIMESTAMP}")
+            datastore.remove_tree(f"{directory}/{TIMESTAMP}")
             datastore.sync_directory(directory)
         for name in sorted(names, key=lambda name: _removal_rank(name, image_id)):
             if name != TIMESTAMP and not is_lock_or_staging(name):
