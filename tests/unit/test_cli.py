@@ -36,19 +36,19 @@ def staged(directory: Path) -> list[str]:
 class Upload:
     """A WriteFile stream that does not end by itself."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, root: Path) -> None:
         stub = staging_grpc.StagingServiceStub(channel)
         request = staging.CreateStagingRequest(ref=types_pb2.ImageRef(datastore="one", image_id="a"))
-        self._id = stub.CreateStaging(request, timeout=LIMIT).staging_id
-        self._written = threading.Event()
+        created = stub.CreateStaging(request, timeout=LIMIT)
+        self._id = created.staging_id
         self.end = threading.Event()
         self.call = stub.WriteFile.future(self._messages(), timeout=LIMIT)
-        assert self._written.wait(LIMIT)
+        staged_file = root / created.directory / "a.bin"
+        # The server has the call only when it has written: a message that gRPC took may still be on its way.
+        wait_until(lambda: staged_file.exists() and staged_file.stat().st_size == 1, "the first byte is written")
 
     def _messages(self) -> Iterator[staging.WriteFileRequest]:
         yield staging.WriteFileRequest(staging_id=self._id, name="a.bin", data=b"x")
-        # gRPC asks for the next message when this one is on its way.
-        self._written.set()
         self.end.wait(LIMIT)
 
 
@@ -79,7 +79,7 @@ def test_a_watch_does_not_hold_up_the_end_and_is_told_to_come_again(tmp_path: Pa
 def test_a_call_that_runs_when_the_sidecar_is_told_to_end_may_end(tmp_path: Path) -> None:
     with make(tmp_path, f"[limits]\nshutdown_seconds = {LIMIT}\n") as sidecar:
         with grpc.insecure_channel(sidecar.address) as channel:
-            upload = Upload(channel)
+            upload = Upload(channel, tmp_path / "one")
             sidecar.signal(signal.SIGTERM)
             wait_until(lambda: "stopping signal=SIGTERM" in sidecar.log.read_text(), "the signal is seen")
             upload.end.set()
@@ -93,7 +93,7 @@ def test_a_call_that_runs_when_the_sidecar_is_told_to_end_may_end(tmp_path: Path
 def test_a_call_that_does_not_end_in_time_is_cancelled_and_leaves_nothing_half_made(tmp_path: Path) -> None:
     with make(tmp_path, "[limits]\nshutdown_seconds = 0.1\n") as sidecar:
         with grpc.insecure_channel(sidecar.address) as channel:
-            upload = Upload(channel)
+            upload = Upload(channel, tmp_path / "one")
             assert staged(tmp_path)
             assert sidecar.stop(LIMIT) == 0
             assert isinstance(upload.call.exception(LIMIT), grpc.RpcError)
@@ -105,7 +105,7 @@ def test_a_call_that_does_not_end_in_time_is_cancelled_and_leaves_nothing_half_m
 def test_a_second_signal_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
     config = "[limits]\nshutdown_seconds = 3600\n"
     with make(tmp_path, config) as sidecar, grpc.insecure_channel(sidecar.address) as channel:
-        upload = Upload(channel)
+        upload = Upload(channel, tmp_path / "one")
         sidecar.signal(signal.SIGTERM)
         wait_until(lambda: "stopping signal=SIGTERM" in sidecar.log.read_text(), "the signal is seen")
         sidecar.signal(signal.SIGINT)
