@@ -10,8 +10,8 @@ from typing import NamedTuple
 from fusefs.errors import fail
 from fusefs.handles import Handles, ImageHandle, StagedHandle
 from fusefs.processes import thread_group
-from fusefs.provenance import SourceFile
-from fusefs.reading import LocalReader
+from fusefs.provenance import Provenance, SourceFile
+from fusefs.reading import LocalReader, data_ranges
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
 from sidecar.client import ImageRef
@@ -27,6 +27,9 @@ class _Equal(NamedTuple):
     source: SourceFile
     reader: LocalReader
 
+    def learn(self, provenance: Provenance) -> None:
+        provenance.learn(self.source, lambda: data_ranges(self.reader, self.source.generation.size))
+
 
 class Copying:
     def __init__(self, tree: Tree, handles: Handles) -> None:
@@ -40,6 +43,8 @@ class Copying:
             with file.lock:
                 if equal is None or not file.content.share(equal.reader, offset, len(data)):
                     file.content.write(data, offset)
+                if equal is not None:
+                    equal.learn(file.provenance)
                 file.provenance.wrote(offset, len(data), equal.source if equal else None)
 
     def truncate(self, directory: StagedDirectory, file: StagedFile, size: int) -> None:
@@ -71,6 +76,7 @@ class Copying:
             if answer.done_bytes <= 0:
                 fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
             file.content.changed_elsewhere()
+            file.provenance.learn(origin, lambda: data_ranges(source.reader, origin.generation.size))
             file.provenance.wrote(offset, answer.done_bytes, origin if source_offset == offset else None)
             return answer.done_bytes
 

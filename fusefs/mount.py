@@ -14,9 +14,9 @@ from fusefs.deleting import Deletions
 from fusefs.filesystem import FileSystem
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
-from fusefs.provenance import SourceFile
+from fusefs.provenance import Generation, SourceFile
 from fusefs.publisher import Publisher
-from fusefs.reading import LocalReader, Reader
+from fusefs.reading import Reader, open_image_file
 from fusefs.rules import Rules
 from fusefs.staging import StagingArea
 from fusefs.tree import IndexedImage, Tree
@@ -65,6 +65,7 @@ class _Mount:
         self._options = options
         self._binding = binding_name
         self._session: Session | None = None
+        self._finishing = False
         self._tree = Tree()
         self._watcher = Watcher(client, self._tree, on_change=self._forget_image)
         rules = Rules(self._tree, self._open_source)
@@ -113,14 +114,19 @@ class _Mount:
 
     def _end(self) -> None:
         """Makes libfuse return: it looks for that after a request, so there has to be one."""
+        if self._finishing:
+            _log.info("ending already, publishing what is complete mountpoint=%s", self._path)
+            return
         _log.info("ending mountpoint=%s", self._path)
-        if self._session is None:
+        session = self._session
+        if session is None:
             os._exit(1)  # still starting: nothing is made yet
-        self._session.exit()
+        session.exit()
         with contextlib.suppress(OSError):
             os.statvfs(self._path)
 
     def _finish(self) -> None:
+        self._finishing = True  # before the session is gone, which would mean that it is not there yet
         self._session = None
         self._publisher.stop()
         self._deletions.run_due(everything=True)
@@ -143,8 +149,13 @@ class _Mount:
         file = image.file(source.name) if image is not None else None
         if datastore is None or image is None or file is None or file.generation != source.generation:
             raise FileNotFoundError(source.name)
-        path = os.path.join(datastore.info.root_path, image.directory, file.name)
-        return LocalReader(path, file.generation)
+
+        def current() -> Generation | None:
+            now = self._tree.image(source.datastore, source.image_id)
+            found = now.file(source.name) if now is not None and now.is_valid else None
+            return found.generation if found is not None else None
+
+        return open_image_file(self._client, datastore, image, file, current)
 
 
 def _allow_many_files() -> None:

@@ -4,7 +4,7 @@ Nothing here is guessed. A range is known to be an image's because the sidecar c
 bytes that were written were compared with the bytes there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fusefs.intervals import IntervalSet
@@ -32,16 +32,29 @@ class SourceFile(NamedTuple):
 class Provenance:
     """The history of one staged file's bytes. Not safe to share between threads: the staged file has a lock."""
 
-    __slots__ = ("_equal", "_written")
+    __slots__ = ("_data", "_equal", "_written")
 
     def __init__(self) -> None:
         self._written = IntervalSet()
         self._equal: dict[SourceFile, IntervalSet] = {}
+        self._data: dict[SourceFile, Ranges] = {}
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file of an image that a range of this one is known to equal."""
         return tuple(source for source, ranges in self._equal.items() if ranges)
+
+    def learn(self, source: SourceFile, data_ranges: Callable[[], Ranges]) -> None:
+        """Remembers where a source has data, the first time: the source may be gone when that is asked for."""
+        if source not in self._data:
+            try:
+                self._data[source] = data_ranges()
+            except OSError:  # it is being closed: then all of it counts as data
+                self._data[source] = [(0, source.generation.size)]
+
+    def data_ranges(self, source: SourceFile) -> Ranges | None:
+        """Where the source has data; None when that was never learned."""
+        return self._data.get(source)
 
     def wrote(self, offset: int, length: int, source: SourceFile | None = None) -> None:
         """Bytes were written there; `source` is the file that has the same bytes at the same offset, if one does."""

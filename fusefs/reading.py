@@ -75,8 +75,11 @@ class LocalReader:
         return os.preadv(self._fd, [buffer], offset)
 
     def seek(self, offset: int, whence: int) -> int:
-        # The descriptor's own position is used by nobody.
-        return os.lseek(self._fd, offset, whence)
+        with self._closing:
+            if self._closed:
+                fail(errno.EBADF)
+            # The descriptor's own position is used by nobody.
+            return os.lseek(self._fd, offset, whence)
 
     def equals(self, data: bytes, offset: int) -> bool:
         """Whether the file has these bytes there; False once it is closed. For requests of another open file."""

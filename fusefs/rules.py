@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from fusefs.provenance import SourceFile
+from fusefs.provenance import Ranges, SourceFile
 from fusefs.reading import Reader, data_ranges
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import IndexedImage, Tree
@@ -26,7 +26,6 @@ from sidecar.client import ImageRef
 _log = logging.getLogger(__name__)
 
 OpenSource = Callable[[SourceFile], Reader]
-Ranges = list[tuple[int, int]]
 
 
 class Rules:
@@ -56,9 +55,7 @@ class Rules:
             if file.given_up:
                 return f"{file.name} is not complete: whoever wrote it was killed"
             for source in file.provenance.sources:
-                ranges = self._data_ranges(source)
-                if ranges is None:
-                    return f"{file.name} is a copy of {_text(source)}, which is gone: not known to be complete"
+                ranges = self._data_ranges(file, source)
                 if source.name != file.name:  # a part of it may be what is wanted
                     size = file.content.status().size
                     ranges = [(start, min(end, size)) for start, end in ranges if start < size]
@@ -81,22 +78,23 @@ class Rules:
                 return False
             pairs.append((staged, SourceFile(datastore, image.image_id, file.name, file.generation)))
         for staged, source in pairs:
-            ranges = self._data_ranges(source)
-            if ranges is None:
-                return False
+            ranges = self._data_ranges(staged, source)
             with staged.lock:
                 if not staged.provenance.is_whole(source, staged.content.status().size, ranges):
                     return False
         return True
 
-    def _data_ranges(self, source: SourceFile) -> Ranges | None:
-        """Where the file has data; None when it is not there any more."""
+    def _data_ranges(self, file: StagedFile, source: SourceFile) -> Ranges:
+        """Where the source has data; all of it where that cannot be known: then every byte has to have been written."""
+        known = file.provenance.data_ranges(source)
+        if known is not None:
+            return known
         try:
             with contextlib.closing(self._open_source(source)) as reader:
                 return data_ranges(reader, source.generation.size)
         except OSError as error:
             _log.info("source of a copy not opened file=%s cause=%s", _text(source), error)
-            return None
+            return [(0, source.generation.size)]
 
 
 def _text(source: SourceFile) -> str:

@@ -46,8 +46,6 @@ print("shared", flush=True)
 sys.stdin.read()
 """
 
-needs_qemu = pytest.mark.skipif(not shutil.which("qemu-nbd"), reason="needs qemu-utils")
-
 
 def python(script: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{script}", *arguments]
@@ -137,7 +135,6 @@ def test_a_file_that_nobody_uses(files: ExitStack, plain: Path) -> None:
         pass
 
 
-@needs_qemu
 def test_qemu_nbd_is_seen_and_named_on_descriptor_and_extent(files: ExitStack, disk: Path) -> None:
     for flags in (os.O_RDONLY, os.O_RDWR):
         descriptor, extent = opened(files, disk, flags), opened(files, extent_of(disk), flags)
@@ -148,7 +145,6 @@ def test_qemu_nbd_is_seen_and_named_on_descriptor_and_extent(files: ExitStack, d
         assert open_users([descriptor, extent]) == ()
 
 
-@needs_qemu
 def test_an_overlay_s_backing_image_is_in_use(files: ExitStack, disk: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.qcow2"
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(disk), "-F", "vmdk", str(overlay)]
@@ -164,7 +160,6 @@ def test_an_overlay_s_backing_image_is_in_use(files: ExitStack, disk: Path, tmp_
         process.kill()
 
 
-@needs_qemu
 def test_a_disk_is_not_taken_from_under_qemu(files: ExitStack, disk: Path) -> None:
     descriptor, extent = opened(files, disk), opened(files, extent_of(disk))
     with reading_with_qemu_io(disk) as reader, serving_with_qemu_nbd(disk) as server:
@@ -177,7 +172,6 @@ def test_a_disk_is_not_taken_from_under_qemu(files: ExitStack, disk: Path) -> No
         pass
 
 
-@needs_qemu
 @pytest.mark.parametrize("excluded", ["a.vmdk", "a-flat.vmdk"])
 def test_no_new_qemu_reader_while_a_disk_is_taken_away(files: ExitStack, disk: Path, excluded: str) -> None:
     read = ["qemu-io", "-r", "-f", "vmdk", "-c", "read 0 512", str(disk)]
@@ -226,7 +220,6 @@ def test_a_reader_s_lock_outlives_other_descriptors_of_the_file(files: ExitStack
     assert open_users([opened(files, plain)])
 
 
-@needs_qemu
 def test_our_reader_and_qemu_s_share(files: ExitStack, disk: Path) -> None:
     for path in (disk, extent_of(disk)):
         share_lock(opened(files, path, os.O_RDONLY))

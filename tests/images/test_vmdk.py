@@ -31,7 +31,6 @@ from sidecar.images.vmdk import (
     rewrite_embedded,
 )
 
-needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 SUBFORMATS = ("monolithicFlat", "monolithicSparse", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "streamOptimized")
 CAPACITY = 4 * 2**30 + 5 * 2**20 + 512  # three extents of 2 GiB each, and the last one ends inside a grain
 MIB = 2**20
@@ -189,7 +188,6 @@ def with_footer(stream: bytes) -> bytes:
 # What qemu-img writes
 
 
-@needs_qemu
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 def test_a_renamed_disk_has_the_same_data(
     subformat: str, source: Path, disks: Callable[[str], Path], tmp_path: Path
@@ -211,7 +209,6 @@ def test_a_renamed_disk_has_the_same_data(
     assert "identical" in qemu_img("compare", "-f", "vmdk", "-F", "raw", path, source)
 
 
-@needs_qemu
 @pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse"])
 def test_a_missing_extent_is_found(subformat: str, disks: Callable[[str], Path]) -> None:
     directory = disks(subformat)
@@ -220,7 +217,6 @@ def test_a_missing_extent_is_found(subformat: str, disks: Callable[[str], Path])
             check_disk("my disk.vmdk", Directory(directory, hidden=(file.name,)))
 
 
-@needs_qemu
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 def test_a_truncated_extent_is_found(subformat: str, disks: Callable[[str], Path]) -> None:
     directory = disks(subformat)
@@ -234,7 +230,6 @@ def test_a_truncated_extent_is_found(subformat: str, disks: Callable[[str], Path
             assert file.name in str(caught.value)
 
 
-@needs_qemu
 def test_a_stream_that_lost_its_end_is_found(source: Path, disks: Callable[[str], Path], tmp_path: Path) -> None:
     stream = with_footer((disks("streamOptimized") / "my disk.vmdk").read_bytes())
     path = tmp_path / "disk.vmdk"
@@ -247,7 +242,6 @@ def test_a_stream_that_lost_its_end_is_found(source: Path, disks: Callable[[str]
             check_disk("disk.vmdk", Files({"disk.vmdk": stream[:length]}))
 
 
-@needs_qemu
 def test_a_sparse_extent_of_another_size_is_found(disks: Callable[[str], Path], tmp_path: Path) -> None:
     for path in disks("twoGbMaxExtentSparse").iterdir():
         os.link(path, tmp_path / path.name)
@@ -257,14 +251,12 @@ def test_a_sparse_extent_of_another_size_is_found(disks: Callable[[str], Path], 
         check_disk("my disk.vmdk", Directory(tmp_path))
 
 
-@needs_qemu
 def test_one_extent_of_many_is_not_taken_for_the_disk(disks: Callable[[str], Path]) -> None:
     for subformat, name in (("twoGbMaxExtentSparse", "my disk-s001.vmdk"), ("monolithicFlat", "my disk-flat.vmdk")):
         with pytest.raises(InvalidDisk, match=r"without a descriptor|not a VMDK descriptor"):
             read_disk(name, Directory(disks(subformat)))
 
 
-@needs_qemu
 def test_a_blank_line_does_not_double_the_disk(tmp_path: Path) -> None:
     raw = descriptor().replace(b"# Extent description\n", b"\n")
     (tmp_path / "disk.vmdk").write_bytes(raw)
