@@ -19,6 +19,7 @@ class Status(NamedTuple):
     size: int
     allocated: int
     modified_ns: int
+    inode: int = 0  # of the file in the datastore; 0: not known
 
 
 class Content(Protocol):
@@ -87,7 +88,7 @@ class LocalContent:
 
     def status(self) -> Status:
         status = os.fstat(self._fd)
-        return Status(status.st_size, status.st_blocks * 512, status.st_mtime_ns)
+        return Status(status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ino)
 
     def read(self, size: int, offset: int) -> bytes:
         return os.pread(self._fd, size, offset)

@@ -40,7 +40,7 @@ class Copying:
         file = handle.file
         with handle.directory.change():
             equal = self._equal_source(handle, data, offset, pid)
-            with file.lock:
+            with file.lock, file.complete_or_given_up():
                 if equal is None or not file.content.share(equal.reader, offset, len(data)):
                     file.content.write(data, offset)
                 if equal is not None:
@@ -49,10 +49,11 @@ class Copying:
 
     def truncate(self, directory: StagedDirectory, file: StagedFile, size: int) -> None:
         with directory.change(), file.lock:
-            file.content.truncate(size)
+            with file.complete_or_given_up():
+                file.content.truncate(size)
             file.provenance.truncated(size)
             if size == 0:
-                file.given_up = False
+                file.given_up = ""
 
     def clone(self, source: ImageHandle, source_offset: int, target: StagedHandle, offset: int, length: int) -> int:
         """Has the sidecar copy a range; returns how much it did. EXDEV where the caller has to copy by itself."""
@@ -67,15 +68,16 @@ class Copying:
             if file.removed or file.provenance.was_written(offset, length):
                 fail(errno.EXDEV)
             ref = ImageRef(datastore=origin.datastore, image_id=origin.image_id)
-            try:
-                answer = target.directory.staging.clone_range(
-                    ref, origin.name, source_offset, file.name, offset, length
-                )
-            except TooManyCalls:
-                fail(errno.EXDEV)
-            if answer.done_bytes <= 0:
-                fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
-            file.content.changed_elsewhere()
+            with file.complete_or_given_up():
+                try:
+                    answer = target.directory.staging.clone_range(
+                        ref, origin.name, source_offset, file.name, offset, length
+                    )
+                except TooManyCalls:
+                    fail(errno.EXDEV)
+                if answer.done_bytes <= 0:
+                    fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
+                file.content.changed_elsewhere()
             file.provenance.learn(origin, lambda: data_ranges(source.reader, origin.generation.size))
             file.provenance.wrote(offset, answer.done_bytes, origin if source_offset == offset else None)
             return answer.done_bytes

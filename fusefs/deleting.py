@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fusefs.tree import IndexedImage, Key, Tree
+from fusefs.provenance import Generation
+from fusefs.tree import IndexedFile, IndexedImage, Key, Tree
 from sidecar.client import ImageRef, SidecarClient
 from sidecar.errors import ImageNotFound, ImagesError, ImageTombstoned
 
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 GHOST_SECONDS = 5.0
 _RETRY_SECONDS = 5.0
+_TRANSIENT = {"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 
 
 @dataclass(slots=True)
@@ -35,8 +37,17 @@ class Ghost:
 
 @dataclass(slots=True)
 class _Removal:
-    names: set[str] = field(default_factory=set)
+    """Companion files of one image, which may not be the one that has its name later."""
+
+    number: int
+    files: dict[str, Generation] = field(default_factory=dict)
     due: float = 0.0
+
+    def names_in(self, image: IndexedImage) -> set[str]:
+        """Those of the files that the image still has, as they were when they were unlinked."""
+        if not image.is_valid or image.number != self.number:
+            return set()
+        return {file.name for file in image.files if self.files.get(file.name) == file.generation}
 
 
 class Deletions:
@@ -50,31 +61,32 @@ class Deletions:
         self._settle_seconds = settle_seconds
         self._clock = clock
         self._lock = threading.Lock()  # guards the dictionaries; never held over a call to the sidecar
+        self._running = threading.Lock()  # held while companion files are removed
         self._ghosts: dict[Key, Ghost] = {}
         self._removals: dict[Key, _Removal] = {}
         self._deleting: dict[Key, threading.Lock] = {}
 
     def ghost(self, key: Key) -> Ghost | None:
-        """The ghost of an image; asking keeps it a while longer."""
+        """The ghost of an image, for as long as the command that deleted it goes on."""
         ghost = self._ghosts.get(key)
-        if ghost is None:
-            return None
-        now = self._clock()
-        if now > ghost.until:
+        if ghost is not None and self._clock() > ghost.until:
             self.lay(key)
             return None
-        ghost.until = now + GHOST_SECONDS
         return ghost
+
+    def keep(self, ghost: Ghost) -> None:
+        """The command that deleted the image goes on: its ghost stays a while longer."""
+        ghost.until = self._clock() + GHOST_SECONDS
 
     def lay(self, key: Key) -> None:
         """The ghost is seen no more: its directory was removed, or there is a new image of the name."""
         with self._lock:
             self._ghosts.pop(key, None)
 
-    def hidden(self, key: Key) -> set[str]:
+    def hidden(self, key: Key, image: IndexedImage) -> set[str]:
         """Companion files of the image that are to go."""
         removal = self._removals.get(key)
-        return removal.names if removal is not None else set()
+        return removal.names_in(image) if removal is not None else set()
 
     def tombstone(self, key: Key, image: IndexedImage, *, removing: str = "", leave_ghost: bool = True) -> None:
         """Tombstones the image, once, however many of its files are unlinked at the same time."""
@@ -91,21 +103,31 @@ class Deletions:
                 else:
                     _log.info("tombstoned image=%s/%s", *key)
                 with self._lock:
-                    removed = self._removals.pop(key, _Removal()).names
+                    removal = self._removals.pop(key, None)
                     if leave_ghost:
-                        self._ghosts[key] = Ghost(image, set(removed), self._clock() + GHOST_SECONDS)
+                        removed = removal.names_in(image) if removal is not None else set()
+                        self._ghosts[key] = Ghost(image, removed, self._clock() + GHOST_SECONDS)
                 self._tree.deleted(ref)
             with self._lock:
                 self._deleting.pop(key, None)
                 if removing and (ghost := self._ghosts.get(key)) is not None:
                     ghost.removed.add(removing)
 
-    def remove_later(self, key: Key, name: str) -> None:
+    def remove_later(self, key: Key, image: IndexedImage, file: IndexedFile) -> None:
         """Hides a companion file, and removes it when the image is still there after the settle time."""
         with self._lock:
-            removal = self._removals.setdefault(key, _Removal())
-            removal.names = {*removal.names, name}
+            removal = self._removals.get(key)
+            if removal is None or removal.number != image.number:
+                removal = self._removals[key] = _Removal(image.number)
+            removal.files = {**removal.files, file.name: file.generation}
             removal.due = self._clock() + self._settle_seconds
+
+    def cancel(self, key: Key, name: str) -> None:
+        """There will be a new companion file of that name; returns when it is safe from the removal of the old one."""
+        with self._running, self._lock:
+            removal = self._removals.get(key)
+            if removal is not None:
+                removal.files = {other: generation for other, generation in removal.files.items() if other != name}
 
     def next_due(self) -> float | None:
         """When `run_due` has something to do."""
@@ -118,18 +140,30 @@ class Deletions:
         with self._lock:
             due = [(key, item) for key, item in self._removals.items() if everything or item.due <= now]
         for key, removal in due:
-            names = set(removal.names)
-            try:
-                image = self._client.update_metadata(ImageRef(datastore=key[0], image_id=key[1]), remove=sorted(names))
-                self._tree.changed(image)
-                _log.info("companion files removed image=%s/%s names=%s", *key, sorted(names))
-            except (ImageNotFound, ImageTombstoned):
-                pass
-            except ImagesError as error:
-                _log.warning("companion files not removed, trying again image=%s/%s cause=%s", *key, error.message)
+            with self._running:
+                self._run(key, removal, now)
+
+    def _run(self, key: Key, removal: _Removal, now: float) -> None:
+        files = dict(removal.files)
+        image = self._tree.image(*key)
+        names = sorted(removal.names_in(image)) if image is not None else []
+        try:
+            if names:
+                ref = ImageRef(datastore=key[0], image_id=key[1])
+                self._tree.changed(self._client.update_metadata(ref, remove=names))
+                _log.info("companion files removed image=%s/%s names=%s", *key, names)
+        except ImagesError as error:
+            trying_again = error.code in _TRANSIENT
+            _log.warning(
+                "companion files not removed image=%s/%s names=%s again=%s cause=%s",
+                *key, names, trying_again, error.message,
+            )  # fmt: skip
+            if trying_again:
                 removal.due = now + _RETRY_SECONDS
-                continue
-            with self._lock:
-                removal.names = removal.names - names
-                if not removal.names:
-                    self._removals.pop(key, None)
+                return
+        with self._lock:
+            removal.files = {
+                name: generation for name, generation in removal.files.items() if files.get(name) != generation
+            }
+            if not removal.files and self._removals.get(key) is removal:
+                del self._removals[key]

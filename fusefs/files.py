@@ -5,6 +5,7 @@ import os
 from typing import Any, NamedTuple
 
 from fusefs.copying import Copying
+from fusefs.deleting import Deletions
 from fusefs.errors import fail, operation
 from fusefs.handles import CompanionHandle, Handles, ImageHandle, StagedHandle
 from fusefs.nodes import (
@@ -17,6 +18,7 @@ from fusefs.nodes import (
     Resolver,
     StagedFileNode,
     StagedNode,
+    new_name,
     split,
 )
 from fusefs.processes import is_being_killed, thread_group
@@ -42,6 +44,7 @@ class Files:
         client: SidecarClient,
         tree: Tree,
         area: StagingArea,
+        deletions: Deletions,
         views: Views,
         resolver: Resolver,
         handles: Handles,
@@ -49,6 +52,7 @@ class Files:
         self._client = client
         self._tree = tree
         self._area = area
+        self._deletions = deletions
         self._views = views
         self._resolver = resolver
         self._handles = handles
@@ -119,8 +123,12 @@ class Files:
                 file = directory.create(names[-1])
                 return Opened(self._handles.add(StagedHandle(path, directory, file, writable=True)))
             case ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
-                companion = LateCompanion(names[-1], file_inode(image.number, recent.final_name(names[-1])))
-                recent.late[names[-1]] = companion
+                name = new_name(path)
+                final_name = recent.final_name(name)
+                self._area.keep(recent)
+                self._deletions.cancel(parent.key, final_name)
+                companion = LateCompanion(name, file_inode(image.number, final_name))
+                recent.late[name] = companion
                 return Opened(self._handles.add(CompanionHandle(path, recent, companion, writable=True)))
             case ImageNode():
                 fail(errno.EROFS)
@@ -208,7 +216,7 @@ class Files:
         opened = self._handles.get(handle)
         if not isinstance(opened, StagedHandle) or not opened.writable or mode != 0:
             fail(errno.EOPNOTSUPP)
-        with opened.directory.change():
+        with opened.directory.change(), opened.file.complete_or_given_up():
             opened.file.content.allocate(offset, length)
 
     @operation

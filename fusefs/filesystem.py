@@ -14,6 +14,7 @@ from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
 from fusefs.nodes import (
+    DatastoreNode,
     GhostFileNode,
     GhostNode,
     ImageFileNode,
@@ -23,6 +24,7 @@ from fusefs.nodes import (
     Resolver,
     StagedFileNode,
     StagedNode,
+    new_name,
     split,
 )
 from fusefs.staged import State
@@ -47,7 +49,7 @@ class FileSystem:
         self._views = views
         self._resolver = Resolver(client, tree, area, deletions)
         self._handles = Handles()
-        self.files = Files(client, tree, area, views, self._resolver, self._handles)
+        self.files = Files(client, tree, area, deletions, views, self._resolver, self._handles)
 
     def path_of(self, *arguments: Any) -> str:
         """For the log: the path that is among a call's arguments, or that of the handle."""
@@ -68,6 +70,14 @@ class FileSystem:
         node = self._resolver.get(path)
         if isinstance(node, ImageNode):
             node = self._resolver.with_details(node) or fail(errno.ENOENT)
+        match node:
+            case GhostNode(_, ghost):
+                self._deletions.keep(ghost)
+            case DatastoreNode(datastore) if not datastore.info.accessible and not datastore.images:
+                # Nothing is known of it, which is not the same as nothing being there.
+                fail(errno.EIO, f"datastore {datastore.name} is not accessible: {datastore.info.fault}")
+            case _:
+                pass
         return self._handles.add(DirectoryHandle(path, self._views.entries(node)))
 
     @operation
@@ -102,9 +112,9 @@ class FileSystem:
         if len(names) > 2:
             inside_image = isinstance(self._resolver.get("/".join(names[:2])), ImageNode)
             fail(errno.EROFS if inside_image else errno.EPERM, "an image has no directories inside")
-        if self._resolver.find(path) is not None:
+        if not isinstance(self._resolver.find(path), GhostNode | None):  # of a ghost the sidecar knows more
             fail(errno.EEXIST)
-        self._area.make(datastore, names[1], pid)
+        self._area.make(datastore, new_name(path), pid)
         self._deletions.lay((names[0], names[1]))
 
     @operation
@@ -117,13 +127,14 @@ class FileSystem:
                 self._deletions.tombstone(parent.key, parent.image, removing=file.name)
                 self._area.forget_recent(parent.key)
             case ImageFileNode(parent, file):
-                self._deletions.remove_later(parent.key, file.name)
+                self._deletions.remove_later(parent.key, parent.image, file)
                 self._area.wake()
             case LateNode(_, recent, companion):
                 recent.late.pop(companion.name, None)
                 companion.changed = False
             case GhostFileNode(ghost_parent, file):
                 ghost_parent.ghost.removed.add(file.name)
+                self._deletions.keep(ghost_parent.ghost)
             case _:
                 fail(errno.EISDIR)
 
@@ -196,9 +207,17 @@ class FileSystem:
             case StagedHandle(directory=directory, file=file):
                 return StagedFileNode(directory, file)
             case CompanionHandle(path=opened_path):
-                return self._resolver.settled(opened_path)
+                node = self._resolver.settled(opened_path)
             case _:
-                return self._resolver.settled(path)
+                node = self._resolver.settled(path)
+        match node:
+            case ImageNode(recent=recent) | ImageFileNode(parent=ImageNode(recent=recent)) if recent is not None:
+                self._area.keep(recent)
+            case LateNode(_, recent, _):
+                self._area.keep(recent)
+            case _:
+                pass
+        return node
 
 
 def _described(directory: DirectoryHandle, offset: int) -> Iterator[tuple[int, str, Attributes]]:

@@ -138,6 +138,8 @@ class _Mount:
             session.invalidate(path)
 
     def _forget_image(self, datastore: str, image: IndexedImage) -> None:
+        if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
+            self._deletions.lay((datastore, image.image_id))  # purged
         path = f"/{datastore}/{image.image_id}"
         self._invalidate(path)
         for file in image.files:

@@ -97,6 +97,16 @@ def split(path: str) -> list[str]:
     return [name for name in path.split("/") if name]
 
 
+def new_name(path: str) -> str:
+    """The last name of a path, for something that is to be made; EINVAL when no image or file can be called that."""
+    name = split(path)[-1]
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        fail(errno.EINVAL, f"{name!r} is not UTF-8")
+    return name
+
+
 class Resolver:
     """Finds what a path leads to: an image in the making first, then the index, then the ghost of an image."""
 
@@ -172,6 +182,6 @@ class Resolver:
                 file = image.file(name)
                 if file is None and recent is not None and name in recent.renamed:
                     file = image.file(recent.renamed[name])
-                if file is None or file.name in self._deletions.hidden(parent.key):
+                if file is None or file.name in self._deletions.hidden(parent.key, image):
                     return None
                 return ImageFileNode(parent, file)

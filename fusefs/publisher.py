@@ -10,13 +10,14 @@ from fusefs.deleting import Deletions
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.staging import StagingArea
-from sidecar.errors import ImagesError, StagingNotFound
+from sidecar.errors import ImageAlreadyExists, ImagesError, StagingNotFound
 
 _log = logging.getLogger(__name__)
 
 # A staged image that nobody goes on with is dropped; its lease alone would keep it for ever.
 ABANDONED_SECONDS = 600.0
 _RETRY_SECONDS = 5.0
+_RESOLVE_SECONDS = 1.0
 _TRANSIENT = {"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 
 
@@ -48,6 +49,7 @@ class Publisher:
             thread.start()
 
     def stop(self) -> None:
+        self._area.serving_ended(self._settle_seconds)
         self._stop.set()
         self._area.wake()
         for thread in self._threads:
@@ -71,12 +73,18 @@ class Publisher:
         Asked with `work` held: whoever changes something notifies afterwards, and so never between this and the wait.
         """
         now = self._clock()
-        pauses = [self._pause_for(directory, now) for directory in self._area.directories if not directory.writers]
+        pauses = [
+            self._pause_for(directory, now)
+            for directory in self._area.directories
+            if not directory.writers or directory.state is State.UNCERTAIN
+        ]
         if (due := self._deletions.next_due()) is not None:
             pauses.append(due - now)
         return max(min(pauses), 0.05) if pauses else None
 
     def _pause_for(self, directory: StagedDirectory, now: float) -> float:
+        if directory.state is State.UNCERTAIN:
+            return directory.retry_at - now
         if directory.version != directory.tried_version or directory.maker_was_killed:
             return max(self._settle_seconds - directory.quiet_seconds, 0.25)
         if directory.retry_at:
@@ -86,6 +94,10 @@ class Publisher:
     def look_at(self, directory: StagedDirectory) -> None:
         """Publishes a staged image that is complete and was left alone for the settle time, or drops a given up one."""
         quiet = directory.quiet_seconds
+        if directory.state is State.UNCERTAIN:
+            if directory.retry_at <= self._clock():
+                self._resolve(directory)
+            return
         if directory.state is not State.OPEN or directory.writers or quiet < self._settle_seconds:
             return
         if any(file.given_up for file in directory.files) and directory.maker_was_killed:
@@ -113,6 +125,13 @@ class Publisher:
         except OSError as error:
             _log.info("not published image=%s cause=%s", directory, error)
 
+    def _resolve(self, directory: StagedDirectory) -> None:
+        directory.retry_at = self._clock() + _RESOLVE_SECONDS
+        try:
+            self._area.resolve(directory)
+        except ImagesError as error:
+            _log.info("not resolved image=%s reason=%s cause=%s", directory, error.reason, error.message)
+
     def _drop(self, directory: StagedDirectory, reason: str) -> None:
         with contextlib.suppress(OSError):  # somebody opened a file of it just now
             self._area.abort(directory, reason)
@@ -122,7 +141,7 @@ class Publisher:
             for directory in self._area.directories:
                 try:
                     directory.staging.renew()
-                except StagingNotFound as error:
+                except (StagingNotFound, ImageAlreadyExists) as error:
                     self._area.lost(directory, error.message)
                 except ImagesError as error:
                     _log.warning("lease not renewed image=%s cause=%s", directory, error.message)

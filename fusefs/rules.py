@@ -53,7 +53,7 @@ class Rules:
             return "no file named *.vmdk yet"
         for file in files:
             if file.given_up:
-                return f"{file.name} is not complete: whoever wrote it was killed"
+                return f"{file.name} is not complete: {file.given_up}"
             for source in file.provenance.sources:
                 ranges = self._data_ranges(file, source)
                 if source.name != file.name:  # a part of it may be what is wanted

@@ -13,6 +13,7 @@ from fusefs.errors import fail
 from fusefs.provenance import Provenance
 from fusefs.tree import directory_inode, file_inode
 from sidecar.client import ImageRef, Staging
+from sidecar.errors import ImagesError
 
 # Files of the sidecar's own, which nobody else writes into an image.
 _OWN_NAMES = {"image_timestamp.txt", "image_timestamp.txt.renamed", "image_tombstone.txt", "unused_image_marker.txt"}
@@ -24,10 +25,14 @@ PUBLISH_WAIT_SECONDS = 300.0
 
 RENAME_NOREPLACE = 1
 
+# With these nothing was done, and programs do the same in another way.
+_NOT_TRIED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}
+
 
 class State(enum.Enum):
     OPEN = "open"
     PUBLISHING = "publishing"
+    UNCERTAIN = "uncertain"  # the answer to its publish was lost: its files may be an image's already
     PUBLISHED = "published"
     GONE = "gone"  # aborted, or dropped by the sidecar
 
@@ -42,7 +47,17 @@ class StagedFile:
         self.provenance = Provenance()
         self.handles = 0
         self.removed = False
-        self.given_up = False  # its writer was killed with the file open
+        self.given_up = ""  # why it is not complete, whatever it looks like, until it is written anew
+
+    @contextlib.contextmanager
+    def complete_or_given_up(self) -> Iterator[None]:
+        """For the time of one change: when it fails, the file lacks what its writer wanted in it."""
+        try:
+            yield
+        except (OSError, ImagesError) as error:
+            if error.errno not in _NOT_TRIED:
+                self.given_up = f"a change of it failed: {error}"
+            raise
 
     def attributes(self, number: int, owner: Owner) -> Attributes:
         status = self.content.status()
@@ -110,6 +125,8 @@ class StagedDirectory:
                 fail(errno.EROFS, f"{self} is published")
             if self.state is State.GONE:
                 fail(errno.ESTALE, f"{self} is gone: {self.reason}")
+            if self.state is State.UNCERTAIN:
+                fail(errno.EIO, f"it is not known whether {self} was published: {self.reason}")
             self._changes_running += 1
         try:
             yield
@@ -123,13 +140,17 @@ class StagedDirectory:
                 self._condition.notify_all()
 
     @contextlib.contextmanager
-    def publishing(self, closing: bool) -> Iterator[bool]:
+    def publishing(self, closing: bool, *, resolving: bool = False) -> Iterator[bool]:
         """For the time of a publish; whether it may be, which it may not when somebody has a file open for writing.
 
-        `closing`: the caller has one open, which is being closed. Whoever enters sets the state before leaving.
+        `closing`: the caller has one open, which is being closed. `resolving`: the publish of one that is uncertain,
+        in which nobody writes. Whoever enters sets the state before leaving, or it is open again.
         """
         with self._condition:
-            allowed = self.state is State.OPEN and self.writers == int(closing)
+            if resolving:
+                allowed = self.state is State.UNCERTAIN
+            else:
+                allowed = self.state is State.OPEN and self.writers == int(closing)
             if allowed:
                 self.state = State.PUBLISHING
                 self._condition.wait_for(lambda: self._changes_running == 0)
@@ -144,9 +165,16 @@ class StagedDirectory:
 
     def give_up(self, file: StagedFile, process: int) -> None:
         """A process was killed while it had the file open for writing: the file is not complete until written anew."""
-        file.given_up = True
+        file.given_up = "whoever wrote it was killed"
         if process and process == self.maker:
             self.maker_was_killed = True
+
+    def doubt(self, reason: str) -> None:
+        """While publishing: nobody knows whether it is published. Nothing changes until that is resolved."""
+        with self._condition:
+            self.state = State.UNCERTAIN
+            self.reason = reason
+            self._condition.notify_all()
 
     def create(self, name: str) -> StagedFile:
         """A new empty file, with one handle that may write; FileExistsError when there is one of that name."""
@@ -227,5 +255,7 @@ class StagedDirectory:
 
 
 def _check_name(name: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        fail(errno.EINVAL, f"{name!a} is not UTF-8")
     if name in _OWN_NAMES or name.endswith(_OWN_SUFFIX) or (name.startswith(_OWN_PREFIX) and "." not in name):
         fail(errno.EPERM, f"{name} is a name of the sidecar's own files")

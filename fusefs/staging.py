@@ -18,14 +18,29 @@ from fusefs.processes import thread_group
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.tree import IndexedDatastore, Key, Tree
-from sidecar.client import Image, ImageRef, SidecarClient
-from sidecar.errors import ImageAlreadyExists, ImagesError, ImageTombstoned, StagingNotFound
+from sidecar.client import Image, ImageRef, ImageState, SidecarClient
+from sidecar.errors import (
+    DatastoreUnavailable,
+    ImageAlreadyExists,
+    ImageNotFound,
+    ImagesError,
+    ImageTombstoned,
+    InvalidDisk,
+    InvalidMetadata,
+    LockTimeout,
+    NoSpace,
+    StagingNotFound,
+)
 
 _log = logging.getLogger(__name__)
 
 # How long an image that was just published remembers its copier, after the last time that this was needed.
 RECENT_SECONDS = 10.0
+_MOST_RECENT_SECONDS = 60.0
 MAX_COMPANION_BYTES = 1 << 20
+# With these the sidecar says that it did not publish, and that what is staged is as it was. After any other error of
+# a commit it may be an image.
+_REFUSALS = (InvalidDisk, InvalidMetadata, LockTimeout, NoSpace, DatastoreUnavailable)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +77,7 @@ class Recent:
     ref: ImageRef
     renamed: dict[str, str]  # names that the copier used, and what the files are called now
     until: float
+    last: float  # never any longer than this
     late: dict[str, LateCompanion] = field(default_factory=dict)
 
     def final_name(self, name: str) -> str:
@@ -95,6 +111,7 @@ class StagingArea:
         self._lock = threading.Lock()  # guards the dictionaries
         self._directories: dict[Key, StagedDirectory] = {}
         self._recent: dict[Key, Recent] = {}
+        self._settled: set[StagedDirectory] = set()
         self.work = threading.Condition()  # notified when there may be something to publish
 
     @property
@@ -106,17 +123,19 @@ class StagingArea:
         return self._directories.get(key)
 
     def recent(self, key: Key) -> Recent | None:
-        """What is remembered of an image's making; asking keeps it a while longer."""
+        """What is remembered of an image's making."""
         recent = self._recent.get(key)
         if recent is None:
             return None
-        now = self._clock()
-        if now > recent.until:
+        if self._clock() > recent.until:
             with self._lock:
                 self._recent.pop(key, None)
             return None
-        recent.until = now + RECENT_SECONDS
         return recent
+
+    def keep(self, recent: Recent) -> None:
+        """Its copier is still at it: it is remembered a while longer."""
+        recent.until = min(self._clock() + RECENT_SECONDS, recent.last)
 
     def forget_recent(self, key: Key) -> None:
         """The image is deleted: whatever has its name next is another one."""
@@ -160,52 +179,95 @@ class StagingArea:
         if directory.state is State.OPEN and directory.writers == 0:
             self._publish_copy(directory, closing=False)
 
-    def publish(
-        self, directory: StagedDirectory, copied_from: ImageRef | None = None, *, closing: bool = False
-    ) -> None:
+    def publish(self, directory: StagedDirectory, *, closing: bool = False) -> None:
         """Publishes, whatever the rules say of completeness: the sidecar checks the disk.
 
-        EBUSY while a file is open for writing. After another error the directory is still there, unless the image
-        exists already; `reason` says why.
+        EIO for a file whose writer failed or was killed. EBUSY while a file is open for writing. After another error the directory is still there, unless the image
+        exists already; `reason` says why. It is UNCERTAIN when the error does not say whether it was published.
         """
-        started = self._clock()
-        key = (directory.ref.datastore, directory.ref.image_id)
         with directory.publishing(closing) as allowed:
             if not allowed:
                 if directory.state is State.PUBLISHED:
                     return
                 fail(errno.EBUSY, f"{directory} has a file open for writing")
-            version = directory.version
+            directory.tried_version = directory.version
             try:
                 if isinstance(directory.place, RemotePlace) and directory.place.left_over:
                     fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
                 for file in directory.files:
+                    if file.given_up:
+                        fail(errno.EIO, f"{file.name} is not complete: {file.given_up}")
                     file.content.sync()
-                self._tree.expect(key, directory.number)
-                answer = directory.staging.commit(copied_from=copied_from)
-            except ImageAlreadyExists as error:
-                self._tree.expect(key, None)
-                self._drop(directory, error.message)
-                raise
-            except (ImagesError, OSError) as error:
-                self._tree.expect(key, None)
+            except OSError as error:
                 directory.reason = str(error)
-                directory.tried_version = version
-                if isinstance(error, StagingNotFound):
-                    self._drop(directory, error.message)
                 raise
-            _log.info(
-                "published image=%s copied_from=%s seconds=%.2f",
-                directory,
-                f"{copied_from.datastore}/{copied_from.image_id}" if copied_from else "",
-                self._clock() - started,
-            )
-            self._published(directory, answer.image, dict(answer.renamed_files))
+            self._commit(directory)
+
+    def resolve(self, directory: StagedDirectory) -> None:
+        """Finds out what became of a publish whose answer was lost, and publishes when it was not begun."""
+        with directory.publishing(closing=False, resolving=True) as allowed:
+            if not allowed:
+                return
+            try:
+                if not self._adopt(directory):
+                    self._commit(directory)
+            except ImagesError as error:
+                if directory.state is State.PUBLISHING and not isinstance(error, _REFUSALS):
+                    directory.doubt(error.message)
+                raise
+
+    def _commit(self, directory: StagedDirectory) -> None:
+        """While publishing: published, or dropped, or uncertain, or an error that left everything as it was."""
+        started = self._clock()
+        key = (directory.ref.datastore, directory.ref.image_id)
+        copied_from = self._rules.copied_from(directory)
+        self._tree.expect(key, directory.number)
+        try:
+            answer = directory.staging.commit(copied_from=copied_from)
+        except _REFUSALS as error:
+            self._tree.expect(key, None)
+            directory.reason = error.message
+            raise
+        except (ImageAlreadyExists, StagingNotFound) as error:
+            # Another's image, or the first of two attempts made this one.
+            directory.doubt(error.message)
+            if self._adopt(directory):
+                return
+            self._tree.expect(key, None)
+            self._drop(directory, error.message)
+            raise
+        except ImagesError as error:
+            directory.doubt(error.message)
+            _log.warning("not known whether published image=%s cause=%s", directory, error.message)
+            raise
+        _log.info(
+            "published image=%s copied_from=%s seconds=%.2f",
+            directory,
+            f"{copied_from.datastore}/{copied_from.image_id}" if copied_from else "",
+            self._clock() - started,
+        )
+        self._published(directory, answer.image, dict(answer.renamed_files))
+
+    def _adopt(self, directory: StagedDirectory) -> bool:
+        """Whether there is an image of the staged files: then it was published."""
+        try:
+            image = self._client.image(directory.ref)
+        except ImageNotFound:
+            return False
+        staged = {file.content.status().inode: file.name for file in directory.files}
+        renamed = {staged[file.inode]: file.name for file in image.files if file.inode in staged}
+        if image.state != ImageState.IMAGE_STATE_VALID or not (renamed or _is_remote(directory)):
+            return False
+        _log.info("published image=%s copied_from= although its answer was lost", directory)
+        self._published(directory, image, renamed)
+        return True
 
     def abort(self, directory: StagedDirectory, reason: str) -> None:
         """Drops a staged image."""
         with directory.publishing(closing=False) as allowed:
             if not allowed:
+                if directory.state is State.UNCERTAIN:
+                    fail(errno.EIO, f"it is not known whether {directory} was published")
                 if directory.state is not State.OPEN:
                     return
                 fail(errno.EBUSY, f"{directory} has a file open for writing")
@@ -213,7 +275,7 @@ class StagingArea:
 
     def lost(self, directory: StagedDirectory, reason: str) -> None:
         """The sidecar dropped the staging directory, or was restarted: what was written is gone."""
-        if directory.state is State.OPEN:
+        if directory.state is State.OPEN:  # one that is being published, or may be, ends otherwise
             _log.warning("staging lost image=%s reason=%s", directory, reason)
             self._drop(directory, reason)
 
@@ -224,29 +286,39 @@ class StagingArea:
         self._tree.changed(self._client.update_metadata(recent.ref, files={final: bytes(companion.data)}))
         recent.renamed[companion.name] = final
 
+    def serving_ended(self, settle_seconds: float) -> None:
+        """Nobody writes any more: what was left alone for the settle time by now is complete."""
+        self._settled = {directory for directory in self.directories if directory.quiet_seconds >= settle_seconds}
+
     def end(self) -> None:
         """The mount is gone: publishes what is complete, drops the rest."""
         for directory in self.directories:
             with contextlib.suppress(ImagesError, OSError):
-                if directory.tried_version != directory.version and not self._rules.held_back(directory):
-                    self.publish(directory)
-                    continue
-            self._drop(directory, "the mount ended")
+                if directory.state is State.UNCERTAIN:
+                    self.resolve(directory)
+                elif directory in self._settled:
+                    if directory.tried_version != directory.version and not self._rules.held_back(directory):
+                        self.publish(directory)
+                else:
+                    self.renamed(directory)
+            if directory.state not in {State.PUBLISHED, State.GONE}:
+                _log.warning("dropped image=%s reason=the mount ended before it was complete", directory)
+                self._drop(directory, "the mount ended")
 
     def wake(self) -> None:
         with self.work:
             self.work.notify_all()
 
     def _publish_copy(self, directory: StagedDirectory, *, closing: bool) -> None:
-        source = self._rules.copied_from(directory)
-        if source is not None:
-            self.publish(directory, source, closing=closing)
+        if self._rules.copied_from(directory) is not None:
+            self.publish(directory, closing=closing)
 
     def _published(self, directory: StagedDirectory, image: Image, renamed: dict[str, str]) -> None:
         key = (directory.ref.datastore, directory.ref.image_id)
         names = {file.name: renamed.get(file.name, file.name) for file in directory.files}
         with self._lock:
-            self._recent[key] = Recent(directory.ref, names, self._clock() + RECENT_SECONDS)
+            now = self._clock()
+            self._recent[key] = Recent(directory.ref, names, now + RECENT_SECONDS, now + _MOST_RECENT_SECONDS)
         self._tree.changed(image)
         with self._lock:
             self._directories.pop(key, None)

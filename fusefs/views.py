@@ -78,7 +78,7 @@ class Views:
             case DatastoreNode(datastore):
                 return own + [(each.image_id, partial(self._of_image, each)) for each in datastore.valid_images()]
             case ImageNode(_, image, _):
-                return own + self._files(image, self._deletions.hidden(node.key))
+                return own + self._files(image, self._deletions.hidden(node.key, image))
             case GhostNode(_, ghost):
                 return own + self._files(ghost.image, ghost.removed)
             case StagedNode(directory):

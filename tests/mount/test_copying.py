@@ -129,6 +129,29 @@ def test_one_changed_byte_arrives_as_that_byte(source: Path, mount: Mount, tmp_p
     assert copied[:100] + original[100:101] + copied[101:] == original
 
 
+def test_a_changed_copy_whose_source_is_deleted_is_still_published(source: Path, mount: Mount) -> None:
+    target = mount.path / "two" / "b"
+    target.mkdir()
+    run("cp", source / "a-flat.vmdk", target)
+    with (target / "a-flat.vmdk").open("r+b") as file:
+        file.write(b"changed")
+    run("cp", source / "a.vmdk", target)
+    run("rm", "-r", source)
+    assert (wait_listed(mount, "two/b") / "b-flat.vmdk").read_bytes().startswith(b"changed")
+
+
+def test_a_companion_that_is_replaced_at_once_stays(source: Path, mount: Mount, client: SidecarClient) -> None:
+    """The removal of the old file is still due."""
+    target, new = mount.path / "two" / "b", mount.path.parent / "new"
+    new.write_bytes(b'{"new": 2}')
+    run("cp", "-r", source, target)
+    run("cp", "--remove-destination", new, target / "b.ecv")
+    (source / "a.ecv").unlink()  # due later than the other one
+    wait_until(lambda: "companion files removed image=one/a" in log_of(mount), "the time has come")
+    assert (target / "b.ecv").read_bytes() == new.read_bytes()
+    assert "b.ecv" in [file.name for file in client.image("two/b").files]
+
+
 def test_a_companion_that_comes_last_is_still_taken(source: Path, mount: Mount) -> None:
     target = mount.path / "two" / "b"
     target.mkdir()
@@ -148,6 +171,19 @@ def test_the_copiers_names_resolve_for_a_while_and_are_not_listed(source: Path, 
     os.utime(target)
     target.chmod(0o700)
     assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+
+
+@pytest.mark.slow
+def test_looking_does_not_keep_a_published_image_open_for_companions(source: Path, mount: Mount) -> None:
+    target = mount.path / "two" / "b"
+    run("cp", "-r", source, target)
+
+    def is_closed() -> bool:
+        return not (target / "a.vmdk").exists()  # the copier's name: looks, again and again
+
+    wait_until(is_closed, "the copier is forgotten")
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "junk.txt").write_bytes(b"x")
 
 
 def test_two_copies_at_once_to_the_same_name_one_wins(source: Path, mount: Mount) -> None:

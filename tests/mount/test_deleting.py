@@ -75,6 +75,20 @@ def test_rm_of_a_companion_file_removes_it_from_the_image(image: Path, client: S
     client.validate(ref)
 
 
+def test_a_removal_that_is_due_does_not_meet_a_file_that_another_client_wrote(
+    image: Path, client: SidecarClient, mount: Mount
+) -> None:
+    ref = f"{image.parent.name}/a"
+    (image / "a.ecv").unlink()
+    client.update_metadata(ref, files={"a.ecv": b'{"new": 2}'})
+    wait_until(lambda: "a.ecv" in names(image), "the new file is seen")
+    client.update_metadata(ref, files={"a.other": b"{}"})
+    wait_until(lambda: "a.other" in names(image), "the other file is seen")
+    (image / "a.other").unlink()  # due later than the other one
+    wait_until(lambda: "names=['a.other']" in log_of(mount), "the time has come")
+    assert (image / "a.ecv").read_bytes() == b'{"new": 2}'
+
+
 def test_an_open_file_of_a_deleted_image_is_read_to_its_end(image: Path) -> None:
     expected = (image / "a-flat.vmdk").read_bytes()
     with (image / "a-flat.vmdk").open("rb") as file:

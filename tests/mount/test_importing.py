@@ -166,9 +166,10 @@ def test_rm_r_of_a_staged_directory_drops_it(outside: Path, mount: Mount, tmp_pa
     wait_listed(mount, "one/new")
 
 
-def test_what_is_complete_is_published_when_the_mount_ends(outside: Path, mount: Mount, client: SidecarClient) -> None:
-    """cp succeeded, and the unmount came within the settle time."""
+def test_what_was_synced_stays_when_the_mount_ends(outside: Path, mount: Mount, client: SidecarClient) -> None:
+    """The unmount comes within the settle time: only who said that it is complete has an image."""
     run("cp", "-r", outside, mount.path / "one" / "new")
+    run("sync", mount.path / "one" / "new")
     (mount.path / "one" / "half").mkdir()
     run("cp", outside / "x.vmdk", mount.path / "one" / "half")
     assert mount.stop() == 0

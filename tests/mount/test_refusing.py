@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import message_of, names, wait_listed
+from tests.mount.harness import log_of, message_of, names, wait_listed
 from tests.support.disks import MIB, make_disk
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
@@ -111,3 +111,21 @@ def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
     assert message_of("cp", "-r", source, target) == "No space left on device"
     run("rm", "-rf", target)
     assert names(mount.path / "small") == set()
+
+
+def test_a_name_that_is_not_utf_8(make_image: MakeImage, mount: Mount) -> None:
+    make_image("one/a")
+    bad = os.fsdecode(b"\xff")
+    with pytest.raises(OSError, match="Invalid argument"):
+        (mount.path / "one" / bad).mkdir()
+    run("cp", "-r", wait_listed(mount, "one/a"), mount.path / "two" / "b")
+    with pytest.raises(OSError, match="Invalid argument"):
+        (mount.path / "two" / "b" / bad).write_bytes(b"")
+    assert "Traceback" not in log_of(mount)
+
+
+def test_a_datastore_of_which_nothing_is_known_is_not_an_empty_one(tmp_path: Path, stack: ExitStack) -> None:
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"gone={tmp_path / 'gone'},layout=compound"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    with pytest.raises(OSError, match="Input/output error"):
+        os.listdir(mount.path / "gone")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +73,26 @@ def test_a_signal_ends_it(number: signal.Signals, mount: Mount, tmp_path: Path) 
             os.close(fd)
     assert not list((tmp_path / "one").glob("tmp_image_*"))
     assert "Traceback" not in log_of(mount)
+
+
+def test_a_second_signal_does_not_throw_away_what_is_being_published(
+    sidecar: Sidecar, mount: Mount, client: SidecarClient, disk: Path
+) -> None:
+    run("cp", "-r", disk.parent, mount.path / "one" / "new")
+    mount_process = mount.process
+    assert mount_process is not None
+    sidecar.signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        wait_until(lambda: time.monotonic() - begun > 4, "the settle time is over: it is being published")
+        mount_process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "unmounted mountpoint=" in log_of(mount), "it publishes what is complete")
+        mount_process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "ending already" in log_of(mount) or mount_process.poll() is not None, "it is told again")
+    finally:
+        sidecar.signal(signal.SIGCONT)
+    assert mount_process.wait(20) == 0
+    assert [image.ref.image_id for image in client.images("one")] == ["new"]
 
 
 def test_goes_into_the_background_when_it_answers(sidecar: Sidecar, mountpoint: Path, tmp_path: Path) -> None:
