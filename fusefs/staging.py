@@ -182,8 +182,9 @@ class StagingArea:
     def publish(self, directory: StagedDirectory, *, closing: bool = False) -> None:
         """Publishes, whatever the rules say of completeness: the sidecar checks the disk.
 
-        EIO for a file whose writer failed or was killed. EBUSY while a file is open for writing. After another error the directory is still there, unless the image
-        exists already; `reason` says why. It is UNCERTAIN when the error does not say whether it was published.
+        EIO for a file whose writer failed or was killed. EBUSY while a file is open for writing. After another
+        error the directory is still there, unless the image exists already; `reason` says why. It is UNCERTAIN when
+        the error does not say whether it was published.
         """
         with directory.publishing(closing) as allowed:
             if not allowed:
