@@ -45,7 +45,16 @@ def main(
     # Paths of the command line are meant from here; the daemon leaves for the root directory.
     mountpoint = os.path.abspath(mountpoint)
     log_path = os.path.abspath(log_path) if log_path else None
+    if log_path:
+        try:
+            with open(log_path, "ab"):
+                pass
+        except OSError as error:
+            raise click.BadParameter(f"cannot write {log_path}: {error.strerror}", param_hint="--log") from None
     parent = Parent(None) if foreground else into_background()
+    # Who asks what has an image open is told a name: `python` is nobody's.
+    with open("/proc/self/comm", "w", encoding="ascii") as name:
+        name.write("image-mount")
     _start_log(log_path, log_level, foreground=foreground)
     try:
         _serve(mountpoint, address or default_address(), parsed, binding, parent)

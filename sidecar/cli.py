@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -45,6 +46,8 @@ def serve(file: str | None, datastores: tuple[str, ...], listen: str | None, log
     """Serves until SIGTERM or SIGINT; a second one cancels what still runs."""
     try:
         config = load_config(file, os.environ, Flags(listen, datastores, log_level))
+        # Who asks what holds a lock or a file is told a name: `python` is nobody's.
+        Path("/proc/self/comm").write_text("image-sidecar", encoding="ascii")
         set_up_logging(config.log_level)
         clean = run(config)
     except ImagesError as error:
