@@ -95,6 +95,7 @@ class LocalContent:
 
     def write(self, data: bytes, offset: int) -> None:
         self._check_space(len(data))
+        self._give_back_beyond_end(offset)
         view = memoryview(data)
         while view:
             done = os.pwrite(self._fd, view, offset)
@@ -106,6 +107,7 @@ class LocalContent:
         return self._shares
 
     def truncate(self, size: int) -> None:
+        self._give_back_beyond_end(size)
         os.ftruncate(self._fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
@@ -126,6 +128,15 @@ class LocalContent:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _give_back_beyond_end(self, offset: int) -> None:
+        """Before the file goes on after a gap: the file system frees what it allocated beyond the end in advance.
+
+        XFS does that for files that grow, as much as they have; in the gap, it would stay with the image.
+        """
+        size = os.fstat(self._fd).st_size
+        if size < offset:
+            os.ftruncate(self._fd, size)
 
     def _check_space(self, coming: int) -> None:
         """The datastore's reserve is not for images; the file system itself would let us have it."""

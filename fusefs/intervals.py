@@ -65,6 +65,19 @@ class IntervalSet:
         index = bisect_right(self._starts, start) - 1
         return index >= 0 and self._ends[index] >= end
 
+    def missing(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What of the ranges is not in."""
+        gaps = []
+        for start, end in ranges:
+            position = start
+            for index in range(bisect_right(self._ends, start), bisect_left(self._starts, end)):
+                if position < self._starts[index]:
+                    gaps.append((position, self._starts[index]))
+                position = self._ends[index]
+            if position < end:
+                gaps.append((position, end))
+        return gaps
+
     def includes(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Whether every one of the ranges is in."""
         return all(self.covers(start, end) for start, end in ranges)

@@ -75,18 +75,21 @@ class Provenance:
         """Whether any byte there was ever written."""
         return self._written.overlaps(offset, offset + length)
 
-    def is_whole(self, source: SourceFile, size: int, data_ranges: Ranges) -> bool:
-        """Whether the file, which has `size` bytes now, is byte for byte the source.
+    def skipped(self, start: int, end: int, source: SourceFile) -> bool:
+        """The source has zeroes there, and what was never written here reads as zeroes. False where it was written."""
+        if self.was_written(start, end - start):
+            return False
+        self._equal.setdefault(source, IntervalSet()).add(start, end)
+        return True
 
-        `data_ranges`: where the source has data; it reads as zeroes elsewhere. So every one of them has to have come
-        from there, and nothing may have been written that did not: a copier that preallocates and dies is not done.
+    def is_copy(self, source: SourceFile) -> bool:
+        """Whether all that was written came from the source."""
+        return self._equal.get(source, IntervalSet()).includes(self._written)
+
+    def to_come(self, source: SourceFile, data_ranges: Ranges) -> list[tuple[int, int]]:
+        """Where the source has data that was not written here, nor found to be zeroes.
+
+        `data_ranges`: where the source has data; it reads as zeroes elsewhere. A copier that preallocates and dies
+        leaves some; a changed copy was written everywhere, if with other bytes.
         """
-        equal = self._equal.get(source, IntervalSet())
-        return size == source.generation.size and equal.includes(data_ranges) and equal.includes(self._written)
-
-    def is_unfinished(self, data_ranges: Ranges) -> bool:
-        """Whether there is a range where the source has data and this file was never written.
-
-        The sign of a copy that was given up: a changed copy was written everywhere, if with other bytes.
-        """
-        return not self._written.includes(data_ranges)
+        return self._equal.get(source, IntervalSet()).missing(self._written.missing(data_ranges))

@@ -111,10 +111,13 @@ class Publisher:
     def _try(self, directory: StagedDirectory) -> None:
         directory.retry_at = 0.0
         version = directory.version
-        if reason := self._rules.held_back(directory):
-            directory.reason = reason
+        if held := self._rules.held_back(directory):
+            directory.reason = held.reason
             directory.tried_version = version
-            _log.info("not published yet image=%s reason=%s", directory, reason)
+            if held.undecided:
+                directory.retry_at = self._clock()
+            else:
+                _log.info("not published yet image=%s reason=%s", directory, held.reason)
             return
         try:
             self._area.publish(directory)

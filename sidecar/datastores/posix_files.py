@@ -45,9 +45,10 @@ class PosixWritable:
 
     def make_hole(self, offset: int, length: int) -> None:
         with self._faults.during("write", self._path):
-            punch_hole(self._fd, offset, length)
             if self.size() < offset + length:
                 os.ftruncate(self._fd, offset + length)
+            # Also beyond what was the end: XFS allocates there in advance, and it would stay with the image.
+            punch_hole(self._fd, offset, length)
 
     def resize(self, size: int) -> None:
         with self._faults.during("write", self._path):

@@ -42,3 +42,14 @@ def test_covers_and_overlaps(steps: list[tuple[str, tuple[int, int]]], asked: tu
     assert intervals.covers(*asked) == (wanted <= numbers)
     assert intervals.overlaps(*asked) == bool(wanted & numbers)
     assert intervals.includes([asked]) == (wanted <= numbers)
+
+
+@given(steps, st.lists(bounds, max_size=4))
+def test_missing_is_what_of_the_ranges_is_not_in(
+    steps: list[tuple[str, tuple[int, int]]], asked: list[tuple[int, int]]
+) -> None:
+    intervals, numbers = made_by(steps)
+    missing = intervals.missing(asked)
+    wanted = [number for start, end in asked for number in range(start, end) if number not in numbers]
+    assert [number for start, end in missing for number in range(start, end)] == wanted
+    assert all(start < end for start, end in missing)

@@ -1,6 +1,6 @@
 """When is a staged file known to be a whole copy, and when is it known to be half of one?"""
 
-from fusefs.provenance import Generation, Provenance, SourceFile
+from fusefs.provenance import Generation, Provenance, Ranges, SourceFile
 
 SIZE = 1000
 SOURCE = SourceFile("one", "a", "a-flat.vmdk", Generation(7, 1, SIZE))
@@ -8,13 +8,16 @@ OTHER = SourceFile("one", "b", "b-flat.vmdk", Generation(8, 1, SIZE))
 DATA = [(0, 100), (500, 600)]
 
 
+def is_whole(provenance: Provenance, source: SourceFile, data_ranges: Ranges) -> bool:
+    return provenance.is_copy(source) and not provenance.to_come(source, data_ranges)
+
+
 def test_a_file_whose_data_came_from_the_source_is_whole() -> None:
     provenance = Provenance()
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
-    assert provenance.is_whole(SOURCE, SIZE, DATA)
-    assert not provenance.is_whole(SOURCE, SIZE - 1, DATA)
-    assert not provenance.is_unfinished(DATA)
+    assert is_whole(provenance, SOURCE, DATA)
+    assert not provenance.to_come(SOURCE, DATA)
     assert provenance.sources == (SOURCE,)
 
 
@@ -22,8 +25,8 @@ def test_a_file_of_the_right_size_without_all_of_its_data_is_not_whole() -> None
     """A copier that preallocates, and dies."""
     provenance = Provenance()
     provenance.wrote(0, 100, SOURCE)
-    assert not provenance.is_whole(SOURCE, SIZE, DATA)
-    assert provenance.is_unfinished(DATA)
+    assert not is_whole(provenance, SOURCE, DATA)
+    assert provenance.to_come(SOURCE, DATA)
 
 
 def test_another_byte_makes_it_another_file_which_is_still_complete() -> None:
@@ -31,8 +34,8 @@ def test_another_byte_makes_it_another_file_which_is_still_complete() -> None:
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
     provenance.wrote(550, 1)
-    assert not provenance.is_whole(SOURCE, SIZE, DATA)
-    assert not provenance.is_unfinished(DATA)
+    assert not is_whole(provenance, SOURCE, DATA)
+    assert not provenance.to_come(SOURCE, DATA)
 
 
 def test_a_byte_in_a_hole_of_the_source_makes_it_another_file() -> None:
@@ -40,7 +43,7 @@ def test_a_byte_in_a_hole_of_the_source_makes_it_another_file() -> None:
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
     provenance.wrote(300, 1)
-    assert not provenance.is_whole(SOURCE, SIZE, DATA)
+    assert not is_whole(provenance, SOURCE, DATA)
 
 
 def test_truncating_forgets_what_was_beyond() -> None:
@@ -48,10 +51,10 @@ def test_truncating_forgets_what_was_beyond() -> None:
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
     provenance.truncated(550)
-    assert not provenance.is_whole(SOURCE, SIZE, DATA)
-    assert provenance.is_unfinished(DATA)
+    assert not is_whole(provenance, SOURCE, DATA)
+    assert provenance.to_come(SOURCE, DATA)
     provenance.wrote(550, 50, SOURCE)
-    assert provenance.is_whole(SOURCE, SIZE, DATA)
+    assert is_whole(provenance, SOURCE, DATA)
     assert not provenance.was_written(600, 400)
 
 
@@ -60,7 +63,7 @@ def test_bytes_of_another_image_are_not_the_sources() -> None:
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
     provenance.wrote(0, 100, OTHER)
-    assert not provenance.is_whole(SOURCE, SIZE, DATA)
+    assert not is_whole(provenance, SOURCE, DATA)
     assert set(provenance.sources) == {SOURCE, OTHER}
 
 
@@ -69,8 +72,20 @@ def test_the_same_path_at_another_time_is_another_source() -> None:
     for start, end in DATA:
         provenance.wrote(start, end - start, SOURCE)
     later = SOURCE._replace(generation=Generation(9, 2, SIZE))
-    assert not provenance.is_whole(later, SIZE, DATA)
+    assert not is_whole(provenance, later, DATA)
 
 
 def test_a_source_of_holes_only_is_whole_without_a_write() -> None:
-    assert Provenance().is_whole(SOURCE, SIZE, [])
+    assert is_whole(Provenance(), SOURCE, [])
+
+
+def test_zeroes_that_were_left_out_are_the_sources_until_something_else_is_written_there() -> None:
+    provenance = Provenance()
+    provenance.wrote(0, 100, SOURCE)
+    assert provenance.to_come(SOURCE, DATA) == [(500, 600)]
+    assert provenance.skipped(500, 600, SOURCE)
+    assert is_whole(provenance, SOURCE, DATA)
+    assert not provenance.skipped(50, 150, SOURCE)
+    provenance.wrote(550, 10)
+    assert not is_whole(provenance, SOURCE, DATA)
+    assert provenance.to_come(SOURCE, DATA) == []
