@@ -19,18 +19,31 @@ class Callbacks:
 
     use_ns = True
 
-    def __init__(self, filesystem: FileSystem, pid: Callable[[], int], on_init: Callable[[Any, Any], None]) -> None:
-        """`pid` tells which thread the running request comes from; `on_init` gets libfuse 3's connection and config."""
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        pid: Callable[[], int],
+        on_init: Callable[[Any, Any], None],
+        on_end: Callable[[], object],
+    ) -> None:
+        """`pid` tells which thread the running request comes from; `on_init` gets libfuse 3's connection and config.
+
+        `on_end` is called before libfuse frees its session.
+        """
         self.filesystem = filesystem
         self.files = filesystem.files
         self._pid = pid
         self._on_init = on_init
+        self._on_end = on_end
 
     def init(self, path: str) -> None:
         self._on_init(None, None)
 
     def init_with_config(self, connection: Any, config: Any) -> None:
         self._on_init(connection, config)
+
+    def destroy(self, path: str) -> None:
+        self._on_end()
 
     def getattr(self, path: str | None, fi: Any = None) -> dict[str, Any]:
         return as_dictionary(self.filesystem.getattr(path, _handle(fi)))
@@ -96,8 +109,8 @@ class Callbacks:
     def read(self, path: str | None, size: int, offset: int, fi: Any) -> bytes:
         return self.files.read(fi.fh, size, offset)
 
-    def write(self, path: str | None, data: bytes, offset: int, fi: Any) -> int:
-        return self.files.write(fi.fh, data, offset, self._pid())
+    def write(self, path: str | None, data: bytes | memoryview, offset: int, fi: Any) -> int:
+        return self.files.write(fi.fh, memoryview(data), offset, self._pid())
 
     def copy_file_range(self, fi_in: Any, offset_in: int, fi_out: Any, offset_out: int, size: int) -> int:
         return self.files.copy_file_range(fi_in.fh, offset_in, fi_out.fh, offset_out, size)

@@ -4,6 +4,7 @@ import logging
 import logging.handlers
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -13,6 +14,7 @@ from fusefs.mount import CALL_SECONDS, MountError, run
 from fusefs.options import MountOptions, OptionError, parse_options
 from sidecar.client import SidecarClient, default_address
 from sidecar.errors import ImagesError
+from sidecar.usage import usage_line
 
 _SYSLOG_SOCKET = "/dev/log"
 _LEVELS = ("debug", "info", "warning", "error")
@@ -28,7 +30,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--log", "log_path", type=click.Path(dir_okay=False), help="Append the log to this file.")
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
 @click.option("-o", "options", multiple=True, metavar="OPTION,…", help="settle=SECONDS, ro, allow_other, uid=, …")
-def main(
+def image_mount(
     mountpoint: str,
     address: str | None,
     foreground: bool,
@@ -62,6 +64,15 @@ def main(
         if not parent.failed(str(error)):
             click.echo(f"image-mount: {error}", err=True)
         sys.exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; a usage error is one line, and exit code 2."""
+    try:
+        image_mount.main(args=arguments, prog_name="image-mount", standalone_mode=False)
+    except click.UsageError as error:
+        click.echo(f"image-mount: {usage_line(error, 'image-mount')}", err=True)
+        sys.exit(error.exit_code)
 
 
 def _serve(mountpoint: str, address: str, options: MountOptions, binding: str, parent: Parent) -> None:

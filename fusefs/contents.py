@@ -13,6 +13,7 @@ from fusefs.reading import LocalReader, RemoteReader
 from sidecar.client import SidecarClient, Staging
 
 _SPACE_CHECK_BYTES = 16 << 20
+_WRITE_BACK_BYTES = 512 << 10
 
 
 class Status(NamedTuple):
@@ -25,9 +26,11 @@ class Status(NamedTuple):
 class Content(Protocol):
     """The bytes of one staged file."""
 
+    block_size: int  # what is shared begins at a multiple of it
+
     def status(self) -> Status: ...
     def read(self, size: int, offset: int) -> bytes: ...
-    def write(self, data: bytes, offset: int) -> None: ...
+    def write(self, data: memoryview, offset: int) -> None: ...
     def share(self, source: LocalReader, offset: int, length: int) -> bool:
         """Takes a range from the same place of an image's file without moving a byte; False where that cannot be."""
 
@@ -84,6 +87,7 @@ class LocalContent:
         self._fd = fd
         self._free_for_images = free_for_images
         self._unchecked = 0
+        self.block_size = os.fstatvfs(fd).f_bsize
         self._shares = True  # until it was tried in vain: most file systems cannot
 
     def status(self) -> Status:
@@ -93,17 +97,22 @@ class LocalContent:
     def read(self, size: int, offset: int) -> bytes:
         return os.pread(self._fd, size, offset)
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: memoryview, offset: int) -> None:
         self._check_space(len(data))
         self._give_back_beyond_end(offset)
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view = view[done:]
+        start = offset
+        while data:
+            done = os.pwrite(self._fd, data, offset)
+            data = data[done:]
             offset += done
+        if offset - start >= _WRITE_BACK_BYTES:
+            # What is dirty begins to be written back (and stays cached): publishing then waits for the last write only.
+            os.posix_fadvise(self._fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
     def share(self, source: LocalReader, offset: int, length: int) -> bool:
-        self._shares = self._shares and source.share(self._fd, offset, length)
+        if self._shares:
+            self._give_back_beyond_end(offset)
+            self._shares = source.share(self._fd, offset, length)
         return self._shares
 
     def truncate(self, size: int) -> None:
@@ -176,6 +185,8 @@ class RemotePlace:
 
 
 class RemoteContent:
+    block_size = 4096  # of no account: nothing is shared
+
     def __init__(self, client: SidecarClient, staging: Staging, name: str) -> None:
         self._staging = staging
         self._name = name
@@ -190,9 +201,9 @@ class RemoteContent:
     def read(self, size: int, offset: int) -> bytes:
         return self._reader.read(size, offset)
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: memoryview, offset: int) -> None:
         with self._lock:
-            self._note_size(self._staging.write_file(self._name, [(offset, data)]).size_bytes)
+            self._note_size(self._staging.write_file(self._name, [(offset, bytes(data))]).size_bytes)
 
     def share(self, source: LocalReader, offset: int, length: int) -> bool:
         return False  # the source is a file of this host

@@ -11,11 +11,12 @@ from fusefs.errors import fail
 from fusefs.handles import Handles, ImageHandle, StagedHandle
 from fusefs.processes import thread_group
 from fusefs.provenance import Provenance, SourceFile
-from fusefs.reading import LocalReader, data_ranges
+from fusefs.reading import LocalReader
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
 from sidecar.client import ImageRef
 from sidecar.errors import TooManyCalls
+from sidecar.holes import data_ranges
 
 # A writer whose bytes differ this often in a row is making something else.
 _MOST_MISMATCHES = 8
@@ -28,7 +29,7 @@ class _Equal(NamedTuple):
     reader: LocalReader
 
     def learn(self, provenance: Provenance) -> None:
-        provenance.learn(self.source, lambda: data_ranges(self.reader, self.source.generation.size))
+        provenance.learn(self.source, lambda: list(data_ranges(self.reader.seek, 0, self.source.generation.size)))
 
 
 class Copying:
@@ -36,14 +37,15 @@ class Copying:
         self._tree = tree
         self._handles = handles
 
-    def write(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> None:
+    def write(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> None:
         file = handle.file
         with handle.directory.change():
             equal = self._equal_source(handle, data, offset, pid)
             with file.lock, file.complete_or_given_up():
-                if equal is None or not file.content.share(equal.reader, offset, len(data)):
+                if equal is None:
                     file.content.write(data, offset)
-                if equal is not None:
+                else:
+                    self._take(file, equal, data, offset)
                     equal.learn(file.provenance)
                 file.provenance.wrote(offset, len(data), equal.source if equal else None)
 
@@ -78,11 +80,23 @@ class Copying:
                 if answer.done_bytes <= 0:
                     fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
                 file.content.changed_elsewhere()
-            file.provenance.learn(origin, lambda: data_ranges(source.reader, origin.generation.size))
+            file.provenance.learn(origin, lambda: list(data_ranges(source.reader.seek, 0, origin.generation.size)))
             file.provenance.wrote(offset, answer.done_bytes, origin if source_offset == offset else None)
             return answer.done_bytes
 
-    def _equal_source(self, handle: StagedHandle, data: bytes, offset: int, pid: int) -> "_Equal | None":
+    def _take(self, file: StagedFile, equal: _Equal, data: memoryview, offset: int) -> None:
+        """Shares the whole blocks that the data makes equal to the source, and writes what is beside them."""
+        end = offset + len(data)
+        start, stop = file.provenance.equal_blocks(equal.source, offset, end, file.content.block_size)
+        if start < stop and file.content.share(equal.reader, start, stop - start):
+            if offset < start:
+                file.content.write(data[: start - offset], offset)
+            if stop < end:
+                file.content.write(data[stop - offset :], stop)
+        else:
+            file.content.write(data, offset)
+
+    def _equal_source(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> "_Equal | None":
         """The file with the same bytes at the same offset, out of those of images that the writer has open."""
         if not handle.compared or pid == 0:
             return None

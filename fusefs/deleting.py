@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fusefs.doubts import Key
+from fusefs.errors import is_transient
 from fusefs.provenance import Generation
-from fusefs.tree import IndexedFile, IndexedImage, Key, Tree
+from fusefs.pulse import Pulse
+from fusefs.tree import IndexedFile, IndexedImage, Tree
 from sidecar.client import ImageRef, SidecarClient
 from sidecar.errors import ImageNotFound, ImagesError, ImageTombstoned
 
 _log = logging.getLogger(__name__)
 
 GHOST_SECONDS = 5.0
+_MOST_GHOST_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
-_TRANSIENT = {"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Ghost:
     image: IndexedImage
     removed: set[str]
     until: float
+    last: float  # never any longer than this
 
 
 @dataclass(slots=True)
@@ -54,9 +58,16 @@ class Deletions:
     """Tombstones, ghosts and companion files that are to go. `clock` is monotonic."""
 
     def __init__(
-        self, client: SidecarClient, tree: Tree, settle_seconds: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        client: SidecarClient,
+        pulse: Pulse,
+        tree: Tree,
+        settle_seconds: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
+        self._pulse = pulse
         self._tree = tree
         self._settle_seconds = settle_seconds
         self._clock = clock
@@ -76,7 +87,7 @@ class Deletions:
 
     def keep(self, ghost: Ghost) -> None:
         """The command that deleted the image goes on: its ghost stays a while longer."""
-        ghost.until = self._clock() + GHOST_SECONDS
+        ghost.until = min(self._clock() + GHOST_SECONDS, ghost.last)
 
     def lay(self, key: Key) -> None:
         """The ghost is seen no more: its directory was removed, or there is a new image of the name."""
@@ -95,23 +106,29 @@ class Deletions:
         with once:
             current = self._tree.image(*key)
             if current is not None and current.is_valid and current.number == image.number:
-                ref = ImageRef(datastore=key[0], image_id=key[1])
-                try:
-                    self._client.delete(ref)
-                except (ImageNotFound, ImageTombstoned) as error:
-                    _log.info("tombstone was there already image=%s/%s cause=%s", *key, error.message)
-                else:
-                    _log.info("tombstoned image=%s/%s", *key)
-                with self._lock:
-                    removal = self._removals.pop(key, None)
-                    if leave_ghost:
-                        removed = removal.names_in(image) if removal is not None else set()
-                        self._ghosts[key] = Ghost(image, removed, self._clock() + GHOST_SECONDS)
-                self._tree.deleted(ref)
+                with self._tree.changing(key):
+                    self._delete(key, image, leave_ghost=leave_ghost)
             with self._lock:
                 self._deleting.pop(key, None)
                 if removing and (ghost := self._ghosts.get(key)) is not None:
                     ghost.removed.add(removing)
+
+    def _delete(self, key: Key, image: IndexedImage, *, leave_ghost: bool) -> None:
+        ref = ImageRef(datastore=key[0], image_id=key[1])
+        self._pulse.require()
+        try:
+            self._client.delete(ref)
+        except (ImageNotFound, ImageTombstoned) as error:
+            _log.info("tombstone was there already image=%s/%s cause=%s", *key, error.message)
+        else:
+            _log.info("tombstoned image=%s/%s", *key)
+        with self._lock:
+            removal = self._removals.pop(key, None)
+            if leave_ghost:
+                removed = removal.names_in(image) if removal is not None else set()
+                now = self._clock()
+                self._ghosts[key] = Ghost(image, removed, now + GHOST_SECONDS, now + _MOST_GHOST_SECONDS)
+        self._tree.deleted(ref)
 
     def remove_later(self, key: Key, image: IndexedImage, file: IndexedFile) -> None:
         """Hides a companion file, and removes it when the image is still there after the settle time."""
@@ -150,10 +167,12 @@ class Deletions:
         try:
             if names:
                 ref = ImageRef(datastore=key[0], image_id=key[1])
-                self._tree.changed(self._client.update_metadata(ref, remove=names))
+                self._pulse.require()
+                with self._tree.changing(key):
+                    self._tree.changed(self._client.update_metadata(ref, remove=names))
                 _log.info("companion files removed image=%s/%s names=%s", *key, names)
         except ImagesError as error:
-            trying_again = error.code in _TRANSIENT
+            trying_again = is_transient(error)
             _log.warning(
                 "companion files not removed image=%s/%s names=%s again=%s cause=%s",
                 *key, names, trying_again, error.message,

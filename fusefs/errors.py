@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
-from sidecar.errors import ImagesError
+from sidecar.errors import DeadlineExceeded, ImagesError
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,14 @@ _EXPECTED = {
     errno.EFBIG,
     errno.EBUSY,
 }
+
+
+_TRANSIENT = {"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+
+
+def is_transient(error: ImagesError) -> bool:
+    """Whether the same call may succeed later, with nothing done about it."""
+    return error.code in _TRANSIENT
 
 
 class HasPaths(Protocol):
@@ -57,10 +65,12 @@ def operation(
         try:
             return method(self, *arguments, **options)
         except ImagesError as error:
-            level = logging.INFO if error.errno in _EXPECTED else logging.WARNING
+            # Who does not answer within the time that any answer takes is away for whoever waits for it.
+            number = errno.EHOSTDOWN if isinstance(error, DeadlineExceeded) else error.errno
+            level = logging.INFO if number in _EXPECTED else logging.WARNING
             path = self.path_of(*arguments)
             _log.log(level, "%s failed path=%s reason=%s cause=%s", call, path, error.reason, error.message)
-            raise OSError(error.errno, error.message) from error
+            raise OSError(number, error.message) from error
         except OSError as error:
             if error.errno not in _EXPECTED:
                 _log.warning("%s failed path=%s cause=%s", call, self.path_of(*arguments), error)

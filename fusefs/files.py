@@ -4,26 +4,15 @@ import errno
 import os
 from typing import Any, NamedTuple
 
+from fusefs import nodes
 from fusefs.copying import Copying
 from fusefs.deleting import Deletions
 from fusefs.errors import fail, operation
 from fusefs.handles import CompanionHandle, Handles, ImageHandle, StagedHandle
-from fusefs.nodes import (
-    GhostFileNode,
-    GhostNode,
-    ImageFileNode,
-    ImageNode,
-    LateNode,
-    Node,
-    Resolver,
-    StagedFileNode,
-    StagedNode,
-    new_name,
-    split,
-)
 from fusefs.processes import is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import PageCachePolicy, open_image_file
+from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, StagingArea
 from fusefs.tree import IndexedFile, Tree, file_inode
 from fusefs.views import Views
@@ -46,7 +35,7 @@ class Files:
         area: StagingArea,
         deletions: Deletions,
         views: Views,
-        resolver: Resolver,
+        resolver: nodes.Resolver,
         handles: Handles,
     ) -> None:
         self._client = client
@@ -68,38 +57,44 @@ class Files:
                 return handle.path
         return ""
 
+    def _opened_staged(self, path: str, directory: StagedDirectory, file: StagedFile, *, writable: bool) -> Opened:
+        # Past the page cache of the mount: its pages would cost a copy more for each write, and be thrown away.
+        return Opened(self._handles.add(StagedHandle(path, directory, file, writable)), direct_io=True)
+
     @operation
     def open(self, path: str, flags: int, pid: int) -> Opened:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         node = self._resolver.settled(path) if writing else self._resolver.get(path)
         match node:
-            case StagedFileNode():
+            case nodes.StagedFileNode():
+                if writing:
+                    node.directory.require_not_anothers(thread_group(pid))
                 return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
-            case ImageFileNode(parent, file):
+            case nodes.ImageFileNode(parent, file):
                 if writing or flags & os.O_TRUNC:
                     fail(errno.EROFS)
                 return self._open_image_file(path, parent, file, pid)
-            case LateNode(_, recent, companion):
+            case nodes.LateNode(_, recent, companion):
                 if flags & os.O_TRUNC:
                     companion.truncate(0)
                 companion.handles += 1
                 return Opened(self._handles.add(CompanionHandle(path, recent, companion, writing)))
-            case GhostFileNode():
+            case nodes.GhostFileNode():
                 fail(errno.ENOENT)
             case _:
                 fail(errno.EISDIR)
 
-    def _open_staged(self, path: str, node: StagedFileNode, *, writing: bool, truncating: bool) -> Opened:
+    def _open_staged(self, path: str, node: nodes.StagedFileNode, *, writing: bool, truncating: bool) -> Opened:
         node.directory.opened(node.file, writable=writing)
         try:
             if writing and truncating:
                 self._copying.truncate(node.directory, node.file, 0)
-            return Opened(self._handles.add(StagedHandle(path, node.directory, node.file, writing)))
+            return self._opened_staged(path, node.directory, node.file, writable=writing)
         except BaseException:
             node.directory.released(node.file, writable=writing)
             raise
 
-    def _open_image_file(self, path: str, parent: ImageNode, file: IndexedFile, pid: int) -> Opened:
+    def _open_image_file(self, path: str, parent: nodes.ImageNode, file: IndexedFile, pid: int) -> Opened:
         key, name = parent.key, file.name
 
         def current() -> Generation | None:
@@ -110,29 +105,30 @@ class Files:
         reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
         source = SourceFile(*key, name, file.generation)
         advice = self._pages.opened(path, file.generation)
-        attributes = self._views.attributes(ImageFileNode(parent, file))
+        attributes = self._views.attributes(nodes.ImageFileNode(parent, file))
         number = self._handles.add(ImageHandle(path, source, reader, thread_group(pid), attributes))
         return Opened(number, advice.keep, advice.bypass)
 
     @operation
     def create(self, path: str, flags: int, pid: int) -> Opened:
-        names = split(path)
+        names = nodes.split(path)
         parent = self._resolver.settled("/".join(names[:-1]))
         match parent:
-            case StagedNode(directory):
+            case nodes.StagedNode(directory):
+                directory.require_not_anothers(thread_group(pid))
                 file = directory.create(names[-1])
-                return Opened(self._handles.add(StagedHandle(path, directory, file, writable=True)))
-            case ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
-                name = new_name(path)
+                return self._opened_staged(path, directory, file, writable=True)
+            case nodes.ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
+                name = nodes.new_name(path)
                 final_name = recent.final_name(name)
                 self._area.keep(recent)
                 self._deletions.cancel(parent.key, final_name)
                 companion = LateCompanion(name, file_inode(image.number, final_name))
                 recent.late[name] = companion
                 return Opened(self._handles.add(CompanionHandle(path, recent, companion, writable=True)))
-            case ImageNode():
+            case nodes.ImageNode():
                 fail(errno.EROFS)
-            case GhostNode():
+            case nodes.GhostNode():
                 fail(errno.ENOENT)
             case _:
                 fail(errno.EPERM, "files are in images only")
@@ -160,7 +156,7 @@ class Files:
         return len(data)
 
     @operation
-    def write(self, handle: int, data: bytes, offset: int, pid: int) -> int:
+    def write(self, handle: int, data: memoryview, offset: int, pid: int) -> int:
         opened = self._handles.get(handle)
         match opened:
             case StagedHandle(writable=True):
@@ -192,21 +188,21 @@ class Files:
     @operation
     def truncate(self, path: str | None, size: int, handle: int | None = None) -> None:
         opened = self._handles.find(handle)
-        node: Node
+        node: nodes.Node
         match opened:
             case StagedHandle(directory=directory, file=file):
-                node = StagedFileNode(directory, file)
+                node = nodes.StagedFileNode(directory, file)
             case CompanionHandle(companion=companion):
                 companion.truncate(size)
                 return
             case _:
                 node = self._resolver.settled(path)
         match node:
-            case StagedFileNode(directory, file):
+            case nodes.StagedFileNode(directory, file):
                 self._copying.truncate(directory, file, size)
-            case LateNode(_, _, companion):
+            case nodes.LateNode(_, _, companion):
                 companion.truncate(size)
-            case ImageFileNode():
+            case nodes.ImageFileNode():
                 fail(errno.EROFS)
             case _:
                 fail(errno.EISDIR)

@@ -8,25 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from fusefs import nodes
 from fusefs.attributes import Attributes
 from fusefs.deleting import Deletions
 from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
-from fusefs.nodes import (
-    DatastoreNode,
-    GhostFileNode,
-    GhostNode,
-    ImageFileNode,
-    ImageNode,
-    LateNode,
-    Node,
-    Resolver,
-    StagedFileNode,
-    StagedNode,
-    new_name,
-    split,
-)
+from fusefs.pulse import Pulse
 from fusefs.staged import State
 from fusefs.staging import StagingArea
 from fusefs.tree import Tree
@@ -40,14 +28,15 @@ _NOW_NS = 5_000_000_000
 
 class FileSystem:
     def __init__(
-        self, client: SidecarClient, tree: Tree, area: StagingArea, deletions: Deletions, views: Views
+        self, client: SidecarClient, pulse: Pulse, tree: Tree, area: StagingArea, deletions: Deletions, views: Views
     ) -> None:
         self._client = client
+        self._pulse = pulse
         self._tree = tree
         self._area = area
         self._deletions = deletions
         self._views = views
-        self._resolver = Resolver(client, tree, area, deletions)
+        self._resolver = nodes.Resolver(client, tree, area, deletions)
         self._handles = Handles()
         self.files = Files(client, tree, area, deletions, views, self._resolver, self._handles)
 
@@ -59,7 +48,7 @@ class FileSystem:
     def getattr(self, path: str | None, handle: int | None = None) -> Attributes:
         match self._handles.find(handle):
             case StagedHandle(directory=directory, file=file):
-                return self._views.attributes(StagedFileNode(directory, file))
+                return self._views.attributes(nodes.StagedFileNode(directory, file))
             case ImageHandle(attributes=attributes):
                 return attributes
             case _:
@@ -68,12 +57,12 @@ class FileSystem:
     @operation
     def opendir(self, path: str) -> int:
         node = self._resolver.get(path)
-        if isinstance(node, ImageNode):
+        if isinstance(node, nodes.ImageNode):
             node = self._resolver.with_details(node) or fail(errno.ENOENT)
         match node:
-            case GhostNode(_, ghost):
+            case nodes.GhostNode(_, ghost):
                 self._deletions.keep(ghost)
-            case DatastoreNode(datastore) if not datastore.info.accessible and not datastore.images:
+            case nodes.DatastoreNode(datastore) if not datastore.info.accessible and not datastore.images:
                 # Nothing is known of it, which is not the same as nothing being there.
                 fail(errno.EIO, f"datastore {datastore.name} is not accessible: {datastore.info.fault}")
             case _:
@@ -96,7 +85,7 @@ class FileSystem:
     def fsyncdir(self, handle: int) -> None:
         """`sync DIRECTORY`: publishes at once, and says what is wrong."""
         node = self._resolver.find(self._handles.get(handle).path)
-        if isinstance(node, StagedNode):
+        if isinstance(node, nodes.StagedNode):
             self._area.publish(node.directory)
 
     @operation
@@ -105,34 +94,34 @@ class FileSystem:
 
     @operation
     def mkdir(self, path: str, pid: int) -> None:
-        names = split(path)
+        names = nodes.split(path)
         datastore = self._tree.datastore(names[0])
         if datastore is None or len(names) == 1:
             fail(errno.EPERM, "datastores are made in the sidecar's configuration")
         if len(names) > 2:
-            inside_image = isinstance(self._resolver.get("/".join(names[:2])), ImageNode)
+            inside_image = isinstance(self._resolver.get("/".join(names[:2])), nodes.ImageNode)
             fail(errno.EROFS if inside_image else errno.EPERM, "an image has no directories inside")
-        if not isinstance(self._resolver.find(path), GhostNode | None):  # of a ghost the sidecar knows more
+        if not isinstance(self._resolver.find(path), nodes.GhostNode | None):  # of a ghost the sidecar knows more
             fail(errno.EEXIST)
-        self._area.make(datastore, new_name(path), pid)
+        self._area.make(datastore, nodes.new_name(path), pid)
         self._deletions.lay((names[0], names[1]))
 
     @operation
     def unlink(self, path: str) -> None:
         match self._resolver.settled(path):
-            case StagedFileNode(directory, staged):
+            case nodes.StagedFileNode(directory, staged):
                 directory.remove(staged.name)
                 self._area.wake()
-            case ImageFileNode(parent, file) if file.is_disk:
+            case nodes.ImageFileNode(parent, file) if file.is_disk:
                 self._deletions.tombstone(parent.key, parent.image, removing=file.name)
                 self._area.forget_recent(parent.key)
-            case ImageFileNode(parent, file):
+            case nodes.ImageFileNode(parent, file):
                 self._deletions.remove_later(parent.key, parent.image, file)
                 self._area.wake()
-            case LateNode(_, recent, companion):
+            case nodes.LateNode(_, recent, companion):
                 recent.late.pop(companion.name, None)
                 companion.changed = False
-            case GhostFileNode(ghost_parent, file):
+            case nodes.GhostFileNode(ghost_parent, file):
                 ghost_parent.ghost.removed.add(file.name)
                 self._deletions.keep(ghost_parent.ghost)
             case _:
@@ -142,30 +131,30 @@ class FileSystem:
     def rmdir(self, path: str) -> None:
         node = self._resolver.settled(path)
         match node:
-            case StagedNode(directory):
+            case nodes.StagedNode(directory):
                 if directory.files:
                     fail(errno.ENOTEMPTY)
                 self._area.abort(directory, "removed")
-            case ImageNode():
+            case nodes.ImageNode():
                 self._deletions.tombstone(node.key, node.image, leave_ghost=False)
                 self._area.forget_recent(node.key)
-            case GhostNode():
+            case nodes.GhostNode():
                 self._deletions.lay(node.key)
             case _:
-                fail(errno.EPERM if len(split(path)) < 2 else errno.ENOTDIR)
+                fail(errno.EPERM if len(nodes.split(path)) < 2 else errno.ENOTDIR)
 
     @operation
     def rename(self, old: str, new: str, flags: int) -> None:
         node = self._resolver.settled(old)
-        same_directory = split(old)[:-1] == split(new)[:-1]
+        same_directory = nodes.split(old)[:-1] == nodes.split(new)[:-1]
         match node:
-            case StagedFileNode(directory, file) if same_directory:
-                directory.rename(file.name, split(new)[-1], flags)
+            case nodes.StagedFileNode(directory, file) if same_directory:
+                directory.rename(file.name, nodes.split(new)[-1], flags)
                 self._area.renamed(directory)
                 self._area.wake()
-            case ImageFileNode() | LateNode() if same_directory:
+            case nodes.ImageFileNode() | nodes.LateNode() if same_directory:
                 fail(errno.EROFS)
-            case GhostNode() | GhostFileNode():
+            case nodes.GhostNode() | nodes.GhostFileNode():
                 fail(errno.ENOENT)
             case _:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
@@ -175,46 +164,47 @@ class FileSystem:
     def chmod(self, path: str | None, handle: int | None = None) -> None:
         """chmod and chown: permissions are the mount's own; accepted where a copier sets them."""
         match self._of_copier(path, handle):
-            case ImageNode(recent=None) | ImageFileNode(parent=ImageNode(recent=None)):
+            case nodes.ImageNode(recent=None) | nodes.ImageFileNode(parent=nodes.ImageNode(recent=None)):
                 fail(errno.EROFS)
-            case StagedNode() | StagedFileNode() | ImageNode() | ImageFileNode() | LateNode():
-                pass
             case _:
-                fail(errno.EPERM)
+                pass
 
     @operation
     def utimens(self, path: str | None, times: tuple[int, int] | None, handle: int | None = None) -> None:
         """`times` in ns, accessed and modified; None for now."""
         node = self._of_copier(path, handle)
         match node:
-            case StagedFileNode(directory, file) if directory.state is State.OPEN:
+            case nodes.StagedFileNode(directory, file) if directory.state is State.OPEN:
                 if times is not None and _UTIME_NOW not in times:
                     with directory.change(of_content=False):
                         file.content.set_times(*times)
-            case ImageNode(recent=None):
+            case nodes.ImageNode(recent=None):
                 if times is not None and _UTIME_NOW not in times and abs(times[1] - time.time_ns()) > _NOW_NS:
                     fail(errno.EROFS, "an image's time is that of its last use")
+                self._pulse.require()
                 self._client.touch(ImageRef(datastore=node.key[0], image_id=node.key[1]))
-            case ImageFileNode(parent=ImageNode(recent=None)):
+            case nodes.ImageFileNode(parent=nodes.ImageNode(recent=None)):
                 fail(errno.EROFS)
-            case StagedNode() | StagedFileNode() | ImageNode() | ImageFileNode() | LateNode():
-                pass
             case _:
-                fail(errno.EPERM)
+                pass
 
-    def _of_copier(self, path: str | None, handle: int | None) -> Node:
+    def _of_copier(self, path: str | None, handle: int | None) -> nodes.Node:
         match self._handles.find(handle):
             case StagedHandle(directory=directory, file=file):
-                return StagedFileNode(directory, file)
+                return nodes.StagedFileNode(directory, file)
             case CompanionHandle(path=opened_path):
                 node = self._resolver.settled(opened_path)
             case _:
                 node = self._resolver.settled(path)
         match node:
-            case ImageNode(recent=recent) | ImageFileNode(parent=ImageNode(recent=recent)) if recent is not None:
+            case nodes.ImageNode(recent=recent) | nodes.ImageFileNode(parent=nodes.ImageNode(recent=recent)) if (
+                recent is not None
+            ):
                 self._area.keep(recent)
-            case LateNode(_, recent, _):
+            case nodes.LateNode(_, recent, _):
                 self._area.keep(recent)
+            case nodes.RootNode() | nodes.DatastoreNode() | nodes.GhostNode() | nodes.GhostFileNode():
+                fail(errno.EPERM)
             case _:
                 pass
         return node

@@ -5,7 +5,7 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fusefs import binding, mountpoints
 from fusefs.binding import BindingError, Session
@@ -16,12 +16,13 @@ from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
 from fusefs.provenance import Generation, SourceFile
 from fusefs.publisher import Publisher
+from fusefs.pulse import Pulse
 from fusefs.reading import Reader, open_image_file
 from fusefs.rules import Rules
 from fusefs.staging import StagingArea
-from fusefs.tree import IndexedImage, Tree
+from fusefs.tree import Tree
 from fusefs.views import Views
-from fusefs.watching import Watcher
+from fusefs.watching import Changes, Watcher
 from sidecar.client import SidecarClient
 from sidecar.errors import ImagesError, SidecarUnavailable
 
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 CALL_SECONDS = 5.0
 # How long the start waits for the first listing of everything.
 _LISTING_SECONDS = 60.0
+# How long the end waits for what was written last, if nobody goes on with it, and however long settling takes.
+_MOST_SETTLE_SECONDS = 10.0
 
 
 class MountError(Exception):
@@ -67,13 +70,14 @@ class _Mount:
         self._session: Session | None = None
         self._finishing = False
         self._tree = Tree()
-        self._watcher = Watcher(client, self._tree, on_change=self._forget_image)
+        self._watcher = Watcher(client, self._tree, on_change=self._forget)
         rules = Rules(self._tree, self._open_source)
-        self._area = StagingArea(client, self._tree, rules, invalidate=self._invalidate)
-        self._deletions = Deletions(client, self._tree, options.settle_seconds)
+        pulse = Pulse(client)
+        self._area = StagingArea(client, pulse, self._tree, rules, invalidate=self._invalidate)
+        self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)
-        self._filesystem = FileSystem(client, self._tree, self._area, self._deletions, views)
+        self._filesystem = FileSystem(client, pulse, self._tree, self._area, self._deletions, views)
 
     def run(self, signals: EndSignals, on_ready: Callable[[], None]) -> None:
         with contextlib.ExitStack() as running:
@@ -113,7 +117,10 @@ class _Mount:
         threading.Thread(target=probe, name="probe", daemon=True).start()
 
     def _end(self) -> None:
-        """Makes libfuse return: it looks for that after a request, so there has to be one."""
+        """Makes libfuse return: it looks for that after a request, so there has to be one.
+
+        What was written a moment ago may still settle: afterwards nobody could tell whether it was left alone.
+        """
         if self._finishing:
             _log.info("ending already, publishing what is complete mountpoint=%s", self._path)
             return
@@ -121,6 +128,7 @@ class _Mount:
         session = self._session
         if session is None:
             os._exit(1)  # still starting: nothing is made yet
+        self._publisher.wait_settled(min(self._options.settle_seconds, _MOST_SETTLE_SECONDS) + 1.0)
         session.exit()
         with contextlib.suppress(OSError):
             os.statvfs(self._path)
@@ -132,18 +140,19 @@ class _Mount:
         self._deletions.run_due(everything=True)
         self._area.end()
 
-    def _invalidate(self, path: str) -> None:
+    def _invalidate(self, paths: Iterable[str]) -> None:
         session = self._session
         if session is not None:
-            session.invalidate(path)
+            session.invalidate(paths)
 
-    def _forget_image(self, datastore: str, image: IndexedImage) -> None:
-        if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
-            self._deletions.lay((datastore, image.image_id))  # purged
-        path = f"/{datastore}/{image.image_id}"
-        self._invalidate(path)
-        for file in image.files:
-            self._invalidate(f"{path}/{file.name}")
+    def _forget(self, changes: Changes) -> None:
+        outdated = []
+        for datastore, image in changes:
+            if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
+                self._deletions.lay((datastore, image.image_id))  # purged
+            path = f"/{datastore}/{image.image_id}"
+            outdated += [path, *(f"{path}/{file.name}" for file in image.files)]
+        self._invalidate(outdated)
 
     def _open_source(self, source: SourceFile) -> Reader:
         datastore = self._tree.datastore(source.datastore)

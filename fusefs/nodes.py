@@ -4,10 +4,11 @@ import errno
 from dataclasses import dataclass
 
 from fusefs.deleting import Deletions, Ghost
+from fusefs.doubts import Key
 from fusefs.errors import fail
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, Recent, StagingArea
-from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage, Key, Tree
+from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage, Tree
 from sidecar.client import ImageRef, SidecarClient
 from sidecar.errors import ImageNotFound
 
@@ -151,7 +152,7 @@ class Resolver:
             return node
         ref = ImageRef(datastore=node.datastore.name, image_id=node.image.image_id)
         try:
-            image = self._tree.learn(self._client.image(ref))
+            image = self._tree.learn(node.image, self._client.image(ref))
         except ImageNotFound:
             return None
         return ImageNode(node.datastore, image, node.recent) if image.is_valid else None

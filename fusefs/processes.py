@@ -6,14 +6,31 @@ _SIGNALED = 0x00000400  # PF_SIGNALED
 
 def thread_group(pid: int) -> int:
     """The process that a thread belongs to; 0 when it is gone or not to be seen from here."""
+    return int(_status(pid).get("Tgid", 0))
+
+
+def runs_a_program(process: int) -> bool:
+    """Whether the process is there, has not ended, and is none of the kernel's own, which work for anybody."""
+    return "VmSize" in _status(process)
+
+
+def descends_from(process: int, ancestor: int) -> bool:
+    """Whether the process is another one's child, or a child's."""
+    while process > 1:
+        process = int(_status(process).get("PPid", 0))
+        if process == ancestor:
+            return True
+    return False
+
+
+def _status(pid: int) -> dict[str, str]:
+    """What the kernel says of a thread, by name; nothing of one that is gone or not to be seen from here."""
     try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:"):
-                    return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def is_being_killed(pid: int) -> bool:

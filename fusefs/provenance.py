@@ -65,6 +65,21 @@ class Provenance:
         if source is not None:
             self._equal.setdefault(source, IntervalSet()).add(offset, offset + length)
 
+    def equal_blocks(self, source: SourceFile, start: int, end: int, block: int) -> tuple[int, int]:
+        """The whole blocks that are the source's when [start, end) is, as a range that may be empty.
+
+        Direct writes come in pieces that begin and end anywhere. The source's last block is whole at its end.
+        """
+        equal = self._equal.get(source, IntervalSet())
+        first, last = start // block * block, -(-end // block) * block
+        if not equal.covers(first, start):
+            first += block
+        if end == source.generation.size:
+            last = end
+        elif not equal.covers(end, last):
+            last -= block
+        return first, max(first, last)
+
     def truncated(self, size: int) -> None:
         """Nothing is left at and after `size`; what was beyond reads as a hole when the file grows again."""
         self._written.remove(size, 1 << 63)

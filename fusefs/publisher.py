@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from fusefs.deleting import Deletions
+from fusefs.errors import is_transient
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.staging import StagingArea
@@ -18,7 +19,6 @@ _log = logging.getLogger(__name__)
 ABANDONED_SECONDS = 600.0
 _RETRY_SECONDS = 5.0
 _RESOLVE_SECONDS = 1.0
-_TRANSIENT = {"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 
 
 class Publisher:
@@ -54,6 +54,18 @@ class Publisher:
         self._area.wake()
         for thread in self._threads:
             thread.join()
+
+    def wait_settled(self, seconds: float) -> None:
+        """Returns when no staged image waits to be published for being left alone; at the latest after `seconds`."""
+        until = self._clock() + seconds
+        while any(map(self._is_settling, self._area.directories)) and self._clock() < until:
+            if self._stop.wait(0.05):
+                return
+
+    def _is_settling(self, directory: StagedDirectory) -> bool:
+        if directory.state is not State.OPEN or directory.writers or directory.tried_version == directory.version:
+            return False
+        return not self._rules.held_back(directory)
 
     def _publish_loop(self) -> None:
         while not self._stop.is_set():
@@ -122,7 +134,7 @@ class Publisher:
         try:
             self._area.publish(directory)
         except ImagesError as error:
-            if error.code in _TRANSIENT:
+            if is_transient(error):
                 directory.retry_at = self._clock() + _RETRY_SECONDS
             _log.warning("not published image=%s reason=%s cause=%s", directory, error.reason, error.message)
         except OSError as error:

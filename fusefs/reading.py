@@ -56,6 +56,7 @@ class LocalReader:
         """Opens the file; FileNotFoundError when the path leads to another one, or to one that is being purged."""
         self._closing = threading.Lock()  # held by whoever uses the file for another one's request
         self._closed = False
+        self._compared = bytearray()  # kept: new memory for each large request costs more than reading into it
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             _lock_shared(self._fd, path)
@@ -81,10 +82,16 @@ class LocalReader:
             # The descriptor's own position is used by nobody.
             return os.lseek(self._fd, offset, whence)
 
-    def equals(self, data: bytes, offset: int) -> bool:
+    def equals(self, data: memoryview, offset: int) -> bool:
         """Whether the file has these bytes there; False once it is closed. For requests of another open file."""
         with self._closing:
-            return not self._closed and os.pread(self._fd, len(data), offset) == data
+            if self._closed:
+                return False
+            buffer = self._compared if len(self._compared) == len(data) else bytearray(len(data))
+            if len(buffer) > len(self._compared):
+                self._compared = buffer
+            # The bytearray goes first: a memoryview would compare one number after the other.
+            return os.preadv(self._fd, [buffer], offset) == len(data) and buffer == data
 
     def share(self, target: int, offset: int, length: int) -> bool:
         """Gives a range of the file to the same place of the open file `target`, by sharing extents: no byte moves.
@@ -214,22 +221,6 @@ def seek_without_holes(size: int, offset: int, whence: int) -> int:
     return size if whence == os.SEEK_HOLE else offset
 
 
-def data_ranges(reader: Reader, size: int) -> list[tuple[int, int]]:
-    """Where the file has data, as [start, end) in order."""
-    ranges = []
-    offset = 0
-    while offset < size:
-        try:
-            start = reader.seek(offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            raise
-        offset = min(reader.seek(start, os.SEEK_HOLE), size)
-        ranges.append((start, offset))
-    return ranges
-
-
 @dataclass(frozen=True, slots=True)
 class CacheAdvice:
     """What the kernel may do with the pages that it has of a path."""
@@ -272,7 +263,7 @@ class PageCachePolicy:
 
 
 def _is(status: os.stat_result, generation: Generation) -> bool:
-    return (status.st_ino, status.st_size) == (generation.inode, generation.size)
+    return generation == (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _lock_shared(fd: int, path: str) -> None:

@@ -22,10 +22,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fusefs.provenance import Ranges, SourceFile
-from fusefs.reading import Reader, data_ranges
+from fusefs.reading import Reader
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import IndexedImage, Tree
 from sidecar.client import ImageRef
+from sidecar.holes import data_ranges
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Rules:
             return known
         try:
             with contextlib.closing(self._open_source(source)) as reader:
-                return data_ranges(reader, source.generation.size)
+                return list(data_ranges(reader.seek, 0, source.generation.size))
         except OSError as error:
             _log.info("source of a copy not opened file=%s cause=%s", _text(source), error)
             return [(0, source.generation.size)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from fusefs.attributes import Attributes, Owner
 from fusefs.contents import Content, Place
 from fusefs.errors import fail
+from fusefs.processes import descends_from, runs_a_program
 from fusefs.provenance import Provenance
 from fusefs.tree import directory_inode, file_inode
 from sidecar.client import ImageRef, Staging
@@ -19,6 +20,9 @@ from sidecar.errors import ImagesError
 _OWN_NAMES = {"image_timestamp.txt", "image_timestamp.txt.renamed", "image_tombstone.txt", "unused_image_marker.txt"}
 _OWN_SUFFIX = ".ec_lock"
 _OWN_PREFIX = "tmp_image_"
+
+# For how long a process that made a directory is believed to be about to go on with it.
+_MAKER_SECONDS = 2.0
 
 # What a call that wants to change a staged image waits at most for a publish of it to end.
 PUBLISH_WAIT_SECONDS = 300.0
@@ -80,6 +84,7 @@ class StagedDirectory:
         self.place = place
         self.number = number
         self.maker = maker  # the process that made the directory; 0: not known
+        self._owner = maker  # who alone writes into it; 0: whoever likes
         self._clock = clock
         self._condition = threading.Condition()
         self._files: dict[str, StagedFile] = {}
@@ -109,6 +114,19 @@ class StagedDirectory:
     @property
     def quiet_seconds(self) -> float:
         return self._clock() - self.touched_at
+
+    def require_not_anothers(self, process: int) -> None:
+        """EBUSY while the directory's maker is at it, and the process is neither that nor a child of it.
+
+        Of several `cp -r` to the same new name one makes the directory. The others find it there and would write over
+        what it writes, or make a file that it is about to make, so that none of them succeeds.
+        """
+        owner = self._owner
+        if not owner or process in {0, owner} or descends_from(process, owner):
+            return
+        if (self.writers or self.quiet_seconds < _MAKER_SECONDS) and runs_a_program(owner):
+            fail(errno.EBUSY, f"{self} is being made by process {owner}")
+        self._owner = 0
 
     def wait_published(self) -> None:
         """Returns when no publish is running."""

@@ -9,15 +9,17 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fusefs.contents import RemotePlace, open_place
+from fusefs.doubts import Key
 from fusefs.errors import fail
 from fusefs.processes import thread_group
+from fusefs.pulse import Pulse
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
-from fusefs.tree import IndexedDatastore, Key, Tree
+from fusefs.tree import IndexedDatastore, Tree
 from sidecar.client import Image, ImageRef, ImageState, SidecarClient
 from sidecar.errors import (
     DatastoreUnavailable,
@@ -29,6 +31,7 @@ from sidecar.errors import (
     InvalidMetadata,
     LockTimeout,
     NoSpace,
+    SidecarUnavailable,
     StagingNotFound,
 )
 
@@ -37,6 +40,8 @@ _log = logging.getLogger(__name__)
 # How long an image that was just published remembers its copier, after the last time that this was needed.
 RECENT_SECONDS = 10.0
 _MOST_RECENT_SECONDS = 60.0
+# How long the end of the mount waits for a sidecar that does not answer.
+_END_SECONDS = 10.0
 MAX_COMPANION_BYTES = 1 << 20
 # With these the sidecar says that it did not publish, and that what is staged is as it was. After any other error of
 # a commit it may be an image.
@@ -53,7 +58,7 @@ class LateCompanion:
     changed: bool = True
     handles: int = 1
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: memoryview, offset: int) -> None:
         end = offset + len(data)
         if end > MAX_COMPANION_BYTES:
             fail(errno.EFBIG, f"{self.name}: companion files have at most {MAX_COMPANION_BYTES} bytes")
@@ -92,18 +97,20 @@ class Recent:
 
 
 class StagingArea:
-    """The staged images of a mount by key. `invalidate` makes the kernel forget what it knows of a path."""
+    """The staged images of a mount by key. `invalidate` makes the kernel forget what it knows of paths."""
 
     def __init__(
         self,
         client: SidecarClient,
+        pulse: Pulse,
         tree: Tree,
         rules: Rules,
         *,
         clock: Callable[[], float] = time.monotonic,
-        invalidate: Callable[[str], None] = lambda path: None,
+        invalidate: Callable[[Iterable[str]], None] = lambda paths: None,
     ) -> None:
         self._client = client
+        self._pulse = pulse
         self._tree = tree
         self._rules = rules
         self._clock = clock
@@ -145,6 +152,7 @@ class StagingArea:
     def make(self, datastore: IndexedDatastore, image_id: str, pid: int) -> StagedDirectory:
         """Opens a staging directory; raises what the sidecar says at once when there can be no such image."""
         ref = ImageRef(datastore=datastore.name, image_id=image_id)
+        self._pulse.require()
         try:
             staging = self._client.create_staging(ref)
         except ImageTombstoned as error:
@@ -202,7 +210,8 @@ class StagingArea:
             except OSError as error:
                 directory.reason = str(error)
                 raise
-            self._commit(directory)
+            with self._tree.changing(_key(directory)):
+                self._commit(directory)
 
     def resolve(self, directory: StagedDirectory) -> None:
         """Finds out what became of a publish whose answer was lost, and publishes when it was not begun."""
@@ -210,8 +219,9 @@ class StagingArea:
             if not allowed:
                 return
             try:
-                if not self._adopt(directory):
-                    self._commit(directory)
+                with self._tree.changing(_key(directory)):
+                    if not self._adopt(directory):
+                        self._commit(directory)
             except ImagesError as error:
                 if directory.state is State.PUBLISHING and not isinstance(error, _REFUSALS):
                     directory.doubt(error.message)
@@ -219,8 +229,13 @@ class StagingArea:
 
     def _commit(self, directory: StagedDirectory) -> None:
         """While publishing: published, or dropped, or uncertain, or an error that left everything as it was."""
+        try:
+            self._pulse.require()
+        except SidecarUnavailable as error:
+            directory.reason = error.message
+            raise
         started = self._clock()
-        key = (directory.ref.datastore, directory.ref.image_id)
+        key = _key(directory)
         copied_from = self._rules.copied_from(directory)
         self._tree.expect(key, directory.number)
         try:
@@ -283,8 +298,10 @@ class StagingArea:
     def add_companion(self, recent: Recent, companion: LateCompanion) -> None:
         """A companion file arrived after its image was published: the image gets it now."""
         final = recent.final_name(companion.name)
+        self._pulse.require()
         companion.changed = False
-        self._tree.changed(self._client.update_metadata(recent.ref, files={final: bytes(companion.data)}))
+        with self._tree.changing((recent.ref.datastore, recent.ref.image_id)):
+            self._tree.changed(self._client.update_metadata(recent.ref, files={final: bytes(companion.data)}))
         recent.renamed[companion.name] = final
 
     def serving_ended(self, settle_seconds: float) -> None:
@@ -293,12 +310,16 @@ class StagingArea:
 
     def end(self) -> None:
         """The mount is gone: publishes what is complete, drops the rest."""
+        if self.directories:
+            with contextlib.suppress(ImagesError):
+                self._pulse.require(_END_SECONDS)
         for directory in self.directories:
             with contextlib.suppress(ImagesError, OSError):
                 if directory.state is State.UNCERTAIN:
                     self.resolve(directory)
                 elif directory in self._settled:
-                    if directory.tried_version != directory.version and not self._rules.held_back(directory):
+                    untried = directory.tried_version != directory.version or directory.retry_at
+                    if untried and not self._rules.held_back(directory):
                         self.publish(directory)
                 else:
                     self.renamed(directory)
@@ -315,7 +336,7 @@ class StagingArea:
             self.publish(directory, closing=closing)
 
     def _published(self, directory: StagedDirectory, image: Image, renamed: dict[str, str]) -> None:
-        key = (directory.ref.datastore, directory.ref.image_id)
+        key = _key(directory)
         names = {file.name: renamed.get(file.name, file.name) for file in directory.files}
         with self._lock:
             now = self._clock()
@@ -326,22 +347,25 @@ class StagingArea:
         directory.end(State.PUBLISHED)
         self._tree.expect(key, None)
         path = f"/{key[0]}/{key[1]}"
-        for name in {*names, *names.values()}:
-            self.invalidate(f"{path}/{name}")
-        self.invalidate(path)
+        self.invalidate([*(f"{path}/{name}" for name in {*names, *names.values()}), path])
 
     def _drop(self, directory: StagedDirectory, reason: str) -> None:
-        key = (directory.ref.datastore, directory.ref.image_id)
+        key = _key(directory)
         directory.end(State.GONE, reason)
         with self._lock:
             if self._directories.get(key) is directory:
                 del self._directories[key]
         try:
+            self._pulse.require()
             directory.staging.abort()
         except ImagesError as error:
             # The lease is not renewed any more: the sidecar drops it by itself.
             _log.warning("staging not aborted image=%s cause=%s", directory, error.message)
         _log.info("staging dropped image=%s reason=%s", directory, reason)
+
+
+def _key(directory: StagedDirectory) -> Key:
+    return (directory.ref.datastore, directory.ref.image_id)
 
 
 def _is_remote(directory: StagedDirectory) -> bool:

@@ -3,26 +3,25 @@
 Every listing and every stat is answered from here. Readers take no lock: they see whole values, which a writer
 replaces. Writers hold `_lock`.
 
-What this mount did itself, publish or delete, is in the index at once. An event of the stream that concerns the same
-image may be older than that, so for a while such events are not applied but doubted: the watcher asks the sidecar for
-the image as it is now.
+What this mount did itself, publish or delete, is in the index at once; what the stream says of the same image then may
+be older, and is doubted (see `doubts`).
 """
 
+import contextlib
 import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct
 from typing import NamedTuple
 from zlib import crc32
 
+from fusefs.doubts import Doubts, Key
 from fusefs.provenance import Generation
 from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState, WatchImagesResponse
 
 ROOT_INODE = 1
-# How long an event of the stream may lag behind what this mount did.
-DOUBT_SECONDS = 30.0
 
 _FILE = Struct("<BqqqQ")
 _ID_MARK = "\0"  # stands for the image id where names are stored; no name has it
@@ -33,8 +32,6 @@ _RANKS: dict[int, int] = {
     FileKind.FILE_KIND_EXTENT: 2,
     FileKind.FILE_KIND_DESCRIPTOR: 3,
 }
-
-Key = tuple[str, str]  # datastore, image id
 
 
 class IndexedFile(NamedTuple):
@@ -147,13 +144,12 @@ class Tree:
     """The index. `clock` is a monotonic time in seconds."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
         self._lock = threading.RLock()
+        self._doubts = Doubts(self._lock, clock)
         self._numbers = itertools.count(1)
         self._shapes: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all images with files named alike
         self._datastores: dict[str, IndexedDatastore] = {}
         self._snapshot: dict[Key, IndexedImage] | None = None
-        self._own_changes: dict[Key, float] = {}  # until when an event about the image is doubted
         self._expected: dict[Key, int] = {}
         self._complete = threading.Event()
         self._changes: list[tuple[str, IndexedImage]] = []
@@ -187,69 +183,91 @@ class Tree:
         """True when everything is known that there is; false after `timeout` seconds."""
         return self._complete.wait(timeout)
 
-    def apply(self, answer: WatchImagesResponse) -> list[Key]:
-        """Takes in an answer of the watch stream; returns the images about which to ask the sidecar instead."""
+    def apply(self, answer: WatchImagesResponse) -> None:
+        """Takes in an answer of the watch stream, but for what is doubted of it."""
         with self._lock:
             if answer.datastores:
                 self._set_datastores(answer.datastores, these_are_all=answer.snapshot_start)
             if answer.snapshot_start:
                 self._snapshot = {}
-            doubted = []
             for image in answer.images:
                 key = (image.ref.datastore, image.ref.image_id)
                 if self._snapshot is not None:
                     self._snapshot[key] = self._indexed(image)
-                elif self._is_doubted(key):
-                    doubted.append(key)
-                else:
+                elif not self._doubts.takes(key):
                     self._put(key, self._indexed(image))
             for ref in answer.removed:
                 key = (ref.datastore, ref.image_id)
                 if self._snapshot is not None:
                     self._snapshot.pop(key, None)
-                elif self._is_doubted(key):
-                    doubted.append(key)
-                else:
+                elif not self._doubts.takes(key):
                     self._put(key, None)
             if answer.snapshot_complete:
-                doubted += self._take_snapshot(set(answer.incomplete_datastores))
-            return doubted
+                self._take_snapshot(set(answer.incomplete_datastores))
 
     def forget_half_snapshot(self) -> None:
         """A new stream begins: what the one before left unfinished does not count."""
         with self._lock:
             self._snapshot = None
 
-    def settle(self, key: Key, asked_at: float, image: Image | None) -> None:
-        """What the sidecar said about a doubted image, asked at `asked_at`; None when there is none.
+    def next_doubted(self) -> Key | None:
+        """Waits for an image that the sidecar is to be asked for; None after `end`."""
+        return self._doubts.next()
 
-        Not taken over when this mount changed the image again since.
-        """
+    def settle(self, key: Key, image: Image | None) -> None:
+        """What the sidecar said about a doubted image; None when there is none."""
         with self._lock:
-            if self._own_changes.get(key, 0.0) <= asked_at + DOUBT_SECONDS:
+            if self._doubts.answered(key):
                 self._put(key, self._indexed(image) if image is not None else None)
 
-    def learn(self, image: Image) -> IndexedImage:
-        """Details of an image that the stream left out, as GetImage gave them; no change of the image."""
+    def doubt(self, key: Key) -> None:
+        """The sidecar could not be asked for the image: it is to be asked again."""
+        with self._lock:
+            self._doubts.add(key)
+
+    def end(self) -> None:
+        """Nobody asks any more."""
+        with self._lock:
+            self._doubts.end()
+
+    def learn(self, before: IndexedImage, image: Image) -> IndexedImage:
+        """Details of the image `before` that the stream left out, as GetImage gave them.
+
+        For whoever asked; remembered only when nothing else was learned of the image since.
+        """
+        key = (image.ref.datastore, image.ref.image_id)
         with self._lock:
             indexed = self._indexed(image)
-            self._put((image.ref.datastore, image.ref.image_id), indexed)
+            if self.image(*key) is before:
+                self._put(key, indexed)
             return indexed
 
-    def changed(self, image: Image) -> IndexedImage:
+    @contextlib.contextmanager
+    def changing(self, key: Key) -> Iterator[None]:
+        """For the time of a call that changes the image, and until its answer is in the index.
+
+        What the stream says meanwhile may be older than the answer, or newer.
+        """
+        with self._lock:
+            self._doubts.begin_change(key)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._doubts.end_change(key)
+
+    def changed(self, image: Image) -> None:
         """This mount published or changed the image."""
         key = (image.ref.datastore, image.ref.image_id)
         with self._lock:
-            self._own_changes[key] = self._clock() + DOUBT_SECONDS
-            indexed = self._indexed(image)
-            self._put(key, indexed)
-            return indexed
+            self._doubts.changed(key)
+            self._put(key, self._indexed(image))
 
     def deleted(self, ref: ImageRef) -> None:
         """This mount tombstoned the image."""
         key = (ref.datastore, ref.image_id)
         with self._lock:
-            self._own_changes[key] = self._clock() + DOUBT_SECONDS
+            self._doubts.changed(key)
             self._put(key, None)
 
     def take_changes(self) -> list[tuple[str, IndexedImage]]:
@@ -257,9 +275,6 @@ class Tree:
         with self._lock:
             changes, self._changes = self._changes, []
             return changes
-
-    def now(self) -> float:
-        return self._clock()
 
     def _set_datastores(self, infos: Iterable[Datastore], *, these_are_all: bool) -> None:
         known = self._datastores
@@ -270,25 +285,18 @@ class Tree:
             datastores[info.name] = IndexedDatastore(info, number, before.images if before is not None else {})
         self._datastores = datastores
 
-    def _take_snapshot(self, incomplete: set[str]) -> list[Key]:
+    def _take_snapshot(self, incomplete: set[str]) -> None:
         """Images of `incomplete` datastores that are not in it stay: nothing is known about them."""
         snapshot, self._snapshot = self._snapshot or {}, None
-        doubted = []
         for datastore in self.datastores:
             for image_id in list(datastore.images) if datastore.name not in incomplete else ():
                 key = (datastore.name, image_id)
-                if key not in snapshot:
-                    if self._is_doubted(key):
-                        doubted.append(key)
-                    else:
-                        self._put(key, None)
+                if key not in snapshot and not self._doubts.takes(key):
+                    self._put(key, None)
         for key, image in snapshot.items():
-            if self._is_doubted(key):
-                doubted.append(key)
-            else:
+            if not self._doubts.takes(key):
                 self._put(key, image)
         self._complete.set()
-        return doubted
 
     def _indexed(self, image: Image) -> IndexedImage:
         key = (image.ref.datastore, image.ref.image_id)
@@ -308,6 +316,7 @@ class Tree:
         return indexed
 
     def _put(self, key: Key, image: IndexedImage | None) -> None:
+        self._doubts.learned(key)
         datastore = self._datastores.get(key[0])
         if datastore is None:
             return
@@ -318,15 +327,6 @@ class Tree:
             datastore.images[image.image_id] = image
         if before is not None and (image is None or not before.same_content(image)):
             self._changes.append((key[0], before))
-
-    def _is_doubted(self, key: Key) -> bool:
-        until = self._own_changes.get(key)
-        if until is None:
-            return False
-        if self._clock() < until:
-            return True
-        del self._own_changes[key]
-        return False
 
 
 def directory_inode(number: int) -> int:

@@ -5,22 +5,11 @@ import time
 from functools import partial
 from typing import NamedTuple
 
+from fusefs import nodes
 from fusefs.attributes import Attributes, Owner
 from fusefs.deleting import Deletions
 from fusefs.errors import fail
 from fusefs.handles import Entry
-from fusefs.nodes import (
-    DatastoreNode,
-    GhostFileNode,
-    GhostNode,
-    ImageFileNode,
-    ImageNode,
-    LateNode,
-    Node,
-    RootNode,
-    StagedFileNode,
-    StagedNode,
-)
 from fusefs.tree import ROOT_INODE, IndexedDatastore, IndexedFile, IndexedImage, Tree, file_inode
 
 _BLOCK = 4096
@@ -45,58 +34,58 @@ class Views:
         self._owner = owner
         self._started_ns = time.time_ns()
 
-    def attributes(self, node: Node) -> Attributes:
+    def attributes(self, node: nodes.Node) -> Attributes:
         match node:
-            case RootNode():
+            case nodes.RootNode():
                 return self._owner.directory(
                     ROOT_INODE, subdirectories=len(self._tree.datastores), modified_ns=self._started_ns
                 )
-            case DatastoreNode(datastore):
+            case nodes.DatastoreNode(datastore):
                 return self._of_datastore(datastore)
-            case ImageNode(_, image, _):
+            case nodes.ImageNode(_, image, _):
                 return self._of_image(image)
-            case GhostNode(_, ghost):
+            case nodes.GhostNode(_, ghost):
                 return self._of_image(ghost.image)
-            case ImageFileNode(parent, file):
+            case nodes.ImageFileNode(parent, file):
                 return self._of_file(parent.image, file)
-            case LateNode(_, _, companion):
+            case nodes.LateNode(_, _, companion):
                 size = len(companion.data)
                 return self._owner.file(companion.inode, size, size, time.time_ns(), writable=True)
-            case GhostFileNode(parent, file):
+            case nodes.GhostFileNode(parent, file):
                 return self._of_file(parent.ghost.image, file)
-            case StagedNode(directory):
+            case nodes.StagedNode(directory):
                 return self._owner.directory(directory.inode, modified_ns=directory.modified_ns)
-            case StagedFileNode(directory, file):
+            case nodes.StagedFileNode(directory, file):
                 return file.attributes(directory.number, self._owner)
 
-    def entries(self, node: Node) -> list[Entry]:
+    def entries(self, node: nodes.Node) -> list[Entry]:
         """What readdir lists; files of an image in the order that completes a copy with its last file."""
-        own: list[Entry] = [(".", partial(self.attributes, node)), ("..", partial(self.attributes, RootNode()))]
+        own: list[Entry] = [(".", partial(self.attributes, node)), ("..", partial(self.attributes, nodes.RootNode()))]
         match node:
-            case RootNode():
+            case nodes.RootNode():
                 return own + [(each.name, partial(self._of_datastore, each)) for each in self._tree.datastores]
-            case DatastoreNode(datastore):
+            case nodes.DatastoreNode(datastore):
                 return own + [(each.image_id, partial(self._of_image, each)) for each in datastore.valid_images()]
-            case ImageNode(_, image, _):
+            case nodes.ImageNode(_, image, _):
                 return own + self._files(image, self._deletions.hidden(node.key, image))
-            case GhostNode(_, ghost):
+            case nodes.GhostNode(_, ghost):
                 return own + self._files(ghost.image, ghost.removed)
-            case StagedNode(directory):
+            case nodes.StagedNode(directory):
                 staged = directory.files
                 return own + [(file.name, partial(file.attributes, directory.number, self._owner)) for file in staged]
             case _:
                 fail(errno.ENOTDIR)
 
-    def capacity(self, node: Node | None) -> Capacity:
+    def capacity(self, node: nodes.Node | None) -> Capacity:
         """Of the datastore that the path is in; of all of them together for the root."""
         match node:
-            case DatastoreNode(datastore) | ImageNode(datastore, _, _) | GhostNode(datastore, _):
+            case nodes.DatastoreNode(datastore) | nodes.ImageNode(datastore, _, _) | nodes.GhostNode(datastore, _):
                 infos = [datastore.info]
-            case ImageFileNode(parent, _) | LateNode(parent, _, _):
+            case nodes.ImageFileNode(parent, _) | nodes.LateNode(parent, _, _):
                 infos = [parent.datastore.info]
-            case GhostFileNode(parent, _):
+            case nodes.GhostFileNode(parent, _):
                 infos = [parent.datastore.info]
-            case StagedNode(directory) | StagedFileNode(directory, _):
+            case nodes.StagedNode(directory) | nodes.StagedFileNode(directory, _):
                 found = self._tree.datastore(directory.ref.datastore)
                 infos = [found.info] if found is not None else []
             case _:

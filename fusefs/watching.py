@@ -1,18 +1,25 @@
-"""The thread that keeps the index true: follows the sidecar's watch stream, and finds a sidecar again that was gone."""
+"""The threads that keep the index true.
+
+One follows the sidecar's watch stream, and finds a sidecar again that was gone; the other asks for the images of which
+the stream may have told something old.
+"""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fusefs.tree import IndexedImage, Key, Tree
-from sidecar.client import ImageRef, SidecarClient, WatchCall
-from sidecar.errors import ImageNotFound, ImagesError
+from fusefs.doubts import Key
+from fusefs.tree import IndexedImage, Tree
+from sidecar.client import Image, ImageRef, SidecarClient, WatchCall
+from sidecar.errors import DatastoreNotFound, ImageNotFound, ImagesError
 
 _log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
+
+Changes = Sequence[tuple[str, IndexedImage]]
 
 
 class Watcher:
@@ -23,10 +30,13 @@ class Watcher:
         client: SidecarClient,
         tree: Tree,
         *,
-        on_change: Callable[[str, IndexedImage], None] = lambda datastore, image: None,
+        on_change: Callable[[Changes], None] = lambda changes: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`on_change` is called with each image that changed or went, as it was; `clock` is the time of day."""
+        """`on_change` is called with the images that changed or went, as they were, and their datastores.
+
+        `clock` is the time of day.
+        """
         self._client = client
         self._tree = tree
         self._on_change = on_change
@@ -35,19 +45,25 @@ class Watcher:
         self._lock = threading.Lock()  # guards _call
         self._call: WatchCall | None = None
         self._resume_token = ""
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name="watch", daemon=True),
+            threading.Thread(target=self._ask, name="ask", daemon=True),
+        ]
         self.stale_since: float | None = None  # seconds since the epoch; None while the stream is up
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Ends the stream and the thread."""
+        """Ends the stream and the threads."""
         self._stop.set()
+        self._tree.end()
         with self._lock:
             if self._call is not None:
                 self._call.cancel()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
@@ -76,10 +92,8 @@ class Watcher:
                 return False
             for answer in call:
                 heard = True
-                for key in self._tree.apply(answer):
-                    self._resolve(key)
-                for datastore, image in self._tree.take_changes():
-                    self._on_change(datastore, image)
+                self._tree.apply(answer)
+                self._tell_changes()
                 if answer.resume_token:  # not in every part of a long answer
                     self._resume_token = answer.resume_token
                 if self.stale_since is not None:
@@ -94,17 +108,31 @@ class Watcher:
             call.cancel()
         return heard
 
-    def _resolve(self, key: Key) -> None:
-        """Asks for an image whose event may be older than what this mount did to it."""
-        asked_at = self._tree.now()
+    def _ask(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while (key := self._tree.next_doubted()) is not None:
+            try:
+                self._tree.settle(key, self._image(key))
+                self._tell_changes()
+                pause = _FIRST_PAUSE_SECONDS
+                continue
+            except ImagesError as error:
+                _log.warning("image not asked for, trying again image=%s/%s cause=%s", *key, error.message)
+            except Exception:
+                _log.exception("image not asked for, trying again image=%s/%s", *key)
+            self._tree.doubt(key)
+            self._stop.wait(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+    def _image(self, key: Key) -> Image | None:
         try:
-            image = self._client.image(ImageRef(datastore=key[0], image_id=key[1]))
-        except ImageNotFound:
-            self._tree.settle(key, asked_at, None)
-        except ImagesError as error:
-            _log.warning("image not asked for image=%s/%s cause=%s", *key, error.message)
-        else:
-            self._tree.settle(key, asked_at, image)
+            return self._client.image(ImageRef(datastore=key[0], image_id=key[1]))
+        except (ImageNotFound, DatastoreNotFound):
+            return None
+
+    def _tell_changes(self) -> None:
+        if changes := self._tree.take_changes():
+            self._on_change(changes)
 
     def _note_stale(self, cause: str) -> None:
         if self.stale_since is None and not self._stop.is_set():

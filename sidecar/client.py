@@ -133,6 +133,13 @@ class SidecarClient:
         """Ends every call that runs, and the connection."""
         self._caller.close()
 
+    def cancel_calls(self) -> None:
+        """Ends every call that runs, and each that begins from now on, with OperationCancelled; from any thread.
+
+        Staging directories can still be aborted. For who is to stop, and waits in a call.
+        """
+        self._caller.cancel_calls()
+
     def wait_ready(self, timeout: float) -> None:
         """Returns when the sidecar serves; raises SidecarUnavailable when it does not within `timeout` seconds."""
         self._caller.wait_ready(timeout)

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from types import TracebackType
@@ -26,9 +27,12 @@ MAX_SOCKET_PATH_BYTES = 107
 ATTEMPTS = 3
 # How long an answer that is not wanted any more is waited for.
 UNDO_SECONDS = 5.0
+# A sidecar that takes nothing of what is sent for so long hangs, or its datastore does.
+STALL_SECONDS = 120.0
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
 
@@ -50,13 +54,19 @@ def default_address() -> str:
 def normal_address(address: str) -> str:
     """The address as gRPC takes it: a path means a unix socket, and is absolute (a daemon changes its directory).
 
-    Raises InvalidRequest for a socket path that is too long for the kernel.
+    Raises InvalidRequest for what is neither, and for a socket path that is too long for the kernel.
     """
     if address.startswith(("/", "./", "../")):
         address = f"unix:{address}"
     if not address.startswith("unix:"):
+        host, _, port = address.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise errors.InvalidRequest(f"{address!a} is no address of a sidecar: write unix:PATH or HOST:PORT")
         return address
-    path = os.path.abspath(address.removeprefix("unix://").removeprefix("unix:"))
+    given = address.removeprefix("unix://").removeprefix("unix:")
+    if not given:
+        raise errors.InvalidRequest(f"{address!a} names no socket: write unix:PATH or HOST:PORT")
+    path = os.path.abspath(given)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise errors.InvalidRequest(
             f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes, the most that Linux allows: "
@@ -65,11 +75,25 @@ def normal_address(address: str) -> str:
     return f"unix:{path}"
 
 
-class Call(Protocol[Answer_co]):
+class Cancellable(Protocol):
+    """Any gRPC call that runs."""
+
+    def cancel(self) -> object: ...
+
+
+Begun = TypeVar("Begun", bound=Cancellable)
+
+
+class CallFuture(Cancellable, Protocol[Answer_co]):
+    """What of a gRPC call that has one answer is used here."""
+
+    def result(self, timeout: float | None = None) -> Answer_co: ...
+
+
+class Call(Cancellable, Protocol[Answer_co]):
     """What of a gRPC call that streams answers is used here."""
 
     def __next__(self) -> Answer_co: ...
-    def cancel(self) -> object: ...
 
 
 class Caller:
@@ -78,6 +102,9 @@ class Caller:
     def __init__(self, address: str, timeout: float) -> None:
         self.address = normal_address(address)
         self.timeout = timeout
+        self._lock = threading.Lock()  # guards what follows: no call begins unseen by cancel_calls
+        self._running: weakref.WeakSet[Cancellable] = weakref.WeakSet()
+        self._cancelled: futures.Future[None] = futures.Future()
         self.channel = grpc.insecure_channel(
             self.address,
             options=[
@@ -90,6 +117,8 @@ class Caller:
                 # A restarted sidecar is found again within a second.
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 1_000),
+                # How long who takes the connection may be silent: it is another program, or hangs.
+                ("grpc.min_reconnect_backoff_ms", 5_000),
                 # A sidecar is a neighbour: proxies of the environment are never on the way to it.
                 ("grpc.enable_http_proxy", 0),
                 # Two clients of one process are two connections: closing one closes one.
@@ -100,6 +129,34 @@ class Caller:
     def close(self) -> None:
         self.channel.close()
 
+    @property
+    def cancelled(self) -> bool:
+        """True once `cancel_calls` was called."""
+        return self._cancelled.done()
+
+    def cancel_calls(self) -> None:
+        """Ends every call that runs, and lets none begin, but for those that take back what others made."""
+        with self._lock:
+            if not self.cancelled:
+                self._cancelled.set_result(None)
+            running = list(self._running)
+        for call in running:
+            call.cancel()
+
+    def begin(self, make: Callable[[], Begun], *, takes_back: bool = False, makes: bool = False) -> Begun:
+        """The call that `make` starts, cancelled by `cancel_calls`.
+
+        One that `takes_back` what another made, or whose answer names what it `makes`, runs on to its end; the former
+        may even begin after that.
+        """
+        with self._lock:
+            if self.cancelled and not takes_back:
+                raise self._was_cancelled()
+            call = make()
+            if not (takes_back or makes):
+                self._running.add(call)
+            return call
+
     def unary(
         self,
         method: "grpc.UnaryUnaryMultiCallable[Request, Answer]",
@@ -107,45 +164,68 @@ class Caller:
         *,
         timeout: float | None = None,
         undo: Callable[[Answer], object] | None = None,
+        takes_back: bool = False,
     ) -> Answer:
         """One answer to one request, within `timeout` seconds (the client's, when None) for all attempts together.
 
         Only what the status UNAVAILABLE says is tried again: the request's request_id makes that one change. `undo`:
-        for a call whose answer names what it made. When Ctrl-C, or another signal that raises, comes before the answer,
-        the answer is waited for and undone.
+        for a call whose answer names what it made. When `cancel_calls`, or a signal whose handler raises, comes before
+        the answer, the answer is waited for and undone. `takes_back`: as for `begin`.
         """
         deadline = _Deadline(self.timeout if timeout is None else timeout)
 
         def attempt() -> Answer:
+            call = self.begin(
+                lambda: method.future(request, timeout=deadline.remaining()),
+                takes_back=takes_back,
+                makes=undo is not None,
+            )
             try:
-                return method(request, timeout=deadline.remaining())
-            except grpc.RpcError as failure:
-                raise self.translated(failure) from None
+                return self.result(call)
+            finally:
+                call.cancel()
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_unavailable),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(deadline.seconds),
             wait=tenacity.wait_exponential(multiplier=0.2, max=2.0, exp_base=2.5) + tenacity.wait_random(0, 0.1),
+            sleep=self._pause,
             reraise=True,
         )
-        return retrying(attempt) if undo is None else _undone_when_interrupted(lambda: retrying(attempt), undo)
+        return retrying(attempt) if undo is None else self._undone_when_interrupted(lambda: retrying(attempt), undo)
+
+    def result(self, call: CallFuture[Answer], timeout: float | None = None) -> Answer:
+        """The answer of a call, which has ended afterwards; TimeoutError when it has not within `timeout` seconds."""
+        try:
+            return call.result(timeout)
+        except grpc.FutureTimeoutError:
+            raise TimeoutError from None
+        except grpc.FutureCancelledError:
+            raise self._was_cancelled() from None
+        except grpc.RpcError as failure:
+            raise self.translated(failure) from None
 
     def start(self, method: "grpc.UnaryStreamMultiCallable[Request, Answer]", request: Request) -> Call[Answer]:
         """A call that streams its answers; no deadline, no retries."""
-        return cast(Call[Answer], method(request))
+        return self.begin(lambda: cast(Call[Answer], method(request)))
 
     def wait_ready(self, timeout: float) -> None:
         """Returns when the sidecar serves; raises SidecarUnavailable when it does not within `timeout` seconds."""
         deadline = _Deadline(timeout)
         health: Any = health_pb2_grpc.HealthStub(self.channel)
-        pause = threading.Event()
+
+        def check() -> Any:
+            left = max(deadline.remaining(), 0.05)
+            return health.Check.future(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
+
         while True:
             try:
-                answer = health.Check(
-                    health_pb2.HealthCheckRequest(), timeout=max(deadline.remaining(), 0.05), wait_for_ready=True
-                )
+                call: CallFuture[Any] = self.begin(check)
+                answer = call.result()
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
+            except grpc.FutureCancelledError:
+                raise self._was_cancelled() from None
             except grpc.RpcError as failure:
                 if failure.code() is grpc.StatusCode.UNIMPLEMENTED:
                     return  # It answers, and has no health service to ask.
@@ -155,7 +235,7 @@ class Caller:
                 raise errors.SidecarUnavailable(
                     f"the sidecar at {self.address} is not ready after {timeout:g} s: {self._what_to_do('')}"
                 )
-            pause.wait(0.05)
+            self._pause(0.05)
 
     def translated(self, failure: grpc.RpcError) -> errors.ImagesError:
         """The error of this project that a failed call means."""
@@ -168,7 +248,7 @@ class Caller:
                     f"no sidecar answers at {self.address} ({_cause(details)}): {self._what_to_do(details)}"
                 )
             case grpc.StatusCode.CANCELLED:
-                return errors.OperationCancelled(f"the call to the sidecar at {self.address} was cancelled")
+                return self._was_cancelled()
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return errors.DeadlineExceeded(
                     f"the sidecar at {self.address} did not answer in time: look at its log and at its datastores, "
@@ -185,6 +265,37 @@ class Caller:
                 return errors.InvalidRequest(details)
             case _:
                 return errors.InternalError(f"the sidecar at {self.address} answered {code.name}: {details}")
+
+    def _pause(self, seconds: float) -> None:
+        """Not longer than until `cancel_calls`."""
+        futures.wait([self._cancelled], timeout=seconds)
+
+    def _was_cancelled(self) -> errors.OperationCancelled:
+        return errors.OperationCancelled(f"the call to the sidecar at {self.address} was cancelled")
+
+    def _undone_when_interrupted(self, work: Callable[[], Answer], undo: Callable[[Answer], object]) -> Answer:
+        # In a thread of its own, where no signal handler raises: whatever moment it is, the answer is not lost.
+        answer: futures.Future[Answer] = futures.Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except BaseException as failure:
+                answer.set_exception(failure)
+
+        try:
+            threading.Thread(target=run, daemon=True).start()
+            either: tuple[futures.Future[Any], ...] = (answer, self._cancelled)
+            futures.wait(either, return_when=futures.FIRST_COMPLETED)
+            if not answer.done():
+                raise self._was_cancelled()
+            return answer.result()
+        except BaseException as failure:
+            if not (answer.done() and failure is answer.exception()):
+                # No answer within that time: the sidecar's own limits take care of what it made.
+                with contextlib.suppress(errors.ImagesError, TimeoutError):
+                    undo(answer.result(timeout=UNDO_SECONDS))
+            raise
 
     def _what_to_do(self, details: str) -> str:
         """The next step of someone whose sidecar does not answer."""
@@ -244,6 +355,7 @@ class Outgoing(Generic[Answer]):
         self._items = items
         self._end: Callable[[], object] = lambda: None
         self._bound = threading.Event()  # set when _end is what it will be
+        self._steps = 0  # odd while an item is being made, even while it is being sent
         self.failure: BaseException | None = None
 
     def bind(self, end: Callable[[], object]) -> None:
@@ -254,7 +366,24 @@ class Outgoing(Generic[Answer]):
     def __iter__(self) -> Iterator[Answer]:
         return self
 
+    def result(self, caller: Caller, call: CallFuture[Result]) -> Result:
+        """The answer of the call that they go to; DeadlineExceeded when it takes nothing for STALL_SECONDS.
+
+        That is not bounded which these items need to be made, nor all of it together.
+        """
+        while True:
+            before = self._steps
+            try:
+                return caller.result(call, STALL_SECONDS)
+            except TimeoutError:
+                if self._steps == before and before % 2 == 0:
+                    raise errors.DeadlineExceeded(
+                        f"the sidecar at {caller.address} took nothing for {STALL_SECONDS:g} s: look at its log and at "
+                        "its datastores"
+                    ) from None
+
     def __next__(self) -> Answer:
+        self._steps += 1
         try:
             return next(self._items)
         except StopIteration:
@@ -265,32 +394,13 @@ class Outgoing(Generic[Answer]):
             self._bound.wait()
             self._end()
             raise StopIteration from None
+        finally:
+            self._steps += 1
 
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether the same call may succeed in a moment."""
     return isinstance(error, errors.ImagesError) and error.code == "UNAVAILABLE"
-
-
-def _undone_when_interrupted(work: Callable[[], Answer], undo: Callable[[Answer], object]) -> Answer:
-    # In a thread of its own, where no signal handler raises: whatever moment it is, the answer is not lost.
-    answer: futures.Future[Answer] = futures.Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as failure:
-            answer.set_exception(failure)
-
-    try:
-        threading.Thread(target=run, daemon=True).start()
-        return answer.result()
-    except BaseException as failure:
-        if not (answer.done() and failure is answer.exception()):
-            # No answer within that time: the sidecar's own limits take care of what it made.
-            with contextlib.suppress(errors.ImagesError, TimeoutError):
-                undo(answer.result(timeout=UNDO_SECONDS))
-        raise
 
 
 def _from_error_info(failure: grpc.RpcError, details: str) -> errors.ImagesError | None:
@@ -305,9 +415,20 @@ def _from_error_info(failure: grpc.RpcError, details: str) -> errors.ImagesError
     return None
 
 
+# What gRPC says when no call was made, and what it means.
+_CAUSES = (
+    ("lookup", "there is no host of that name"),
+    ("before receiving SETTINGS", "something takes the connection and does not answer"),
+    ("Failed parsing HTTP/2", "what answers there is another program: it does not speak gRPC"),
+)
+
+
 def _cause(details: str) -> str:
-    """What the kernel said, out of all that gRPC wraps around it."""
-    return details.rpartition("error: ")[2] or "no answer"
+    """Why there is no answer: what the kernel said, out of all that gRPC wraps around it."""
+    for said, meant in _CAUSES:
+        if said in details:
+            return meant
+    return details.rpartition(": ")[2] or "no answer"
 
 
 class _Deadline:

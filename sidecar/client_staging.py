@@ -2,18 +2,16 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
-
-import grpc
 
 from protos.images.v1 import staging_service_pb2 as wire
 from protos.images.v1.staging_service_pb2_grpc import StagingServiceStub
 from protos.images.v1.types_pb2 import ImageRef
 from sidecar import errors
-from sidecar.client_calls import Answer, AnswerStream, Caller, Outgoing, new_request_id
+from sidecar.client_calls import UNDO_SECONDS, Answer, AnswerStream, Caller, CallFuture, Outgoing, new_request_id
 
 # What one message carries at most; the contract's limit.
 MAX_DATA_BYTES = 1 << 20
@@ -73,22 +71,19 @@ class Staging:
 
         `parts` are (offset, data) and holes, in any order; data of any size. They are taken in another thread; what
         they raise is raised here, with the call cancelled. `size`: the file's size afterwards, in bytes; else as the
-        writes leave it.
+        writes leave it. Raises DeadlineExceeded when the sidecar takes none of them for minutes.
         """
         outgoing = Outgoing(_requests(self.id, name, parts, size))
-        call = self._stub.WriteFile.future(outgoing)
-        cancel: Callable[[], object] = call.cancel
-        outgoing.bind(cancel)
+        call: CallFuture[wire.WriteFileResponse] = self._caller.begin(lambda: self._stub.WriteFile.future(outgoing))
+        outgoing.bind(call.cancel)
         try:
-            return call.result()
-        except (grpc.RpcError, grpc.FutureCancelledError) as failure:
+            return outgoing.result(self._caller, call)
+        except errors.ImagesError:
             if outgoing.failure is not None:
                 raise outgoing.failure from None
-            if isinstance(failure, grpc.RpcError):
-                raise self._caller.translated(failure) from None
-            raise errors.OperationCancelled(f"writing {name} for {_text(self.ref)} was cancelled") from None
+            raise
         finally:
-            cancel()
+            call.cancel()
 
     def clone_range(
         self,
@@ -159,8 +154,10 @@ class Staging:
 
     def _abort(self, staging_id: str) -> None:
         request = wire.AbortStagingRequest(staging_id=staging_id)
+        # Who was interrupted does not wait long: the sidecar has the request then, and goes on by itself.
+        timeout = UNDO_SECONDS if self._caller.cancelled else max(ABORT_SECONDS, self._caller.timeout)
         with contextlib.suppress(errors.StagingNotFound):
-            self._caller.unary(self._stub.AbortStaging, request, timeout=max(ABORT_SECONDS, self._caller.timeout))
+            self._caller.unary(self._stub.AbortStaging, request, timeout=timeout, takes_back=True)
 
 
 def read_file(

@@ -140,11 +140,12 @@ class DatastoreConfig(_Model):
 class Limits(_Model):
     """What the sidecar takes on at a time, and how long it waits."""
 
+    # Inside each datastore, and as many again between it and others.
     max_copies: Count = 16
     max_watches: Count = 64
-    # Streams of WriteFile and ReadFile.
+    # Streams of WriteFile and ReadFile, of each datastore.
     max_transfers: Count = 32
-    # Other calls that run at a time; more of them wait in line.
+    # Other calls that run at a time, of each datastore; more of them wait in line.
     max_calls: Count = 16
     # For running calls to end after SIGTERM, before they are cancelled.
     shutdown_seconds: Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=3600)] = 10.0

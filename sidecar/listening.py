@@ -85,6 +85,8 @@ class UnixSocket:
 
     def bind(self, server: grpc.Server) -> None:
         try:
+            if not os.path.lexists(self._lock_path):
+                self._check()  # before there is a lock file, which would be left where we may not listen
             self._lock()
             self._check()
             self._bind(server)
@@ -114,9 +116,12 @@ class UnixSocket:
     def _private(self) -> str:
         return f"{self._path}.new"
 
+    @property
+    def _lock_path(self) -> str:
+        return f"{self._path}.lock"
+
     def _lock(self) -> None:
-        path = f"{self._path}.lock"
-        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

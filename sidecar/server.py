@@ -12,8 +12,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.config import Limits, SidecarConfig
+from sidecar.images.admission import Slots, most_copies
 from sidecar.listening import listener
-from sidecar.services.interceptors import Activity, CallInterceptor, Slots
+from sidecar.services.interceptors import Activity, CallInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,11 @@ class SidecarServer:
         self._grace = config.limits.shutdown_seconds
         self._refused: float | None = None
         self._activity = Activity()
-        self._interceptor = CallInterceptor(_slots(config.limits), self._activity)
-        threads = _streams(config.limits) + MAX_REFLECTIONS + config.limits.max_calls
+        slots = _slots(config.limits, len(config.datastores))
+        self._interceptor = CallInterceptor(slots, self._activity)
+        # Each datastore may hang with all that it may have at a time, and health, listings and the others go on.
+        small = config.limits.max_calls * (1 + len(config.datastores))
+        threads = sum(each.size for each in {*slots.values()}) + small
         self._pool = _CountedPool(threads, self._activity)
         self._server = grpc.server(
             self._pool,
@@ -137,15 +141,11 @@ class SidecarServer:
         return ended
 
 
-def _streams(limits: Limits) -> int:
-    return limits.max_copies + limits.max_watches + limits.max_transfers
-
-
-def _slots(limits: Limits) -> dict[str, Slots]:
+def _slots(limits: Limits, datastores: int) -> dict[str, Slots]:
     """Of every call that holds a thread for long; methods of one kind share them."""
-    copies = Slots("copies", limits.max_copies)
+    copies = Slots("copies", most_copies(datastores, limits.max_copies))
     watches = Slots("watches", limits.max_watches)
-    transfers = Slots("transfers", limits.max_transfers)
+    transfers = Slots("transfers", datastores * limits.max_transfers)
     return {
         "/images.v1.ImageService/CopyImage": copies,
         "/images.v1.StagingService/CloneDisk": copies,

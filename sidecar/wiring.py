@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from protos.images.v1 import datastore_service_pb2_grpc, image_service_pb2_grpc, staging_service_pb2_grpc
 from sidecar.config import ConfigError, SidecarConfig
 from sidecar.datastores.kinds import DATASTORE_TYPES
+from sidecar.images.admission import Admission, most_copies
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
@@ -47,16 +48,23 @@ def build(config: SidecarConfig) -> Parts:
             LAYOUTS[place.layout],
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,
+            admission=Admission(
+                place.name,
+                calls=config.limits.max_calls,
+                copies=config.limits.max_copies,
+                transfers=config.limits.max_transfers,
+            ),
         )
         discoveries.append(Discovery(store, catalog, rescan_seconds=place.rescan_seconds))
+    max_copies = most_copies(len(discoveries), config.limits.max_copies)
     library = Library(
         discoveries,
         catalog,
-        max_copies=config.limits.max_copies,
+        max_copies=max_copies,
         lease_seconds=config.limits.staging_lease_seconds,
     )
     watches = Watches(catalog, discoveries)
-    clones: Operations[None] = Operations(config.limits.max_copies, "clone")
+    clones: Operations[None] = Operations(max_copies, "clone")
     requests = Requests()
 
     images = ImageServicer(library, requests, watches)

@@ -19,16 +19,17 @@ def cp(session: Session, source: ImageRef, destination: ImageRef) -> None:
     """
     last = CopyImageResponse()
     with session.client() as sidecar:
-        try:
-            with progress_bar(ref_text(destination)) as advance:
 
-                def progress(answer: CopyImageResponse) -> None:
-                    last.CopyFrom(answer)
-                    advance(answer.done_bytes, answer.total_bytes)
+        def outcome() -> str:
+            return what_came_of_it(sidecar.address, destination)
 
-                image = sidecar.copy(source, destination).wait(progress)
-        except KeyboardInterrupt:
-            raise what_came_of_it(sidecar, destination) from None
+        with session.taking_back(sidecar, outcome), progress_bar(ref_text(destination)) as advance:
+
+            def progress(answer: CopyImageResponse) -> None:
+                last.CopyFrom(answer)
+                advance(answer.done_bytes, answer.total_bytes)
+
+            image = sidecar.copy(source, destination).wait(progress)
     shared = f", {human_size(last.cloned_bytes)} of it shared" if last.cloned_bytes else ""
     session.answer(
         f"{ref_text(source)} copied to {ref_text(destination)}: {human_size(last.done_bytes)}{shared}",

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from sidecar import errors
 from sidecar.client import Hole, Part
+from sidecar.holes import data_ranges, seek_in
 from sidecar.images import vmdk
+from sidecar.images.vmdk_descriptor import shown
 
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 20
@@ -76,7 +78,7 @@ class SourceFile:
         holes = _Holes()
         with open(self.path, "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
-            for start, stop in data_ranges(file.fileno(), self.size):
+            for start, stop in data_ranges(seek_in(file.fileno()), 0, self.size):
                 for offset in range(start, stop, CHUNK_BYTES):
                     wanted = min(CHUNK_BYTES, stop - offset)
                     chunk = os.pread(file.fileno(), wanted, offset)
@@ -166,6 +168,9 @@ def open_disk(path: str) -> SourceDisk:
             raise errors.InvalidDisk(f"{path} names what is not there: {named}")
         if not any(reader.located(file)[1] for file in disk.file_names):
             vmdk.check_disk(name, reader)
+    except errors.InvalidDisk as error:
+        # By the name that it has here: the disk may call it something else.
+        raise errors.InvalidDisk(error.message.replace(shown(name), path)) from None
     except OSError as error:
         raise unreadable(error.filename or path, error) from error
     bounds = {file.name: file for file in disk.files}
@@ -176,20 +181,6 @@ def open_disk(path: str) -> SourceDisk:
             for file in (*disk.file_names[1:], name)
         ),
     )
-
-
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of an open file that hold data, by the file system; all of it where that does not know."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole follows
-            return
-        if start >= size:
-            return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, end
 
 
 def unreadable(path: str, error: OSError) -> errors.DiskFileFault:
@@ -206,7 +197,7 @@ def _source_file(name: str, path: str, compressed: bool, bounds: vmdk.DiskFile |
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if not compressed:
-                data = sum(stop - start for start, stop in data_ranges(file.fileno(), size))
+                data = sum(stop - start for start, stop in data_ranges(seek_in(file.fileno()), 0, size))
                 return SourceFile(name, path, False, size, data)
     except OSError as error:
         raise unreadable(path, error) from error

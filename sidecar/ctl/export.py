@@ -15,6 +15,12 @@ from sidecar.ctl.progress import Advance, progress_bar
 from sidecar.ctl.session import Session, command, image_argument, ref_text
 
 
+class DirectoryExists(errors.ImageAlreadyExists):
+    """The place of an export is taken."""
+
+    reason = "DIRECTORY_ALREADY_EXISTS"
+
+
 @command("export")
 @image_argument("image")
 @click.argument("directory", type=click.Path())
@@ -28,8 +34,15 @@ def export(session: Session, image: ImageRef, directory: str) -> None:
     with session.client() as sidecar:
         found = sidecar.image(image)
         _require_whole(found)
-        with progress_bar(ref_text(image)) as advance:
-            written = _write(sidecar, found, target, advance)
+        written: int | None = None
+
+        def outcome() -> str:
+            if written is None:
+                return f"cancelled: {directory} was not made"
+            return f"interrupted, but {directory} is there: the cancellation came too late"
+
+        with session.taking_back(sidecar, outcome), progress_bar(ref_text(image)) as advance:
+            written = _write(sidecar, found, target, advance, session.signals.check)
     session.answer(
         f"{ref_text(image)} exported to {directory}: {len(found.files)} files, {human_size(written)}",
         {
@@ -47,7 +60,7 @@ def _target(directory: str) -> str:
     try:
         with os.scandir(target) as entries:
             if next(entries, None) is not None:
-                raise errors.InvalidRequest(f"{directory} is not empty: name a directory that is to be made")
+                raise DirectoryExists(f"{directory} is there, and is not empty: name a directory that is to be made")
         if os.path.ismount(target) or os.path.samefile(target, "."):
             raise errors.InvalidRequest(
                 f"{directory} is a mount point or the current directory, which cannot be replaced: name one in it"
@@ -68,14 +81,33 @@ def _require_whole(image: Image) -> None:
         raise errors.ImageIncomplete(f"{name} is not whole: {'; '.join(image.problems) or 'see imagectl validate'}")
 
 
-def _write(sidecar: SidecarClient, image: Image, target: str, advance: Advance) -> int:
-    """Writes the files beside `target` and gives the directory its name when all is durable; returns the data bytes."""
+def _require_unchanged(image: Image, sidecar: SidecarClient) -> None:
+    """The files are read one after the other, by name: they must still be those that the image had at the start."""
+    name = ref_text(image.ref)
+    try:
+        now = sidecar.image(image.ref)
+    except errors.ImageNotFound:
+        raise errors.DiskFileFault(f"{name} was deleted while it was exported: nothing was written") from None
+    if sorted(map(_identity, now.files)) != sorted(map(_identity, image.files)):
+        raise errors.DiskFileFault(f"{name} changed while it was exported: export it again")
+
+
+def _identity(file: ImageFile) -> tuple[str, int, int, int]:
+    return file.name, file.inode, file.size_bytes, file.modify_time.ToNanoseconds()
+
+
+def _write(sidecar: SidecarClient, image: Image, target: str, advance: Advance, check: Callable[[], None]) -> int:
+    """Writes the files beside `target` and gives the directory its name when all is durable; returns the data bytes.
+
+    What `check` raises, which is called for every part, ends it.
+    """
     parent, name = os.path.split(target)
     partial = os.path.join(parent, f".{name}.partial-{secrets.token_hex(4)}")
     done = 0
 
     def count(data: int) -> None:
         nonlocal done
+        check()
         done += data
         advance(done, image.allocated_bytes)
 
@@ -88,12 +120,14 @@ def _write(sidecar: SidecarClient, image: Image, target: str, advance: Advance) 
             os.fsync(directory)
         finally:
             os.close(directory)
+        _require_unchanged(image, sidecar)
+        check()
         try:
             os.rename(partial, target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            raise errors.InvalidRequest(f"{target} was made by somebody else meanwhile") from None
+            raise DirectoryExists(f"{target} was made by somebody else meanwhile: name another") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -5,7 +5,7 @@ import json
 import click
 
 from sidecar import errors
-from sidecar.client import CommitStagingResponse, ImageRef, SidecarClient
+from sidecar.client import ImageRef, Staging
 from sidecar.ctl.disk_source import SourceDisk, open_disk, unreadable
 from sidecar.ctl.output import human_size, image_document
 from sidecar.ctl.progress import Advance, progress_bar
@@ -33,12 +33,21 @@ def import_image(session: Session, file: str, image: ImageRef, metadata: str | N
         for suffix, path in ((".ecv", metadata), (".manifest", manifest))
         if path is not None
     }
+    publishing = False
     with session.client() as sidecar:
-        try:
-            with progress_bar(ref_text(image)) as advance:
-                made = _send(sidecar, image, disk, companions, advance).image
-        except KeyboardInterrupt:
-            raise what_came_of_it(sidecar, image) from None
+
+        def outcome() -> str:
+            return what_came_of_it(sidecar.address, image, publishing=publishing)
+
+        with (
+            session.taking_back(sidecar, outcome),
+            progress_bar(ref_text(image)) as advance,
+            # Of gzipped files this is less than it will be: what does not fit is then refused later.
+            sidecar.create_staging(image, expected_bytes=disk.source_bytes) as staging,
+        ):
+            _send(staging, disk, companions, advance)
+            publishing = True
+            made = staging.commit().image
     session.answer(
         f"{file} imported as {ref_text(image)}: {human_size(made.capacity_bytes)} disk, "
         f"{human_size(made.allocated_bytes)} allocated",
@@ -46,9 +55,7 @@ def import_image(session: Session, file: str, image: ImageRef, metadata: str | N
     )
 
 
-def _send(
-    sidecar: SidecarClient, ref: ImageRef, disk: SourceDisk, companions: dict[str, bytes], advance: Advance
-) -> CommitStagingResponse:
+def _send(staging: Staging, disk: SourceDisk, companions: dict[str, bytes], advance: Advance) -> None:
     done, total = 0, disk.source_bytes
 
     def count(read: int) -> None:
@@ -56,15 +63,12 @@ def _send(
         done += read
         advance(done, total)
 
-    # Of gzipped files this is less than it will be: what does not fit is then refused later.
-    with sidecar.create_staging(ref, expected_bytes=total) as staging:
-        for name, content in companions.items():
-            staging.write_file(name, [(0, content)], size=len(content))
-        for file in disk.files:
-            staging.write_file(file.name, file.parts(count), size=file.size)
-            if file.compressed:
-                staging.write_file(file.name, (), size=file.size)
-        return staging.commit()
+    for name, content in companions.items():
+        staging.write_file(name, [(0, content)], size=len(content))
+    for file in disk.files:
+        staging.write_file(file.name, file.parts(count), size=file.size)
+        if file.compressed:
+            staging.write_file(file.name, (), size=file.size)
 
 
 def _companion(path: str) -> bytes:

@@ -20,7 +20,10 @@ ALL_STATES = (
 @click.option("--all", "everything", is_flag=True, help="Deleted ones too.")
 @click.pass_obj
 def ls(session: Session, datastore: str, deleted: bool, everything: bool) -> None:
-    """List the images of DATASTORE, or of all datastores."""
+    """List the images of DATASTORE, or of all datastores.
+
+    Where the state has problems beside it, imagectl show says which, and imagectl validate looks again.
+    """
     if "/" in datastore:
         raise click.UsageError(f"{datastore!r} names no datastore; for one image there is imagectl show")
     if deleted and everything:
@@ -47,9 +50,14 @@ def _row(image: Image) -> list[str]:
     known = image.details_known
     return [
         f"{image.ref.datastore}/{image.ref.image_id}",
-        state_name(image.state),
+        _state(image),
         human_size(image.capacity_bytes) if known and image.capacity_bytes else NONE,
         human_size(image.allocated_bytes) if known else NONE,
         time_text(image.touch_time) if image.HasField("touch_time") else NONE,
         time_text(image.tombstone_time) if image.HasField("tombstone_time") else NONE,
     ]
+
+
+def _state(image: Image) -> str:
+    count = len(image.problems)
+    return state_name(image.state) + (f", {count} problem{'s' if count > 1 else ''}" if count else "")

@@ -1,31 +1,41 @@
 """What the commands share: the options of all, the client, answers to people and to programs, and errors."""
 
+import contextlib
 import json
+import os
+import select
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 import click
 
 from sidecar import errors
+from sidecar.ctl.signals import Signals
 
 if TYPE_CHECKING:
     from sidecar.client import ImageRef, SidecarClient
 
-INTERRUPTED = 130
-# How long a sidecar may take to notice that a call was cancelled.
+BROKEN_PIPE = 128 + signal.SIGPIPE
+# How long a sidecar may take to notice that a call was cancelled, and to say what came of it.
 CANCEL_SECONDS = 0.3
+ANSWER_SECONDS = 5.0
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
 class Interrupted(errors.OperationCancelled):
-    """Ctrl-C, with what came of it."""
+    """Ctrl-C, or another signal, with what came of it. The exit code is the one that shells use: 128 and the number."""
 
-    reason, exit_code = "INTERRUPTED", INTERRUPTED
+    reason = "INTERRUPTED"
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(slots=True)
@@ -34,6 +44,10 @@ class Session:
 
     address: str | None = None
     json: bool = False
+    signals: Signals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.signals = Signals(self._end)
 
     def choose(self, address: str | None, output: str | None) -> None:
         """Takes the options that were given; the ones of the command come after, and win over, the group's."""
@@ -47,13 +61,28 @@ class Session:
 
         return SidecarClient(self.address)
 
+    @contextlib.contextmanager
+    def taking_back(self, sidecar: "SidecarClient", outcome: Callable[[], str]) -> Iterator[None]:
+        """A block that takes back what it made when it fails: also, by its calls failing, when there is a signal.
+
+        Raises Interrupted then, with what `outcome` says afterwards.
+        """
+        try:
+            with self.signals.held(sidecar.cancel_calls):
+                yield
+        except BaseException:
+            if not self.signals.number:
+                raise
+        if self.signals.number:
+            raise Interrupted(self.signals.number, outcome())
+
     def answer(self, text: str, document: object) -> None:
         """The result on stdout: for people, or one JSON document."""
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False) if self.json else text)
+        click.echo(_json(document, sys.stdout, indent=2) if self.json else text)
 
     def event(self, text: str, document: object) -> None:
         """One of many results as they come, a line each."""
-        click.echo(json.dumps(document, ensure_ascii=False) if self.json else text)
+        click.echo(_json(document, sys.stdout) if self.json else text)
 
     def note(self, message: str) -> None:
         """What somebody who waits should know: a line on stderr."""
@@ -61,10 +90,21 @@ class Session:
 
     def report(self, reason: str, message: str) -> None:
         """An error, on stderr: one line for people, and with JSON a second one for programs."""
+        with contextlib.suppress(OSError):  # nobody is there to be told: the exit code says it
+            click.echo(self._error(reason, message), err=True)
+
+    def _error(self, reason: str, message: str) -> str:
         line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
-        self.note(line)
-        if self.json:
-            click.echo(json.dumps({"error": {"reason": reason, "message": message}}, ensure_ascii=False), err=True)
+        told = f"imagectl: {plain(line)}"
+        return f"{told}\n{_json({'error': {'reason': reason, 'message': message}}, sys.stderr)}" if self.json else told
+
+    def _end(self, number: int, message: str) -> NoReturn:
+        """Ends the process because of a signal, whatever the main thread is in: also in a write that nobody reads."""
+        told = f"{self._error(Interrupted.reason, message)}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            if select.select([], [sys.stderr.fileno()], [], 0)[1]:
+                os.write(sys.stderr.fileno(), told)
+        os._exit(128 + number)
 
 
 def command(name: str) -> Callable[[Callable[Parameters, Result]], click.Command]:
@@ -102,19 +142,25 @@ def ref_text(ref: "ImageRef") -> str:
     return f"{ref.datastore}/{ref.image_id}"
 
 
-def what_came_of_it(sidecar: "SidecarClient", ref: "ImageRef") -> Interrupted:
+def what_came_of_it(address: str, ref: "ImageRef", *, publishing: bool = False) -> str:
     """After a cancelled call that was to make an image: whether it did.
 
-    The call may have been past the point where it can be cancelled, and only the sidecar knows.
+    The call may have been past the point where it can be cancelled, and only the sidecar knows. `publishing`: it had
+    been asked to publish what is complete, which it does not give up halfway.
     """
+    from sidecar.client import SidecarClient
+
     time.sleep(CANCEL_SECONDS)
     try:
-        sidecar.image(ref)
+        with SidecarClient(address, timeout=ANSWER_SECONDS) as sidecar:
+            sidecar.image(ref)
     except errors.ImageNotFound:
-        return Interrupted(f"cancelled: nothing was made at {ref_text(ref)}")
+        if publishing:
+            return f"interrupted while {ref_text(ref)} was being published: it may appear yet, see imagectl ls"
+        return f"cancelled: nothing was made at {ref_text(ref)}"
     except errors.ImagesError as error:
-        return Interrupted(f"cancelled; whether {ref_text(ref)} was made before that is not known: {error.message}")
-    return Interrupted(f"interrupted, but {ref_text(ref)} is there: the cancellation came too late, or it was before")
+        return f"cancelled; whether {ref_text(ref)} was made before that is not known: {error.message}"
+    return f"interrupted, but {ref_text(ref)} is there: the cancellation came too late, or it was before"
 
 
 def plain(text: str) -> str:
@@ -126,3 +172,13 @@ def is_terminal(stream: Any = None) -> bool:
     """Whether somebody watches: for progress bars and hints, which have no place in a file."""
     stream = sys.stderr if stream is None else stream
     return bool(stream.isatty())
+
+
+def _json(document: object, stream: TextIO, indent: int | None = None) -> str:
+    """Names as they are written, or escaped where the stream's encoding does not have them: JSON in any case."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(stream.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=indent)
+    return text

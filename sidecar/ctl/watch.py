@@ -2,7 +2,6 @@
 
 import os
 import select
-import signal
 import stat
 import sys
 import threading
@@ -15,7 +14,7 @@ import click
 from sidecar import errors
 from sidecar.client import Datastore, Image, ImageState, SidecarClient, WatchImagesResponse
 from sidecar.ctl.output import Document, datastore_document, human_size, image_document, state_name
-from sidecar.ctl.session import Session, command, is_terminal, plain, ref_text
+from sidecar.ctl.session import BROKEN_PIPE, Session, command, is_terminal, plain, ref_text
 
 PAUSE_SECONDS = 0.5
 # What ends a stream of a sidecar that stops, or is gone.
@@ -68,23 +67,19 @@ def _answers(session: Session, sidecar: SidecarClient, datastore: str) -> Iterat
 
 
 def _end_with_the_reader() -> None:
-    """Raises BrokenPipeError in the main thread when nobody reads any more, even when nothing happens to images.
+    """Ends the process when nobody reads any more, even when nothing happens to images.
 
     Otherwise `imagectl watch | head -1` would not end before the next event.
     """
     if not stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
         return
 
-    def raise_broken_pipe(number: int, frame: object) -> None:
-        raise BrokenPipeError
-
     def look() -> None:
         reader = select.poll()
         reader.register(sys.stdout.fileno(), 0)
         reader.poll()
-        os.kill(os.getpid(), signal.SIGPIPE)
+        os._exit(BROKEN_PIPE)
 
-    signal.signal(signal.SIGPIPE, raise_broken_pipe)
     threading.Thread(target=look, daemon=True).start()
 
 

@@ -48,6 +48,24 @@ class Transfer(Protocol):
         """Counts bytes that are done; raises OperationCancelled when nobody wants them any more."""
 
 
+class OpenDirectory(Protocol):
+    """A directory that is held while it is read: every answer is of that one, whatever comes to its path meanwhile."""
+
+    def entry(self) -> Entry:
+        """The directory itself, without a name."""
+
+    def names(self) -> list[str]:
+        """The names in it, without reading any attribute."""
+
+    def entries(self) -> list[Entry]:
+        """The names in it with their attributes; names that vanish meanwhile are left out."""
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset` of a regular file in it, without marking it as in use."""
+
+    def close(self) -> None: ...
+
+
 class ReadableFile(Protocol):
     """An open file of a datastore. While it is open, its image is in use."""
 
@@ -120,11 +138,13 @@ class Datastore(Protocol):
     def reflink(self) -> bool:
         """Copies inside it share their extents with the source."""
 
+    def open_directory(self, path: str) -> OpenDirectory: ...
+
     def names(self, path: str) -> list[str]:
-        """The names in a directory, without reading any attribute."""
+        """Those of `open_directory`, in one call."""
 
     def entries(self, path: str) -> list[Entry]:
-        """The names in a directory with their attributes; names that vanish meanwhile are left out."""
+        """Those of `open_directory`, in one call."""
 
     def entry(self, path: str) -> Entry: ...
 
@@ -133,6 +153,9 @@ class Datastore(Protocol):
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset` of a regular file, without marking it as in use."""
+
+    def look_ahead(self, path: str) -> None:
+        """Fetches the start of a file that is read soon, and what leads to it. A hint: nothing depends on it."""
 
     def write_file(self, path: str, content: bytes) -> None:
         """Puts a whole file there, durably; an older one is replaced at once, never seen half written."""

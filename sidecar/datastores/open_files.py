@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence,
 _TO_THE_END = 0
 _EXCERPT_CHARACTERS = 200
 _DESCRIBED_USERS = 5
+_LOOK_AGAIN_SECONDS = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -76,21 +78,24 @@ def open_users(fds: Sequence[int]) -> tuple[FileUser, ...]:
 
 
 @contextmanager
-def exclude_users(fds: Sequence[int]) -> Iterator[None]:
+def exclude_users(fds: Sequence[int], *, patience: float = 0.0) -> Iterator[None]:
     """Hold all the files for oneself: nobody has them locked, and nobody can lock them, until the block ends.
 
-    Never waits. For the rename that takes an image away: lock, then rename. A process that opened a file before, but
-    had not locked it yet, can lock it after the block: unlinking the files is then still safe, truncating them is not.
+    Waits at most `patience` seconds for a file that is just being closed: a FUSE file system, such as the mount, hears
+    of a close after it. For the rename that takes an image away: lock, then rename. A process that opened a file
+    before, but had not locked it yet, can lock it after the block: unlinking the files is then still safe, truncating
+    them is not.
 
     The descriptors must be open for writing and not be ones that `share_lock` was called with: every lock held
     through them is gone afterwards, also after an error. Raises FilesInUse, and OSError for anything else.
     """
+    until = time.monotonic() + patience
     with ExitStack() as locked:
         for fd in fds:
-            try:
-                _set_lock(fd, fcntl.F_WRLCK, 0, _TO_THE_END)
-            except BlockingIOError:
-                raise FilesInUse(open_users(fds) or (UNSEEN_USER,)) from None
+            while not _is_ours_now(fd):
+                if time.monotonic() >= until:
+                    raise FilesInUse(open_users(fds) or (UNSEEN_USER,))
+                time.sleep(_LOOK_AGAIN_SECONDS)
             locked.callback(_unlock, fd)
         yield
 
@@ -110,6 +115,14 @@ def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(errno.EAGAIN, "locked by another") from None
         raise
+
+
+def _is_ours_now(fd: int) -> bool:
+    try:
+        _set_lock(fd, fcntl.F_WRLCK, 0, _TO_THE_END)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unlock(fd: int) -> None:

@@ -7,29 +7,41 @@ or go on where the images are; they never take an empty mount point for an empty
 import errno
 import logging
 import os
-import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.datastores import open_files
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.inotify import InotifyWatcher
-from sidecar.datastores.interface import Capacity, Datastore, Entry, EntryKind, ReadableFile, WritableFile
-from sidecar.datastores.posix_files import PosixReadable, PosixWritable, read_up_to, remove_tree, write_all
+from sidecar.datastores.interface import Capacity, Datastore, Entry, OpenDirectory, ReadableFile, WritableFile
+from sidecar.datastores.posix_files import (
+    PosixDirectory,
+    PosixReadable,
+    PosixWritable,
+    make_entry,
+    open_regular,
+    read_up_to,
+    remove_tree,
+    write_all,
+)
 from sidecar.datastores.renaming import rename_no_replace
 from sidecar.datastores.transfer import can_clone
 from sidecar.errors import (
     DatastoreUnavailable,
     ImageInUse,
-    InvalidRequest,
+    ImagesError,
     OperationCancelled,
 )
 from sidecar.locks.files import FileLocks
 from sidecar.locks.interface import HeldLock
+
+_LOOK_AHEAD_BYTES = 4096
+# For how long a file that is just being closed is no reason to refuse a purge.
+_CLOSING_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -87,26 +99,24 @@ class PosixDatastore:
                 self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), FileLocks(fd, wait=self._wait_for_lock))
             return self._root
 
+    def open_directory(self, path: str) -> OpenDirectory:
+        with self._faults.during("list", path):
+            return PosixDirectory(self._faults, path, self._open_directory(path))
+
     def names(self, path: str) -> list[str]:
-        with self._faults.during("list", path), self._directory(path) as fd:
-            return os.listdir(fd)
+        with closing(self.open_directory(path)) as directory:
+            return directory.names()
 
     def entries(self, path: str) -> list[Entry]:
-        found = []
-        with self._faults.during("list", path), self._directory(path) as fd, os.scandir(fd) as scan:
-            for item in scan:
-                try:
-                    found.append(_entry(item.name, item.stat(follow_symlinks=False)))
-                except FileNotFoundError:
-                    continue
-        return found
+        with closing(self.open_directory(path)) as directory:
+            return directory.entries()
 
     def entry(self, path: str) -> Entry:
         with self._faults.during("look at", path):
             if not path:
-                return _entry("", os.fstat(self._root_fd))
+                return make_entry("", os.fstat(self._root_fd))
             with parent_of(self._root_fd, path) as (parent, name):
-                return _entry(name, os.stat(name, dir_fd=parent, follow_symlinks=False))
+                return make_entry(name, os.stat(name, dir_fd=parent, follow_symlinks=False))
 
     def read_file(self, path: str, limit: int) -> bytes:
         with self._faults.during("read", path), self._opened(path, os.O_RDONLY) as fd:
@@ -115,6 +125,14 @@ class PosixDatastore:
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         with self._faults.during("read", path), self._opened(path, os.O_RDONLY) as fd:
             return os.pread(fd, length, offset)
+
+    def look_ahead(self, path: str) -> None:
+        with suppress(OSError, ImagesError):
+            fd = open_beneath(self._root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(fd, 0, _LOOK_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
 
     def write_file(self, path: str, content: bytes) -> None:
         with self._faults.during("write", path), parent_of(self._root_fd, path) as (parent, name):
@@ -194,8 +212,12 @@ class PosixDatastore:
             os.fsync(fd)
 
     def sync_directory(self, path: str) -> None:
-        with self._faults.during("write to the disk", path), self._directory(path) as fd:
-            os.fsync(fd)
+        with self._faults.during("write to the disk", path):
+            fd = self._open_directory(path)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def open_readable(self, path: str) -> ReadableFile:
         with self._faults.during("open", path):
@@ -242,7 +264,7 @@ class PosixDatastore:
             with self._faults.during("ask who has open", _described(paths)):
                 descriptors = [self._enter_open(stack, path, os.O_RDWR) for path in paths]
                 try:
-                    stack.enter_context(open_files.exclude_users(descriptors))
+                    stack.enter_context(open_files.exclude_users(descriptors, patience=_CLOSING_SECONDS))
                 except open_files.FilesInUse as error:
                     raise ImageInUse(open_files.describe(error.users)) from error
             yield
@@ -278,13 +300,8 @@ class PosixDatastore:
         except FileNotFoundError:
             return False
 
-    @contextmanager
-    def _directory(self, path: str) -> Iterator[int]:
-        fd = open_directory_beneath(self._root_fd, path) if path else os.open(".", os.O_RDONLY, dir_fd=self._root_fd)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def _open_directory(self, path: str) -> int:
+        return open_directory_beneath(self._root_fd, path) if path else os.open(".", os.O_RDONLY, dir_fd=self._root_fd)
 
     @contextmanager
     def _opened(self, path: str, flags: int) -> Iterator[int]:
@@ -295,15 +312,7 @@ class PosixDatastore:
             os.close(fd)
 
     def _open_regular(self, path: str, flags: int) -> int:
-        # O_NONBLOCK: opening a FIFO that somebody planted must not hang.
-        fd = open_beneath(self._root_fd, path, flags | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return open_regular(self._faults, self._root_fd, path, flags)
 
     def _enter_open(self, stack: ExitStack, path: str, flags: int) -> int:
         return stack.enter_context(self._opened(path, flags))
@@ -317,16 +326,3 @@ class PosixDatastore:
 def _described(paths: Sequence[str]) -> str:
     """Not every path: an image may have thousands of files."""
     return f"{len(paths)} files in {paths[0].rpartition('/')[0]}" if paths else "no file"
-
-
-def _entry(name: str, status: os.stat_result) -> Entry:
-    kind = (
-        EntryKind.FILE
-        if stat.S_ISREG(status.st_mode)
-        else EntryKind.DIRECTORY
-        if stat.S_ISDIR(status.st_mode)
-        else EntryKind.OTHER
-    )
-    return Entry(
-        name, kind, status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-    )

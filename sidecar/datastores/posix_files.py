@@ -1,17 +1,56 @@
-"""Open files of a posix datastore, and what is done with whole files and trees by their descriptors."""
+"""Open files and directories of a posix datastore, and what is done with whole files and trees by their descriptors."""
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 
+from sidecar.beneath import open_beneath
 from sidecar.datastores.faults import Faults
-from sidecar.datastores.interface import ReadableFile, Transfer
-from sidecar.datastores.transfer import data_ranges, punch_hole, transfer_range
+from sidecar.datastores.interface import Entry, EntryKind, ReadableFile, Transfer
+from sidecar.datastores.transfer import data_in, punch_hole, transfer_range
 from sidecar.errors import InvalidRequest
 
 _CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
 _DEEPEST = 64  # directories in one another that are removed: each one takes a descriptor
+
+
+class PosixDirectory:
+    """An open directory of a posix datastore."""
+
+    def __init__(self, faults: Faults, path: str, fd: int) -> None:
+        self._faults, self._path, self._fd = faults, path, fd
+
+    def entry(self) -> Entry:
+        with self._faults.during("look at", self._path):
+            return make_entry("", os.fstat(self._fd))
+
+    def names(self) -> list[str]:
+        with self._faults.during("list", self._path):
+            return os.listdir(self._fd)
+
+    def entries(self) -> list[Entry]:
+        found = []
+        with self._faults.during("list", self._path):
+            for name in os.listdir(self._fd):
+                try:
+                    found.append(make_entry(name, os.stat(name, dir_fd=self._fd, follow_symlinks=False)))
+                except FileNotFoundError:
+                    continue
+        return found
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        path = f"{self._path}/{name}"
+        with self._faults.during("read", path):
+            fd = open_regular(self._faults, self._fd, name, os.O_RDONLY)
+            try:
+                return os.pread(fd, length, offset)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class PosixReadable:
@@ -27,7 +66,7 @@ class PosixReadable:
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
         with self._faults.during("read", self._path):
-            return data_ranges(self.fd, offset, length)
+            return data_in(self.fd, offset, length)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -76,6 +115,27 @@ class PosixWritable:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def open_regular(faults: Faults, directory: int, path: str, flags: int) -> int:
+    """Opens what is at `path` beneath an open directory; InvalidRequest when it is no regular file."""
+    # O_NONBLOCK: opening a FIFO that somebody planted must not hang.
+    fd = open_beneath(directory, path, flags | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidRequest(f"{faults.name}: {path} is not a regular file")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_entry(name: str, status: os.stat_result) -> Entry:
+    mode = status.st_mode
+    kind = EntryKind.FILE if stat.S_ISREG(mode) else EntryKind.DIRECTORY if stat.S_ISDIR(mode) else EntryKind.OTHER
+    return Entry(
+        name, kind, status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    )
 
 
 def read_up_to(fd: int, limit: int) -> bytes:

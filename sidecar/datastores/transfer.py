@@ -15,6 +15,7 @@ import os
 import struct
 
 from sidecar.datastores.interface import Transfer
+from sidecar.holes import data_ranges, seek_in
 
 CHUNK = 16 * 1024 * 1024  # bytes between two looks at cancellation
 FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
@@ -33,25 +34,10 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
-def data_ranges(fd: int, offset: int, length: int) -> list[tuple[int, int]]:
-    """The (offset, length) of what is not a hole in that range; all of it where the file system cannot tell."""
+def data_in(fd: int, offset: int, length: int) -> list[tuple[int, int]]:
+    """The (offset, length) of what is not a hole in that range of an open file; all of it where nobody can tell."""
     end = min(offset + length, os.fstat(fd).st_size)
-    ranges = []
-    position = offset
-    while position < end:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole up to the end of the file
-                break
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return [(offset, end - offset)]
-            raise
-        if start >= end:
-            break
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-        ranges.append((start, position - start))
-    return ranges
+    return [(start, stop - start) for start, stop in data_ranges(seek_in(fd), offset, end)]
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -82,7 +68,7 @@ def transfer_range(
         return length
     shift = offset - source_offset
     position = source_offset
-    for start, size in data_ranges(source, source_offset, length):
+    for start, size in data_in(source, source_offset, length):
         if start > position:
             punch_hole(destination, position + shift, start - position)
             transfer.advance(start - position)

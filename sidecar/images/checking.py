@@ -2,7 +2,7 @@
 
 from sidecar.errors import ImageIncomplete, InvalidDisk
 from sidecar.images import vmdk
-from sidecar.images.image import DirectoryReader, Image, ImageState, not_found
+from sidecar.images.image import Image, ImageState, not_found, reader_of
 from sidecar.images.metadata import check_metadata
 from sidecar.images.names import TIMESTAMP, TIMESTAMP_RENAMED, descriptor_name
 from sidecar.images.store import ImageStore, require_valid
@@ -10,7 +10,7 @@ from sidecar.images.store import ImageStore, require_valid
 
 def check_whole(store: ImageStore, image: Image) -> vmdk.Disk:
     """Reads the descriptor, every extent's size and the tables of sparse ones; ImageIncomplete says what is wrong."""
-    reader = DirectoryReader(store.datastore, image.directory, {file.name: file.size for file in image.files})
+    reader = reader_of(store.datastore, image.directory, {file.name: file.size for file in image.files})
     try:
         disk = vmdk.check_disk(descriptor_name(image.key.image_id), reader)
     except FileNotFoundError:

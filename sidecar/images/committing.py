@@ -6,7 +6,7 @@ from sidecar.datastores.interface import EntryKind
 from sidecar.errors import InvalidDisk
 from sidecar.images import vmdk
 from sidecar.images.copying import put_staged_descriptor, rewrite_staged_descriptor
-from sidecar.images.image import DirectoryReader, Image
+from sidecar.images.image import DirectoryReader, Image, reader_of
 from sidecar.images.metadata import MAX_METADATA_BYTES, has_meaning, parse_metadata
 from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, is_bookkeeping, is_reserved, renamed_companion
 from sidecar.images.publishing import publish
@@ -21,7 +21,7 @@ class StagedDisk:
     def __init__(self, staging: StagingDirectory) -> None:
         """Checks everything and changes nothing; InvalidDisk and InvalidMetadata say what is not yet, or wrong."""
         sizes = _plain_files(staging)
-        self.reader = DirectoryReader(staging.store.datastore, staging.directory, sizes)
+        self.reader = reader_of(staging.store.datastore, staging.directory, sizes)
         self.disk = _find_disk(self.reader, sizes)
         vmdk.require_standalone(self.disk.descriptor)
         self.renames = vmdk.renamed_files(self.disk, staging.image_id)

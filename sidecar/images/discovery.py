@@ -1,5 +1,6 @@
 """Keeps the catalogue true to one datastore, whoever changes it."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -7,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from sidecar.datastores.interface import Capacity, ChangeWatcher, EntryKind
+from sidecar.datastores.interface import Capacity, ChangeWatcher, Datastore, EntryKind
 from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, InvalidRequest
 from sidecar.images.catalog import Catalog, with_details
 from sidecar.images.image import Image, ImageState
-from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.looking_ahead import LookAhead
+from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, descriptor_name
 from sidecar.images.store import ImageStore
 
 RESCAN_WATCHED_SECONDS = 60.0  # a net below inotify, which does not hear of everything on every file system
@@ -56,6 +59,7 @@ class Discovery:
         self._settled = threading.Event()  # the first scan has ended, in whatever way
         self._status = DatastoreStatus(Capacity(0, 0), "it was not looked at yet", 0)
         self._checked = float("-inf")  # when the status was seen
+        self._began = monotonic()
         self._thread = threading.Thread(target=self._run, name=f"discovery-{store.datastore.name}")
 
     @property
@@ -66,11 +70,16 @@ class Discovery:
     @property
     def status(self) -> DatastoreStatus:
         """What was last seen; a datastore that hangs answers nothing, so its silence is a fault."""
-        status = self._status
-        if status.fault or self._monotonic() - self._checked <= _HUNG_SECONDS:
-            return status
-        seen = datetime.fromtimestamp(status.checked_ns / 1e9, UTC).isoformat(" ", "seconds")
-        return replace(status, fault=f"datastore {self.store.datastore.name} has not answered since {seen}")
+        silence = self.silence()
+        return replace(self._status, fault=silence) if silence else self._status
+
+    def silence(self) -> str:
+        """That the datastore does not answer, not even with an error, and since when; empty when it does."""
+        if self._monotonic() - max(self._checked, self._began) <= _HUNG_SECONDS:
+            return ""
+        checked_ns = self._status.checked_ns
+        seen = datetime.fromtimestamp(checked_ns / 1e9, UTC).isoformat(" ", "seconds") if checked_ns else "the start"
+        return f"it has not answered since {seen}"
 
     def start(self) -> None:
         self._thread.start()
@@ -89,8 +98,11 @@ class Discovery:
         return self._complete
 
     def wait_first_scan(self, timeout: float) -> bool:
-        """Waits, up to `timeout` seconds, for the end of the first scan, complete or not; whether it has ended."""
-        return self._settled.wait(timeout)
+        """Waits, up to `timeout` seconds, for the end of the first scan, complete or not.
+
+        Whether there is nothing to wait for any more: it has ended, or the datastore does not answer.
+        """
+        return bool(self.silence()) or self._settled.wait(timeout)
 
     def read(self, image_id: str) -> Image:
         """One image with all its details, from the datastore; ImageNotFound. The catalogue learns of it."""
@@ -131,9 +143,10 @@ class Discovery:
             datastore.check()
             status = DatastoreStatus(datastore.capacity(), "", time.time_ns())
         except ImagesError as error:
-            status = DatastoreStatus(self._status.capacity, error.message, time.time_ns())
+            status = DatastoreStatus(self._status.capacity, fault_of(datastore, error), time.time_ns())
         if status.fault != self._status.fault:
-            _log.info("datastore changed datastore=%s fault=%r", datastore.name, status.fault)
+            level = logging.WARNING if status.fault else logging.INFO
+            _log.log(level, "datastore changed datastore=%s fault=%r", datastore.name, status.fault)
         self._status, self._checked = status, self._monotonic()
         return status
 
@@ -178,6 +191,8 @@ class Discovery:
         whole = False
         try:
             whole = not self._status.fault and self._look_at_all(lost)
+            if whole and not self._complete:
+                self._warn_of_other_layout()
             self._complete = whole or self._complete
             return whole
         except FileNotFoundError as error:
@@ -195,9 +210,28 @@ class Discovery:
             self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
             self._watch(parent)
-        whole = True
+        image_ids, vanished, whole = self._list_all()
+        with LookAhead(store.datastore, self._unread_descriptors(image_ids)):
+            for image_id in image_ids:
+                self._watch(layout.image_directory(image_id))
+                if lost or not self._is_unchanged(image_id):
+                    whole = self._read_again(image_id, changed=lost) and whole
+                self._check_when_due()
+                if self._stopping.is_set():
+                    return False
+        for image_id in vanished:
+            self._check_when_due()
+            whole = self._read_again(image_id, changed=True) and whole
+        return whole
+
+    def _list_all(self) -> tuple[list[str], set[str], bool]:
+        """The ids of what may be images; those that are known and not there any more; whether all could be listed."""
+        store, layout = self.store, self.store.layout
+        image_ids: list[str] = []
         known = set(self._catalog.ids(store.datastore.name))
+        whole = True
         for collection in layout.collections(store.datastore):
+            self._check_when_due()
             self._watch(collection)
             try:
                 names = store.datastore.names(collection)
@@ -208,20 +242,36 @@ class Discovery:
                 known = {each for each in known if layout.image_directory(each).rpartition("/")[0] != collection}
                 whole = False
                 continue
-            for name in names:
-                image_id = layout.image_id(collection, name)
-                if image_id is None:
-                    continue
-                known.discard(image_id)
-                self._watch(layout.image_directory(image_id))
-                if lost or not self._is_unchanged(image_id):
-                    whole = self._read_again(image_id, changed=lost) and whole
-                self._check_when_due()
-                if self._stopping.is_set():
-                    return False
-        for image_id in known:
-            whole = self._read_again(image_id, changed=True) and whole
-        return whole
+            image_ids.extend(image_id for name in names if (image_id := layout.image_id(collection, name)) is not None)
+        return image_ids, known.difference(image_ids), whole
+
+    def _warn_of_other_layout(self) -> None:
+        """A datastore that is served with another layout than its own looks empty, and nothing else would say why."""
+        store = self.store
+        if self._catalog.ids(store.datastore.name):
+            return
+        for layout in LAYOUTS.values():
+            with contextlib.suppress(FileNotFoundError, ImagesError):
+                for collection in layout.collections(store.datastore):
+                    for name in store.datastore.names(collection):
+                        if layout.image_id(collection, name) is not None:
+                            _log.warning(
+                                "datastore looks empty, and may be of another layout datastore=%s layout=%s found=%s "
+                                "layout_of_that=%s see=datastore.%s.layout in the configuration",
+                                store.datastore.name,
+                                store.layout.id,
+                                f"{collection}/{name}".lstrip("/"),
+                                layout.id,
+                                store.datastore.name,
+                            )
+                            return
+
+    def _unread_descriptors(self, image_ids: list[str]) -> list[str]:
+        store = self.store
+        if store.layout.names_only:
+            return []
+        unread = (image_id for image_id in image_ids if self._catalog.get(store.key(image_id)) is None)
+        return [f"{store.layout.image_directory(image_id)}/{descriptor_name(image_id)}" for image_id in unread]
 
     def _watch(self, path: str) -> None:
         if self._watcher and not self._watcher.watch(path):
@@ -265,6 +315,7 @@ class Discovery:
                 found.add(owner)
             changed.update(image_id for image_id in found if image_id is not None)
         for image_id in changed:
+            self._check_when_due()
             self._watch(layout.image_directory(image_id))
             self.refresh(image_id)
         self._changes_lost = self._changes_lost or changes.lost
@@ -275,3 +326,8 @@ class Discovery:
         collection, _, name = directory.rpartition("/")
         image_id = self.store.layout.image_id(collection, name) if name else None
         return image_id if image_id and self.store.layout.image_directory(image_id) == directory else None
+
+
+def fault_of(datastore: Datastore, error: ImagesError) -> str:
+    """What the error says of the datastore, without the name: that stands beside it wherever a fault is told."""
+    return error.message.removeprefix("datastore ").removeprefix(f"{datastore.name}: ")

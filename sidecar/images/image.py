@@ -1,9 +1,11 @@
 """An image as it is on its datastore now: its state, its files, its times."""
 
 import enum
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
-from sidecar.datastores.interface import Datastore, Entry, EntryKind
+from sidecar.datastores.interface import Datastore, Entry, EntryKind, OpenDirectory
 from sidecar.errors import ImageNotFound, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
 from sidecar.images.layouts.interface import Layout
@@ -103,11 +105,9 @@ def read_image_names(datastore: Datastore, layout: Layout, image_id: str) -> Ima
     """The image's state, from the names in its directory alone; ImageNotFound when there is no image."""
     key = ImageKey(datastore.name, image_id)
     directory = layout.image_directory(image_id)
-    try:
-        place = datastore.entry(directory)
-        names = set(datastore.names(directory))
-    except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory
-        raise not_found(key) from None
+    with closing(_open_directory(datastore, directory, key)) as opened:
+        place = opened.entry()
+        names = set(opened.names())
     _require_something(key, names)
     return Image(key, directory, image_state(names, image_id), details_known=False, fingerprint=(place.inode, 0, 0))
 
@@ -119,16 +119,15 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
     """
     key = ImageKey(datastore.name, image_id)
     directory = layout.image_directory(image_id)
-    try:
-        place = datastore.entry(directory)
-        entries = {entry.name: entry for entry in datastore.entries(directory)}
-    except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory
-        raise not_found(key) from None
-    _require_something(key, set(entries))
-    problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
-    disk, fault = _read_disk(datastore, directory, image_id, entries)
-    if fault:
-        problems.append(fault)
+    with closing(_open_directory(datastore, directory, key)) as opened:
+        place = opened.entry()
+        entries = {entry.name: entry for entry in opened.entries()}
+        _require_something(key, set(entries))
+        problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
+        disk, fault = _read_disk(opened, image_id, entries)
+        if fault:
+            problems.append(fault)
+        marked_unused_s = _read_marker(opened, entries, problems)
     kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
     kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
     files = sorted(
@@ -152,7 +151,7 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         created_ns=min((file.modified_ns for file in files), default=None),
         touched_ns=timestamp.modified_ns if timestamp else None,
         tombstoned_ns=tombstone.modified_ns if tombstone else None,
-        marked_unused_s=_read_marker(datastore, directory, entries, problems),
+        marked_unused_s=marked_unused_s,
         problems=tuple(problems),
         fingerprint=(place.inode, place.changed_ns, timestamp.modified_ns if timestamp else 0),
     )
@@ -165,8 +164,9 @@ def not_found(key: ImageKey) -> ImageNotFound:
 class DirectoryReader:
     """What the vmdk module needs of a directory. `sizes` are known already, so that no attribute is read twice."""
 
-    def __init__(self, datastore: Datastore, directory: str, sizes: dict[str, int]) -> None:
-        self._datastore, self._directory, self._sizes = datastore, directory, sizes
+    def __init__(self, read_range: Callable[[str, int, int], bytes], sizes: dict[str, int]) -> None:
+        """`read_range` of a file's name, an offset and a length."""
+        self._read_range, self._sizes = read_range, sizes
         # The file read last, and its first bytes: a descriptor is read twice, its magic first.
         self._start = ("", b"")
 
@@ -177,19 +177,31 @@ class DirectoryReader:
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         if offset + length > _START_BYTES:
-            return self._datastore.read_range(f"{self._directory}/{name}", offset, length)
+            return self._read_range(name, offset, length)
         if self._start[0] != name:
-            self._start = (name, self._datastore.read_range(f"{self._directory}/{name}", 0, _START_BYTES))
+            self._start = (name, self._read_range(name, 0, _START_BYTES))
         return self._start[1][offset : offset + length]
 
 
-def _read_disk(
-    datastore: Datastore, directory: str, image_id: str, entries: dict[str, Entry]
-) -> tuple[vmdk.Disk | None, str]:
+def reader_of(datastore: Datastore, directory: str, sizes: dict[str, int]) -> DirectoryReader:
+    """For whoever does not hold the directory."""
+    return DirectoryReader(
+        lambda name, offset, length: datastore.read_range(f"{directory}/{name}", offset, length), sizes
+    )
+
+
+def _open_directory(datastore: Datastore, directory: str, key: ImageKey) -> OpenDirectory:
+    try:
+        return datastore.open_directory(directory)
+    except (FileNotFoundError, InvalidRequest):  # the latter: it is no directory
+        raise not_found(key) from None
+
+
+def _read_disk(directory: OpenDirectory, image_id: str, entries: dict[str, Entry]) -> tuple[vmdk.Disk | None, str]:
     """The disk, as far as it can be read, and what is wrong with it: only the presence and the sizes of its files."""
     sizes = {entry.name: entry.size for entry in entries.values() if entry.kind is EntryKind.FILE}
     try:
-        disk = vmdk.read_disk(descriptor_name(image_id), DirectoryReader(datastore, directory, sizes))
+        disk = vmdk.read_disk(descriptor_name(image_id), DirectoryReader(directory.read_range, sizes))
     except FileNotFoundError:
         return None, "it has no descriptor"
     except InvalidDisk as error:
@@ -202,12 +214,12 @@ def _read_disk(
     return disk, ""
 
 
-def _read_marker(datastore: Datastore, directory: str, entries: dict[str, Entry], problems: list[str]) -> int | None:
+def _read_marker(directory: OpenDirectory, entries: dict[str, Entry], problems: list[str]) -> int | None:
     marker = entries.get(UNUSED_MARKER)
     if marker is None or marker.kind is not EntryKind.FILE:
         return None
     try:
-        seconds = int(datastore.read_file(f"{directory}/{UNUSED_MARKER}", _MARKER_LIMIT))
+        seconds = int(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT))
     except FileNotFoundError:
         return None
     except (ValueError, InvalidRequest):  # the latter: it is no plain file any more

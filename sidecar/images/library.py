@@ -1,7 +1,8 @@
 """All datastores of a sidecar together: what the services call, and what starts and ends with the process."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +30,7 @@ class Library:
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         for discovery in discoveries:
             discovery.store.observe(discovery.refresh)
+            discovery.store.admission.ask(discovery.silence)
 
     def start(self) -> None:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
@@ -63,6 +65,13 @@ class Library:
             raise DatastoreNotFound(f"there is no datastore {datastore[:128]!r}; this sidecar has {names}")
         return discovery
 
+    @contextmanager
+    def using(self, datastore: str, wanted: Callable[[], bool]) -> Iterator[ImageStore]:
+        """The datastore's images for a call, while its caller wants it; DatastoreUnavailable when it seems to hang."""
+        store = self.store(datastore)
+        with store.admission.call(wanted):
+            yield store
+
     def start_copy(self, source: ImageKey, destination: ImageKey, request_id: str) -> Operation[Image]:
         """Starts a copy, or finds the one that this request id started."""
         from_store, to_store = self.store(source.datastore), self.store(destination.datastore)
@@ -70,6 +79,7 @@ class Library:
             request_id,
             f"copy {source} to {destination}",
             lambda progress: copy_image(from_store, source.image_id, to_store, destination.image_id, progress),
+            lambda: from_store.admission.copy_to(to_store.admission),
         )
 
     def __enter__(self) -> Self:

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
 from sidecar.errors import InvalidRequest
@@ -108,10 +108,17 @@ class Operations(Generic[Result]):
         self._by_request: OrderedDict[str, Operation[Result]] = OrderedDict()
         self._unfinished: set[Operation[Result]] = set()
 
-    def start(self, request_id: str, fingerprint: str, work: Callable[[Progress], Result]) -> Operation[Result]:
+    def start(
+        self,
+        request_id: str,
+        fingerprint: str,
+        work: Callable[[Progress], Result],
+        admission: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Operation[Result]:
         """The operation of this request id, running or done; a new one when there is none or it failed.
 
-        The caller has joined it and must attend it. InvalidRequest when the id was used for something else.
+        The caller has joined it and must attend it. InvalidRequest when the id was used for something else. A new one
+        holds what `admission` gives until it has ended; what that raises, passes.
         """
         check_request_id(request_id)
         with self._lock:
@@ -122,6 +129,8 @@ class Operations(Generic[Result]):
                 return known
             if known and not known.ended:
                 work = _after(known, work)
+            held = ExitStack()
+            held.enter_context(admission())
             operation: Operation[Result] = Operation(fingerprint)
             operation.join()
             if request_id:
@@ -130,12 +139,13 @@ class Operations(Generic[Result]):
                 while len(self._by_request) > _REMEMBERED:
                     self._by_request.popitem(last=False)
             self._unfinished.add(operation)
-            self._executor.submit(self._run, operation, work)
+            self._executor.submit(self._run, operation, work, held)
             return operation
 
-    def _run(self, operation: Operation[Result], work: Callable[[Progress], Result]) -> None:
+    def _run(self, operation: Operation[Result], work: Callable[[Progress], Result], held: ExitStack) -> None:
         try:
-            operation.run(work)
+            with held:
+                operation.run(work)
         finally:
             with self._lock:
                 self._unfinished.discard(operation)

@@ -80,6 +80,12 @@ class StagingSessions:
         staging.abort()  # the same call came twice, at the same time
         return known
 
+    def store(self, staging_id: str) -> ImageStore | None:
+        """Where the staging directory is; None when there is none."""
+        with self._changed:
+            session = self._sessions.get(staging_id)
+            return session.staging.store if session else None
+
     @contextmanager
     def using(self, staging_id: str) -> Iterator[StagingDirectory]:
         """The staging directory, which is neither committed nor dropped before the block ends; StagingNotFound."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import ImageAlreadyExists, ImageIncomplete, ImageNotFound, ImageTombstoned, LockTimeout, NoSpace
+from sidecar.images.admission import Admission
 from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import check_image_id
@@ -33,12 +34,14 @@ class ImageStore:
         lock_timeout: float = 30.0,
         clock: Callable[[], int] = time.time_ns,
         new_token: Callable[[], str] = lambda: str(uuid.uuid4()),
+        admission: Admission | None = None,
     ) -> None:
         self.datastore = datastore
         self.layout = layout
         self.reserve = reserve
         self.clock = clock
         self.new_token = new_token
+        self.admission = admission or Admission(datastore.name)
         self._lock_timeout = lock_timeout
         self._observer: Callable[[str], None] = lambda image_id: None
 

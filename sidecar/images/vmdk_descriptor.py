@@ -9,7 +9,7 @@ differently is refused, so that what was checked here is what they will open.
 import enum
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sidecar.errors import InvalidDisk
@@ -77,6 +77,7 @@ _EXTENT = re.compile(
 _EXTENT_START = re.compile(rb"[ \t]*(?:RW|RDONLY|NOACCESS)(?:[ \t=]|$)", re.IGNORECASE)
 _MOST_LEFT_BEHIND = 7  # of a CID, which has 1 to 8 digits
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PARENT_HINT = re.compile(rb'parentFileNameHint[ \t]*=?[ \t]*"?([^"\r\n]*)', re.IGNORECASE)
 _ESCAPE = re.compile(r"\|[0-9A-Fa-f]{2}")
 
@@ -154,7 +155,7 @@ def _name_fault(name: str) -> str | None:
         return "the files of a disk are in the directory of its descriptor, so a name has no slash or backslash"
     if name.startswith("."):
         return "it starts with a dot"
-    if any(character < " " or "\x7f" <= character <= "\x9f" for character in name):
+    if _CONTROL_CHARACTER.search(name):
         return "it has a control character"
     if '"' in name:
         return "it has a quotation mark, at which QEMU ends the name"
@@ -177,7 +178,7 @@ def parse_descriptor(raw: bytes) -> Descriptor:
     Raises InvalidDisk, and nothing else, for whatever is not a descriptor of a disk that can be an image. A parent is
     no fault here: see `require_standalone`.
     """
-    entries = _entries(raw)
+    entries, extent_lines = _read_lines(_lines(raw))
     for key in ("version", "cid", "parentcid", "createtype"):
         if key not in entries:
             raise InvalidDisk(f"not a VMDK descriptor: it has no {key} line")
@@ -187,7 +188,7 @@ def parse_descriptor(raw: bytes) -> Descriptor:
     if create_type.casefold() not in _CREATE_TYPES:
         raise InvalidDisk(f"a disk of type {shown(create_type)} cannot be an image; {_CONVERT}")
     codec = _codec(entries)
-    extents = tuple(_extent(match, codec) for _, match in _extent_lines(_lines(raw)))
+    extents = tuple(_extent(match, codec) for _, match in extent_lines)
     _check_extents(extents)
     hint = _PARENT_HINT.search(raw)
     adapter_type = entries.get("ddb.adaptertype")
@@ -219,9 +220,10 @@ def rewrite_descriptor(raw: bytes, renames: Mapping[str, str]) -> bytes:
     has no way to write it.
     """
     parse_descriptor(raw)
-    codec = _codec(_entries(raw))
     lines = _lines(raw)
-    for index, match in _extent_lines(lines):
+    entries, extent_lines = _read_lines(lines)
+    codec = _codec(entries)
+    for index, match in extent_lines:
         if match[4] is None:
             continue
         new_name = renames.get(_file_name(match[4], codec))
@@ -282,31 +284,32 @@ def _lines(raw: bytes) -> list[bytes]:
     return without_padding(raw).split(b"\n")
 
 
-def _extent_lines(lines: list[bytes]) -> Iterator[tuple[int, re.Match[bytes]]]:
-    for index, line in enumerate(lines):
-        if match := _EXTENT.fullmatch(line.removesuffix(b"\r")):
-            yield index, match
+def _read_lines(lines: list[bytes]) -> tuple[dict[str, bytes], list[tuple[int, re.Match[bytes]]]]:
+    """The key and value lines, keys in lower case, and the extents, each with the index of its line.
 
-
-def _entries(raw: bytes) -> dict[str, bytes]:
-    """The key and value lines, keys in lower case. Refuses every line that is no comment, entry or whole extent."""
+    Refuses every line that is no comment, entry or whole extent. A start reads one descriptor for each image.
+    """
     entries: dict[str, bytes] = {}
+    extents: list[tuple[int, re.Match[bytes]]] = []
     after_blank = False
-    for number, ended_line in enumerate(_lines(raw), 1):
+    for number, ended_line in enumerate(lines, 1):
         line = ended_line.removesuffix(b"\r")
-        blank, after_blank = after_blank, not line.strip()
         if _CONTROL.search(line):
             raise InvalidDisk(f"not a VMDK descriptor: line {number} has a control character")
-        if after_blank or line.lstrip().startswith(b"#") or line.startswith(b"\xef\xbb\xbf#"):
+        text = line.strip()
+        blank, after_blank = after_blank, not text
+        if after_blank or text.startswith(b"#") or line.startswith(b"\xef\xbb\xbf#"):
             continue
         if _EXTENT_START.match(line):
-            if not _EXTENT.fullmatch(line):
+            extent = _EXTENT.fullmatch(line)
+            if extent is None:
                 raise InvalidDisk(f"line {number} of the descriptor is not an extent: {_extent_fault(line)}")
             if blank:
                 raise InvalidDisk(
                     f"line {number} of the descriptor is an extent after a blank line: remove the line, "
                     f"because QEMU counts the extent once more for it"
                 )
+            extents.append((number - 1, extent))
             continue
         key_bytes, equals, value = line.partition(b"=")
         if not equals:
@@ -318,7 +321,7 @@ def _entries(raw: bytes) -> dict[str, bytes]:
             )
         value = value.strip()
         entries[key] = value[1:-1] if len(value) >= 2 and value[:1] == value[-1:] == b'"' else value
-    return entries
+    return entries, extents
 
 
 def _extent_fault(line: bytes) -> str:

@@ -22,7 +22,9 @@ class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
         return pb.ListDatastoresResponse(datastores=[datastore_message(discovery) for discovery in discoveries])
 
     def GetDatastore(self, request: pb.GetDatastoreRequest, context: grpc.ServicerContext) -> pb.GetDatastoreResponse:
-        """As it is now."""
+        """As it is now; of one that does not answer, that."""
         discovery = self._library.discovery(request.name)
-        discovery.check()
+        if not discovery.silence():
+            with self._library.using(request.name, context.is_active):
+                discovery.check()
         return pb.GetDatastoreResponse(datastore=datastore_message(discovery))

@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from protos.images.v1 import image_service_pb2 as pb
 from protos.images.v1 import image_service_pb2_grpc as pb_grpc
@@ -18,6 +17,7 @@ from sidecar.images.image import Image
 from sidecar.images.library import Library
 from sidecar.images.metadata import read_metadata, update_companions
 from sidecar.images.names import manifest_name, metadata_name
+from sidecar.images.store import ImageStore
 from sidecar.images.watching import Watches
 from sidecar.services.messages import (
     datastore_message,
@@ -36,6 +36,14 @@ IMAGES_A_MESSAGE = 500
 BYTES_A_MESSAGE = 4 << 20  # of images: half of what a message has at most
 
 Answer = TypeVar("Answer")
+Change: TypeAlias = (
+    pb.ValidateImageRequest
+    | pb.TouchImageRequest
+    | pb.DeleteImageRequest
+    | pb.RestoreImageRequest
+    | pb.PurgeImageRequest
+    | pb.UpdateMetadataRequest
+)
 
 
 class ImageServicer(pb_grpc.ImageServiceServicer):
@@ -80,35 +88,36 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 
     def GetImage(self, request: pb.GetImageRequest, context: grpc.ServicerContext) -> pb.GetImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
-        image = self._library.discovery(key.datastore).read(key.image_id)
-        message = image_message(image)
-        for field, name in (("metadata_json", metadata_name), ("manifest_json", manifest_name)):
-            try:
-                setattr(message, field, read_metadata(store.datastore, image, name(key.image_id)))
-            except InvalidMetadata as error:
-                message.problems.append(error.message)
-        with suppress(FileNotFoundError):  # deleted just now
-            message.users.extend(store.datastore.users([image.path(file.name) for file in image.files]))
+        with self._library.using(key.datastore, context.is_active) as store:
+            image = self._library.discovery(key.datastore).read(key.image_id)
+            message = image_message(image)
+            for field, name in (("metadata_json", metadata_name), ("manifest_json", manifest_name)):
+                try:
+                    setattr(message, field, read_metadata(store.datastore, image, name(key.image_id)))
+                except InvalidMetadata as error:
+                    message.problems.append(error.message)
+            with suppress(FileNotFoundError):  # deleted just now
+                message.users.extend(store.datastore.users([image.path(file.name) for file in image.files]))
         return pb.GetImageResponse(image=message)
 
     def ValidateImage(
         self, request: pb.ValidateImageRequest, context: grpc.ServicerContext
     ) -> pb.ValidateImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.ValidateImageResponse:
+        def work(store: ImageStore) -> pb.ValidateImageResponse:
             image, repaired = validate_image(store, key.image_id, repair=request.repair)
             return pb.ValidateImageResponse(image=image_message(image), repaired=repaired)
 
-        return self._once("ValidateImage", request, context, work) if request.repair else work()
+        if request.repair:
+            return self._once("ValidateImage", request, context, work)
+        with self._library.using(key.datastore, context.is_active) as store:
+            return work(store)
 
     def TouchImage(self, request: pb.TouchImageRequest, context: grpc.ServicerContext) -> pb.TouchImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.TouchImageResponse:
+        def work(store: ImageStore) -> pb.TouchImageResponse:
             return pb.TouchImageResponse(touch_time=timestamp(touch_image(store, key.image_id)))
 
         return self._once("TouchImage", request, context, work)
@@ -135,9 +144,8 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 
     def DeleteImage(self, request: pb.DeleteImageRequest, context: grpc.ServicerContext) -> pb.DeleteImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.DeleteImageResponse:
+        def work(store: ImageStore) -> pb.DeleteImageResponse:
             if request.force:
                 purge_image(store, key.image_id, force=True)
             else:
@@ -148,18 +156,16 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 
     def RestoreImage(self, request: pb.RestoreImageRequest, context: grpc.ServicerContext) -> pb.RestoreImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.RestoreImageResponse:
+        def work(store: ImageStore) -> pb.RestoreImageResponse:
             return pb.RestoreImageResponse(image=image_message(restore_image(store, key.image_id)))
 
         return self._once("RestoreImage", request, context, work)
 
     def PurgeImage(self, request: pb.PurgeImageRequest, context: grpc.ServicerContext) -> pb.PurgeImageResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.PurgeImageResponse:
+        def work(store: ImageStore) -> pb.PurgeImageResponse:
             return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id))
 
         return self._once("PurgeImage", request, context, work)
@@ -168,9 +174,8 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         self, request: pb.UpdateMetadataRequest, context: grpc.ServicerContext
     ) -> pb.UpdateMetadataResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
 
-        def work() -> pb.UpdateMetadataResponse:
+        def work(store: ImageStore) -> pb.UpdateMetadataResponse:
             image: Image = update_companions(store, key.image_id, request.files, request.remove_files)
             return pb.UpdateMetadataResponse(image=image_message(image))
 
@@ -198,9 +203,14 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                     incomplete_datastores=event.incomplete if event.everything else [],
                 )
 
-    def _once(self, method: str, request: Message, context: grpc.ServicerContext, work: Callable[[], Answer]) -> Answer:
-        request_id: str = request.request_id  # type: ignore[attr-defined]
-        return self._requests.run(request_id, fingerprint(method, request), work, context.time_remaining())
+    def _once(
+        self, method: str, request: Change, context: grpc.ServicerContext, work: Callable[[ImageStore], Answer]
+    ) -> Answer:
+        """One change of one image. Whoever waits for a call of the same request id takes a place as that one does."""
+        with self._library.using(request.ref.datastore, context.is_active) as store:
+            return self._requests.run(
+                request.request_id, fingerprint(method, request), lambda: work(store), context.time_remaining()
+            )
 
 
 def _batches(images: Sequence[Image], most: int) -> Iterator[list[types_pb2.Image]]:

@@ -17,8 +17,8 @@ from sidecar.errors import (
     InternalError,
     OperationCancelled,
     SidecarUnavailable,
-    TooManyCalls,
 )
+from sidecar.images.admission import Slots
 from sidecar.services.errors import to_status
 
 # Generic for the type checker only.
@@ -31,27 +31,6 @@ PACKAGE = "/images.v1."
 # thousands of them, and CommitStaging says what came of it.
 QUIET_PREFIXES = ("List", "Get", "Watch", "Read")
 QUIET_METHODS = ("WriteFile", "CloneRange")
-
-
-class Slots:
-    """A bound on the calls of one kind that hold a thread. Taking one never waits: a full pool is an answer."""
-
-    def __init__(self, kind: str, size: int) -> None:
-        self.kind = kind
-        self.size = size
-        self._free = threading.BoundedSemaphore(size)
-
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Holds a slot. Raises TooManyCalls when all are taken."""
-        if not self._free.acquire(blocking=False):
-            raise TooManyCalls(
-                f"{self.size} {self.kind} are running, which is the limit of this sidecar: try again later"
-            )
-        try:
-            yield
-        finally:
-            self._free.release()
 
 
 class Activity:

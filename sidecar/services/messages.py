@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.images.v1 import types_pb2 as pb
 from sidecar.errors import ImagesError, InvalidRequest
-from sidecar.images.discovery import Discovery
+from sidecar.images.discovery import Discovery, fault_of
 from sidecar.images.image import FileKind, Image, ImageFile, ImageKey, ImageState
 from sidecar.images.names import check_image_id
 
@@ -108,7 +108,7 @@ def datastore_message(discovery: Discovery) -> pb.Datastore:
         try:
             message.reflink = store.datastore.reflink
         except ImagesError as error:
-            message.accessible, message.fault = False, error.message
+            message.accessible, message.fault = False, fault_of(store.datastore, error)
     return message
 
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 
 import grpc
 
@@ -18,6 +18,7 @@ from sidecar.images.names import check_file_name
 from sidecar.images.operations import Operation, Operations
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
 from sidecar.services.image_service import PROGRESS_SECONDS
 from sidecar.services.messages import image_key, image_message, timestamp
 from sidecar.services.requests import Requests, fingerprint
@@ -43,8 +44,8 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CreateStagingRequest, context: grpc.ServicerContext
     ) -> pb.CreateStagingResponse:
         key = image_key(request.ref)
-        store = self._library.store(key.datastore)
-        session = self._library.sessions.create(store, key.image_id, request.expected_bytes, request.request_id)
+        with self._library.using(key.datastore, context.is_active) as store:
+            session = self._library.sessions.create(store, key.image_id, request.expected_bytes, request.request_id)
         return pb.CreateStagingResponse(
             staging_id=session.id,
             directory=session.staging.directory,
@@ -63,6 +64,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         written = checked = 0
         size: int | None = None
         with (
+            self._transfer(first.staging_id),
             self._library.sessions.using(first.staging_id) as staging,
             closing(staging.open_writable(first.name)) as target,
         ):
@@ -114,7 +116,11 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         _check_range(request.offset, request.length)
         until = time.monotonic() + CLONE_SECONDS
         progress = Progress()
-        with self._library.sessions.using(request.staging_id) as staging, ExitStack() as stack:
+        with (
+            self._call(request.staging_id, context, store),
+            self._library.sessions.using(request.staging_id) as staging,
+            ExitStack() as stack,
+        ):
             image = store.read_valid(key.image_id)
             source = stack.enter_context(closing(_open_file(store.datastore, image, request.source_name)))
             store.read_valid(key.image_id)  # again, now that it cannot be purged any more
@@ -140,7 +146,10 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 require_space_for_copy(opened, staging.store)
                 clone_files(opened, staging, progress, disk_only=True)
 
-        operation: Operation[None] = self._clones.start("", f"clone {key}", clone)
+        destination = self._library.sessions.store(request.staging_id) or store
+        operation: Operation[None] = self._clones.start(
+            "", f"clone {key}", clone, lambda: store.admission.copy_to(destination.admission)
+        )
         with operation.attend() as leave:
             if not context.add_callback(leave):
                 return
@@ -164,18 +173,35 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
             )
 
-        return self._requests.run(
-            request.request_id, fingerprint("CommitStaging", request), work, context.time_remaining()
-        )
+        with self._call(request.staging_id, context):
+            return self._requests.run(
+                request.request_id, fingerprint("CommitStaging", request), work, context.time_remaining()
+            )
 
     def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
-        self._library.sessions.abort(request.staging_id)
+        with self._call(request.staging_id, context):
+            self._library.sessions.abort(request.staging_id)
         return pb.AbortStagingResponse()
+
+    @contextmanager
+    def _call(self, staging_id: str, context: grpc.ServicerContext, *more: ImageStore) -> Iterator[None]:
+        """A place on the datastore of the staging directory, if there is one, and on those of `more`."""
+        own = self._library.sessions.store(staging_id)
+        stores = {store.datastore.name: store for store in (own, *more) if store is not None}
+        with ExitStack() as stack:
+            for name in sorted(stores):  # in one order: two calls never wait for each other
+                stack.enter_context(stores[name].admission.call(context.is_active))
+            yield
+
+    def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
+        store = self._library.sessions.store(staging_id)
+        return store.admission.transfer() if store else nullcontext()
 
     @contextmanager
     def _open_for_reading(self, request: pb.ReadFileRequest) -> Iterator[ReadableFile]:
         if request.WhichOneof("from") == "staging_id":
             with (
+                self._transfer(request.staging_id),
                 self._library.sessions.using(request.staging_id) as staging,
                 closing(_open_staged(staging, request.name)) as file,
             ):
@@ -183,9 +209,10 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             return
         key = image_key(request.ref)
         store = self._library.store(key.datastore)
-        image = store.read(key.image_id)
-        with closing(_open_file(store.datastore, image, request.name)) as file:
-            yield file
+        with store.admission.transfer():
+            image = store.read(key.image_id)
+            with closing(_open_file(store.datastore, image, request.name)) as file:
+                yield file
 
 
 def _open_staged(staging: StagingDirectory, name: str) -> ReadableFile:

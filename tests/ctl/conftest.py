@@ -62,8 +62,9 @@ class Imagectl:
         return json.loads(self("--output", "json", *arguments))
 
     def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
+        """Heeds signals, also where the tests themselves run under nohup or as a shell's job in the background."""
         return subprocess.Popen(
-            self.command(*arguments),
+            ["env", "--default-signal=INT,HUP,TERM", *self.command(*arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

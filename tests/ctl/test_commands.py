@@ -13,7 +13,7 @@ import pytest
 
 from tests.ctl.conftest import Imagectl
 from tests.support.disks import make_disk
-from tests.support.processes import Sidecar
+from tests.support.processes import Sidecar, wait_until
 
 ISO_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z")
 MakeImage = Callable[[str], Path]
@@ -96,6 +96,40 @@ def test_show_has_every_field(imagectl: Imagectl, make_image: MakeImage, tmp_pat
     assert document["users"] == document["problems"] == []
 
 
+def test_a_valid_image_with_a_problem_is_not_listed_as_if_it_had_none(
+    imagectl: Imagectl, make_image: MakeImage, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    make_image("one/b")
+    (tmp_path / "one" / "image_a" / "a-flat.vmdk").unlink()
+    wait_until(lambda: bool(imagectl.json("ls")[0]["problems"]), "the sidecar noticed")
+    rows = {line.split("  ")[0]: line for line in imagectl("ls").splitlines()}
+    assert "  VALID, 1 problem  " in rows["one/a"]
+    assert "  VALID  " in rows["one/b"]
+    assert imagectl.json("ls")[0]["state"] == "VALID"
+    assert "imagectl show" in imagectl("ls", "--help")
+
+
+def test_programs_read_names_as_they_are_and_json_whatever_the_encoding(
+    imagectl: Imagectl, make_image: MakeImage, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    odd = b"d\xc3\xa9bi\xe2\x82\xac\xf0\x9f\x98\x80"
+    assert f'"directory": "{tmp_path}/{odd.decode()}"' in imagectl(
+        "-o", "json", "export", "one/a", tmp_path / odd.decode()
+    )
+    latin = Imagectl(imagectl.address, {"PYTHONIOENCODING": "latin-1"}, "latin-1")
+    document = latin.json("export", "one/a", tmp_path / f"{odd.decode()}2")
+    assert document["directory"] == f"{tmp_path}/{odd.decode()}2"
+    # Of a name that is no UTF-8 its bytes stay, as Python has them.
+    broken = os.fsdecode(b"bad\xff")
+    assert imagectl.json("export", "one/a", tmp_path / broken)["directory"] == f"{tmp_path}/{broken}"
+    assert (tmp_path / broken / "a.vmdk").exists()
+    result = imagectl.result("-o", "json", "export", "one/a", tmp_path / broken)
+    assert result.returncode == 4
+    assert broken in json.loads(result.stderr.splitlines()[1])["error"]["message"]
+
+
 def test_show_names_what_is_wrong(imagectl: Imagectl, make_image: MakeImage, tmp_path: Path) -> None:
     make_image("one/a")
     (tmp_path / "one" / "image_a" / "a-flat.vmdk").unlink()
@@ -113,7 +147,8 @@ def test_datastores_are_listed_with_type_layout_and_space(imagectl: Imagectl, tm
     assert documents["one"]["root_path"] == str(tmp_path / "one")
     assert 0 < documents["one"]["free_bytes"] <= documents["one"]["capacity_bytes"]
     lines = imagectl("datastores").splitlines()
-    assert lines[0].split()[:3] == ["NAME", "TYPE", "LAYOUT"]
+    assert lines[0].split() == ["NAME", "TYPE", "LAYOUT", "CAPACITY", "FREE", "RESERVE", "IMAGES", "ROOT", "STATUS"]
+    assert all("  64.0 MiB  " in line for line in lines[1:])
     assert all(line.endswith("ok") for line in lines[1:])
 
 
@@ -229,6 +264,7 @@ def test_no_sidecar_is_unavailable_and_says_what_to_do(tmp_path: Path) -> None:
     message = imagectl.error("ls", code=6)
     assert f"{tmp_path}/none.sock" in message
     assert "image-sidecar serve" in message
+    assert "write unix:PATH or HOST:PORT" in Imagectl("nonsense").error("ls", code=2)
 
 
 def test_programs_get_the_reason_of_an_error(imagectl: Imagectl) -> None:

@@ -1,15 +1,18 @@
 """imagectl export: a directory that is complete or not there."""
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from sidecar.client import SidecarClient
 from tests.ctl.conftest import Imagectl
+from tests.ctl.relay import holding_back
 from tests.support.disks import allocated, assert_same_disk
-from tests.support.processes import loop_mount
+from tests.support.processes import Sidecar, loop_mount, wait_until
 
 MIB = 1 << 20
 MakeImage = Callable[[str], Path]
@@ -72,7 +75,7 @@ def test_what_is_there_is_never_touched(imagectl: Imagectl, make_image: MakeImag
     (tmp_path / "file").write_text("years")
     (tmp_path / "here").mkdir()
     before = names(tmp_path)
-    assert "not empty" in imagectl.error("export", "one/a", tmp_path / "full", code=2)
+    assert "not empty" in imagectl.error("export", "one/a", tmp_path / "full", code=4)
     assert "not a directory" in imagectl.error("export", "one/a", tmp_path / "file", code=2)
     assert "cannot be made" in imagectl.error("export", "one/a", tmp_path / "no" / "out", code=2)
     # Replacing the directory that the shell is in would leave it nowhere.
@@ -96,6 +99,58 @@ def test_an_image_that_is_deleted_or_broken_is_not_exported(
     assert "restore" in imagectl.error("export", "one/a", tmp_path / "out", code=5)
     assert "b-flat.vmdk" in imagectl.error("export", "one/b", tmp_path / "out", code=5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["a companion is replaced", "the image is replaced", "the image is gone"])
+def test_a_mixture_of_two_images_is_never_exported(
+    change: str, sidecar: Sidecar, client: SidecarClient, imagectl: Imagectl, make_image: MakeImage, tmp_path: Path
+) -> None:
+    (tmp_path / "meta").write_text('{"version": 1}')
+    imagectl("import", make_image("one/other"), "one/a", "--metadata", tmp_path / "meta")
+    image, other = tmp_path / "one" / "image_a", tmp_path / "one" / "image_other"
+    before = names(tmp_path)
+    with holding_back(tmp_path / "relay.sock", sidecar.address, MIB // 2) as relay:
+        process = Imagectl(relay.address).start("export", "one/a", tmp_path / "out")
+        try:
+            # The companions come first, so the metadata is written already.
+            wait_until(relay.holding.is_set, "the export is in its middle")
+            if change == "a companion is replaced":
+                client.update_metadata("one/a", files={"a.ecv": b'{"version": 2}'})
+            elif change == "the image is replaced":
+                # As by a purge and another import, which the sidecar would not do while it reads the image itself.
+                image.rename(tmp_path / "one" / "was")
+                shutil.copytree(tmp_path / "one" / "was", image)
+            else:
+                image.rename(tmp_path / "one" / "was")
+            relay.release()
+            output, message = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait(10)
+    assert (process.returncode, output) == (3 if "no image" in message else 1, ""), message
+    assert "one/a" in message
+    assert other.exists()
+    (tmp_path / "relay.sock").unlink()
+    assert names(tmp_path) == before
+
+
+def test_an_image_that_is_used_or_deleted_meanwhile_is_the_same_image(
+    sidecar: Sidecar, client: SidecarClient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    source = make_image("one/a")
+    with holding_back(tmp_path / "relay.sock", sidecar.address, MIB // 2) as relay:
+        process = Imagectl(relay.address).start("export", "one/a", tmp_path / "out")
+        try:
+            wait_until(relay.holding.is_set, "the export is in its middle")
+            client.touch("one/a")
+            client.delete("one/a")
+            relay.release()
+            _, message = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait(10)
+    assert process.returncode == 0, message
+    assert_same_disk(source, tmp_path / "out" / "a.vmdk")
 
 
 @pytest.mark.parametrize("there", [False, True])

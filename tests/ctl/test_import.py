@@ -145,6 +145,11 @@ def test_text_that_is_no_descriptor_is_refused(imagectl: Imagectl, tmp_path: Pat
     path = tmp_path / "notes.vmdk"
     path.write_text("buy milk\n")
     assert "notes.vmdk" in imagectl.error("import", path, "one/a", code=1)
+    # By the name that it has, not by the one that the disk would have.
+    other = path.rename(tmp_path / "good.toml")
+    message = imagectl.error("import", other, "one/a", code=1)
+    assert message.startswith(f"{other}: ")
+    assert "good.toml.vmdk" not in message
     path.write_bytes(b"")
     assert "empty" in imagectl.error("import", path, "one/a", code=1)
 

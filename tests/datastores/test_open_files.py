@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -362,3 +363,26 @@ def test_a_tree_without_end_is_refused_before_it_uses_up_the_descriptors(datasto
     datastore.make_directory(f"shallow{'/d' * 50}", parents=True)
     datastore.remove_tree("shallow")
     assert "shallow" not in datastore.names("")
+
+
+def test_a_file_that_is_just_being_closed_is_waited_for(files: ExitStack, plain: Path) -> None:
+    """`cat` through the mount, then a purge: the mount hears of the close when cat has ended."""
+    reader = os.open(plain, os.O_RDONLY | os.O_CLOEXEC)
+    share_lock(reader)
+    waiting = threading.Event()
+
+    def close_it() -> None:
+        waiting.wait(10)
+        os.close(reader)
+
+    closing = threading.Thread(target=close_it)
+    closing.start()
+    try:
+        with pytest.raises(FilesInUse), exclude_users([opened(files, plain)], patience=0.05):
+            pytest.fail("got it")
+        waiting.set()
+        with exclude_users([opened(files, plain)], patience=10):
+            pass
+    finally:
+        waiting.set()
+        closing.join()

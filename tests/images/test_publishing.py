@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.datastores.interface import Entry
+from sidecar.datastores.interface import OpenDirectory
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.errors import DatastoreUnavailable
 from sidecar.images.copying import copy_image
@@ -40,11 +40,14 @@ class Unreadable(PosixDatastore):
 
     unreadable: Callable[[set[str]], bool] = staticmethod(lambda names: False)
 
-    def entries(self, path: str) -> list[Entry]:
-        found = super().entries(path)
-        if self.unreadable({entry.name for entry in found}):
+    def open_directory(self, path: str) -> OpenDirectory:
+        if self.unreadable(set(self._names(path))):
             raise DatastoreUnavailable(f"{path}: Input/output error")
-        return found
+        return super().open_directory(path)
+
+    def _names(self, path: str) -> list[str]:
+        with contextlib.closing(super().open_directory(path)) as directory:
+            return directory.names()
 
 
 @pytest.fixture

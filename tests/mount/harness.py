@@ -1,12 +1,15 @@
 """What the tests of the mount share beside the fixtures."""
 
+import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from sidecar.client import Part, SidecarClient
-from tests.support.processes import Mount, run, wait_until
+from sidecar.holes import data_ranges, seek_in
+from tests.support.processes import Mount, Sidecar, run, wait_until
 
 # Within what the mount promises, on a machine that is busy with other tests.
 SETTLED_SECONDS = 20.0
@@ -51,7 +54,7 @@ def import_sparse(
         for path in sorted(descriptor.parent.iterdir()):
             with path.open("rb") as file:
                 size, parts = path.stat().st_size, list[Part]()
-                for start, end in data_ranges(file.fileno(), size):
+                for start, end in data_ranges(seek_in(file.fileno()), 0, size):
                     parts.append((start, os.pread(file.fileno(), end - start, start)))
                 staging.write_file(path.name, parts, size=size)
         for name, content in (companions or {}).items():
@@ -59,15 +62,20 @@ def import_sparse(
         staging.commit()
 
 
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
+@contextlib.contextmanager
+def hanging(sidecar: Sidecar) -> Iterator[None]:
+    """The sidecar does nothing for the time of the block; it may still have answered what came before."""
+
+    def is_stopped() -> bool:
+        tasks = Path(f"/proc/{sidecar.pid}/task").iterdir()
+        return all("State:\tT" in (task / "status").read_text() for task in tasks)
+
+    sidecar.signal(signal.SIGSTOP)
+    try:
+        wait_until(is_stopped, "every thread of the sidecar is stopped")
+        yield
+    finally:
+        sidecar.signal(signal.SIGCONT)
 
 
 def shell(script: str, **variables: Path | str) -> subprocess.CompletedProcess[str]:

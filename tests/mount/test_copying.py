@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import import_sparse, log_of, names, published_as, wait_listed
+from tests.mount.harness import import_sparse, log_of, message_of, names, published_as, wait_listed
 from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
 from tests.support.processes import Mount, run, wait_until
 
@@ -186,12 +187,35 @@ def test_looking_does_not_keep_a_published_image_open_for_companions(source: Pat
         (target / "junk.txt").write_bytes(b"x")
 
 
-def test_two_copies_at_once_to_the_same_name_one_wins(source: Path, mount: Mount) -> None:
-    target = mount.path / "two" / "b"
-    copies = [subprocess.Popen(["cp", "-r", source, target], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [(copy.wait(60), copy.communicate()[1]) for copy in copies]
-    # At the worst each finds a file that the other made first, as on any file system; never do both succeed.
-    assert not all(code == 0 for code, _ in results), results
+def test_of_several_copies_at_once_to_the_same_name_one_wins(source: Path, mount: Mount) -> None:
+    for number in range(8):  # how they meet is chance
+        target = mount.path / "two" / f"b{number}"
+        copies = [subprocess.Popen(["cp", "-r", source, target], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+        results = [(copy.communicate(timeout=60)[1], copy.returncode) for copy in copies]
+        assert sorted(code for _, code in results) == [0, 1, 1, 1], results
+        assert all(message.startswith("cp: cannot create") for message, code in results if code), results
+        assert_same_disk(source / "a.vmdk", wait_listed(mount, f"two/b{number}") / f"b{number}.vmdk")
+
+
+def test_nobody_else_writes_into_what_a_copier_makes_until_it_left(source: Path, mount: Mount, tmp_path: Path) -> None:
+    """A `cp -r` that found the directory, which another one had just made, and goes on as if it were its own."""
+    target, script = mount.path / "two" / "b", tmp_path / "maker.py"
+    script.write_text(
+        "import os, sys\n"
+        "os.mkdir(sys.argv[1])\n"
+        "file = open(sys.argv[1] + '/a.vmdk', 'wb')\n"
+        "print('made', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, script, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as maker:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "made\n"
+        assert message_of("cp", source / "a-flat.vmdk", target) == "Device or resource busy"
+        assert message_of("cp", source / "a.vmdk", target) == "Device or resource busy"
+        maker.communicate("")
+    run("cp", source / "a-flat.vmdk", source / "a.vmdk", target)
     assert_same_disk(source / "a.vmdk", wait_listed(mount, "two/b") / "b.vmdk")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sidecar.client import ImageState, SidecarClient
 from tests.mount.harness import import_sparse, log_of, names, wait_listed
 from tests.support.disks import make_disk, tree_digest
-from tests.support.processes import Mount, run, wait_until
+from tests.support.processes import Mount, Sidecar, run, wait_until
 
 
 @pytest.fixture(params=["one", "three"])
@@ -73,6 +74,36 @@ def test_rm_of_a_companion_file_removes_it_from_the_image(image: Path, client: S
     wait_until(lambda: [file.name for file in client.image(ref).files] == ["a-flat.vmdk", "a.vmdk"], "it is removed")
     assert names(image) == {"a.vmdk", "a-flat.vmdk"}
     client.validate(ref)
+
+
+def test_rm_of_one_companion_leaves_the_others_and_rm_of_the_last_leaves_the_disk(
+    sidecar: Sidecar, client: SidecarClient, tmp_path: Path, stack: ExitStack
+) -> None:
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address, options="settle=0.3"))
+    companions = {"disk.ecv": b'{"k": 1}', "disk.other": b"other"}
+    import_sparse(client, "one/a", make_disk(tmp_path / "source"), companions=companions)
+    image = wait_listed(mount, "one/a")
+    (image / "a.ecv").unlink()
+    wait_until(lambda: "names=['a.ecv']" in log_of(mount), f"it is removed:\n{log_of(mount)}")
+    assert names(image) == {"a.vmdk", "a-flat.vmdk", "a.other"}
+    assert [file.name for file in client.image("one/a").files] == ["a.other", "a-flat.vmdk", "a.vmdk"]
+    assert not (image / "a.ecv").exists()
+    (image / "a.other").unlink()
+    wait_until(lambda: "names=['a.other']" in log_of(mount), f"the last one is removed:\n{log_of(mount)}")
+    assert [file.name for file in client.image("one/a").files] == ["a-flat.vmdk", "a.vmdk"]
+    assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+    client.validate("one/a")
+
+
+def test_a_companion_that_was_removed_just_before_its_image_comes_back_with_it(
+    image: Path, mount: Mount, client: SidecarClient
+) -> None:
+    before = tree_digest(image)
+    (image / "a.ecv").unlink()
+    run("rm", "-r", image)
+    client.restore(f"{image.parent.name}/a")
+    wait_listed(mount, f"{image.parent.name}/a")
+    assert tree_digest(image) == before
 
 
 def test_a_removal_that_is_due_does_not_meet_a_file_that_another_client_wrote(

@@ -1,5 +1,6 @@
 """What the mount does not know for sure is no image, and what is one never changes."""
 
+import contextlib
 import os
 import subprocess
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ import pytest
 from sidecar.client import SidecarClient
 from tests.crash.stopping import held_back
 from tests.mount.harness import import_sparse, log_of, names, published_as, wait_listed
+from tests.mount.relay import Relay
 from tests.support.disks import MIB, assert_same_disk, make_disk
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
@@ -31,8 +33,8 @@ def test_an_image_whose_commit_got_no_answer_is_adopted_and_never_changes(
     with held_back(tmp_path / "one", "compound", "new"):
         publish = subprocess.Popen(["sync", target], stderr=subprocess.DEVNULL)
         (staging,) = (path for path in (tmp_path / "one").glob("tmp_image_*") if path.is_dir())
+        wait_until((staging / "image_timestamp.txt").exists, "it is being published")
         sidecar.kill()
-        (staging / "image_timestamp.txt").touch()
         staging.rename(tmp_path / "one" / "image_new")
         assert publish.wait(60) != 0
     with pytest.raises(OSError):
@@ -67,10 +69,56 @@ def test_an_import_that_the_end_of_the_mount_interrupts_is_dropped_and_named(
     target = mount.path / "one" / "new"
     target.mkdir()
     run("qemu-img", "create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", target / "new.vmdk", "8M")
-    assert mount.stop() == 0
+    run("fusermount3", "-u", mount.path)
+    assert mount.process is not None
+    assert mount.process.wait(20) == 0
     assert list(client.images("one")) == []
     assert "WARNING" in log_of(mount)
     assert "dropped image=one/new" in log_of(mount)
+
+
+def test_an_import_that_nobody_goes_on_with_is_not_lost_by_a_signal(
+    outside: Path, mount: Mount, client: SidecarClient
+) -> None:
+    """The mount is told to end within the settle time: it lets that pass, while somebody could still write."""
+    run("cp", "-r", outside, mount.path / "one" / "new")
+    (mount.path / "one" / "half").mkdir()
+    run("cp", outside / "x.vmdk", mount.path / "one" / "half")
+    unfinished = os.open(mount.path / "one" / "half" / "x-flat.vmdk", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.write(unfinished, b"x")
+        assert mount.stop() == 0
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(unfinished)
+    assert [image.ref.image_id for image in client.images("one")] == ["new"]
+    assert "dropped image=one/half" in log_of(mount)
+
+
+def test_a_publish_that_nobody_knows_of_is_done_again(outside: Path, tmp_path: Path, stack: ExitStack) -> None:
+    """The connection breaks while the image's lock is waited for: the mount hears nothing, and the lock is not got."""
+    (tmp_path / "one").mkdir()
+    sidecar = stack.enter_context(
+        Sidecar(tmp_path / "run", f"one={tmp_path / 'one'}", config="[limits]\nlock_timeout_seconds = 1\n")
+    )
+    relay = stack.enter_context(Relay(sidecar.address, tmp_path / "run" / "relay.sock"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", relay.address))
+    target = mount.path / "one" / "new"
+    run("cp", "-r", outside, target)
+    with held_back(tmp_path / "one", "compound", "new"):
+        publish = subprocess.Popen(["sync", target], stderr=subprocess.DEVNULL)
+        (staging,) = (path for path in (tmp_path / "one").glob("tmp_image_*") if path.is_dir())
+        wait_until((staging / "image_timestamp.txt").exists, "it is being published")
+        relay.cut()
+        assert publish.wait(60) != 0
+        assert "not known whether published image=one/new" in log_of(mount)
+        with pytest.raises(OSError):
+            os.truncate(target / "x-flat.vmdk", 0)
+        wait_until(lambda: "LOCK_TIMEOUT" in sidecar.log.read_text(), f"it failed:\n{sidecar.log.read_text()}")
+    relay.join_again()
+    image = wait_listed(mount, "one/new")
+    assert_same_disk(outside / "x.vmdk", image / "new.vmdk")
+    assert "published image=one/new copied_from= seconds=" in log_of(mount)
 
 
 def test_a_copy_that_sync_publishes_keeps_what_it_was_copied_from(mount: Mount, client: SidecarClient) -> None:

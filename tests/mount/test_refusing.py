@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import log_of, message_of, names, wait_listed
+from tests.mount.harness import hanging, log_of, message_of, names, wait_listed
 from tests.support.disks import MIB, make_disk
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
@@ -90,6 +91,66 @@ def test_a_sidecar_that_is_away(image: Path, sidecar: Sidecar, mount: Mount) -> 
     wait_until(lambda: run("mkdir", mount.path / "one" / "new", check=False).returncode == 0, "it is back", 10)
     (mount.path / "one" / "new").rmdir()
     run("rm", "-r", image)
+
+
+def seconds_of(*command: str | Path) -> tuple[str, float]:
+    begun = time.monotonic()
+    message = message_of(*command)
+    return message, time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_a_sidecar_that_hangs_is_down_within_seconds_and_hides_nothing(
+    image: Path, sidecar: Sidecar, mount: Mount, client: SidecarClient
+) -> None:
+    expected = (image / "a-flat.vmdk").read_bytes()
+    staged = mount.path / "one" / "staged"
+    staged.mkdir()
+    with hanging(sidecar):
+        begun = time.monotonic()
+        assert names(mount.path / "one") == {"a"}
+        assert run("ls", "-lR", image).stdout.count("vmdk") == 2
+        run("df", mount.path / "one")
+        assert (image / "a-flat.vmdk").read_bytes() == expected
+        assert time.monotonic() - begun < 2
+        message, seconds = seconds_of("touch", image)
+        assert message == "Host is down"
+        assert seconds < 5
+        message, seconds = seconds_of("rm", "-r", image)
+        assert message.endswith("Host is down")
+        assert seconds < 5
+        message, seconds = seconds_of("mkdir", mount.path / "one" / "new")
+        assert message == "Host is down"
+        assert seconds < 5
+        message, seconds = seconds_of("cp", "-r", image, mount.path / "two" / "b")
+        assert message == "Host is down"
+        assert seconds < 5
+        begun = time.monotonic()
+        run("rmdir", staged, check=False)
+        assert time.monotonic() - begun < 5
+    # Nothing that was refused is done behind the user's back; and then it works again, by itself.
+    wait_until(lambda: run("touch", image, check=False).returncode == 0, "it is back", 10)
+    assert names(mount.path / "one") == {"a"}
+    assert [each.ref.image_id for each in client.images()] == ["a"]
+    run("cp", "-r", image, mount.path / "two" / "b")
+    run("rm", "-r", image)
+    assert names(mount.path / "two") == {"b"}
+
+
+@pytest.mark.slow
+def test_a_copy_ends_within_seconds_when_the_sidecar_hangs_in_its_middle(
+    image: Path, sidecar: Sidecar, mount: Mount
+) -> None:
+    target = mount.path / "two" / "b"
+    target.mkdir()
+    with (image / "a-flat.vmdk").open("rb") as source, (target / "a-flat.vmdk").open("wb") as copied:
+        assert os.copy_file_range(source.fileno(), copied.fileno(), 65536) == 65536
+        with hanging(sidecar):
+            begun = time.monotonic()
+            with pytest.raises(OSError, match="Host is down"):
+                os.copy_file_range(source.fileno(), copied.fileno(), 65536)
+            assert time.monotonic() - begun < 8
+    run("rm", "-r", target)
 
 
 @pytest.mark.slow

@@ -141,6 +141,22 @@ def test_says_why_it_cannot_start(where: list[str], sidecar: Sidecar, mountpoint
     assert not is_mounted(mountpoint)
 
 
+def test_a_usage_error_is_one_line_that_says_where_to_read_on(mountpoint: Path) -> None:
+    usages: list[tuple[list[str | Path], str]] = [
+        ([], "Missing argument 'MOUNTPOINT'"),
+        ([mountpoint, "--bindng", "x"], "No such option"),
+        ([mountpoint, "-o", "settel=3"], "unknown option 'settel=3'"),
+        ([mountpoint, "--log", mountpoint / "none" / "log"], "Invalid value for --log: cannot write"),
+    ]
+    for arguments, fault in usages:
+        result = image_mount(*arguments)
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"image-mount: {fault}")
+        assert line.endswith("; see image-mount --help")
+    assert image_mount("--help").stdout.startswith("Usage: image-mount")
+
+
 def test_options(sidecar: Sidecar, make_image: MakeImage, tmp_path: Path, stack: ExitStack) -> None:
     make_image("one/a")
     mount = stack.enter_context(
@@ -202,3 +218,27 @@ def test_fusepy_on_libfuse_2(
     assert names(mount.path / "two") == set()
     assert "File exists" in run("mkdir", image, check=False).stderr
     assert mount.stop() == 0
+
+
+def test_a_datastore_that_is_away_when_the_sidecar_comes_back_has_lost_nothing(
+    sidecar: Sidecar, mount: Mount, make_image: MakeImage, client: SidecarClient, tmp_path: Path
+) -> None:
+    make_image("one/a")
+    make_image("two/b")
+    image = wait_listed(mount, "one/a")
+    wait_listed(mount, "two/b")
+    inode = image.stat().st_ino
+    assert sidecar.stop() == 0
+    (tmp_path / "one").rename(tmp_path / "hidden")
+    sidecar.start()
+    wait_until(lambda: "sidecar is back" in log_of(mount), "the mount has heard of everything")
+    assert not client.datastore("one").accessible
+    # Nothing is known of its images, which is not that they are gone.
+    assert names(mount.path) == {"one", "two", "three"}
+    assert names(mount.path / "one") == {"a"}
+    assert names(image) == {"a.vmdk", "a-flat.vmdk"}
+    assert names(mount.path / "two") == {"b"}
+    (tmp_path / "hidden").rename(tmp_path / "one")
+    wait_until(lambda: client.datastore("one").accessible, "it is there again")
+    assert image.stat().st_ino == inode
+    run("cp", "-r", image, mount.path / "two" / "c")

@@ -49,7 +49,27 @@ def copytree(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-@pytest.mark.parametrize("copy", (gnu_cp, copytree))
+def in_odd_pieces(source: Path, target: Path) -> None:
+    """Data that no block begins or ends with, and buffers that no page does: the kernel splits them anywhere."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        with file.open("rb", buffering=0) as original, (target / file.name).open("wb", buffering=0) as copied:
+            size = file.stat().st_size
+            offset = 0
+            while offset < size:
+                try:
+                    start = os.lseek(original.fileno(), offset, os.SEEK_DATA)
+                except OSError:  # only a hole up to the end
+                    break
+                offset = os.lseek(original.fileno(), start, os.SEEK_HOLE)
+                while start < offset:
+                    start += os.pwrite(
+                        copied.fileno(), os.pread(original.fileno(), min(777_777, offset - start), start), start
+                    )
+            copied.truncate(size)
+
+
+@pytest.mark.parametrize("copy", (gnu_cp, copytree, in_odd_pieces))
 def test_a_copy_by_any_tool_shares_its_extents(xfs: Path, mount: Mount, copy: Callable[[Path, Path], object]) -> None:
     before = free(xfs)
     copy(mount.path / "one" / "a", mount.path / "one" / "b")
@@ -58,8 +78,8 @@ def test_a_copy_by_any_tool_shares_its_extents(xfs: Path, mount: Mount, copy: Ca
     assert run("cmp", original / "a-flat.vmdk", copied / "b-flat.vmdk").returncode == 0
     shared = [line for line in extents(copied / "b-flat.vmdk") if "shared" in line]
     assert len(shared) >= len(extents(original / "a-flat.vmdk"))
-    if copy is gnu_cp:  # copytree writes the holes out, as zeroes
-        assert before - free(xfs) < 2 * MIB
+    if copy is not copytree:  # which writes the holes out, as zeroes
+        assert before - free(xfs) < 2 * MIB, extents(copied / "b-flat.vmdk")
         assert len(extents(copied / "b-flat.vmdk")) == len(extents(original / "a-flat.vmdk"))
 
 

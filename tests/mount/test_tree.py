@@ -2,10 +2,12 @@
 
 import gc
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
+from fusefs.doubts import DOUBT_SECONDS, Key
 from fusefs.provenance import Generation
 from fusefs.reading import CacheAdvice, PageCachePolicy
-from fusefs.tree import DOUBT_SECONDS, Tree, file_inode
+from fusefs.tree import Tree, file_inode
 from sidecar.client import Datastore, FileKind, Image, ImageRef, ImageState, WatchImagesResponse
 
 VALID, TOMBSTONED = ImageState.IMAGE_STATE_VALID, ImageState.IMAGE_STATE_TOMBSTONED
@@ -56,6 +58,26 @@ def names(tree: Tree, datastore: str = "one") -> list[str]:
     found = tree.datastore(datastore)
     assert found is not None
     return sorted(each.image_id for each in found.valid_images())
+
+
+def next_doubted(tree: Tree) -> Key:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tree.next_doubted)
+        try:
+            asked = waiting.result(5)
+        except TimeoutError:
+            tree.end()
+            raise AssertionError("nothing is to be asked for") from None
+    assert asked is not None
+    return asked
+
+
+def answer_all(tree: Tree, answers: dict[str, Image | None]) -> None:
+    """The sidecar's answers about the images that it is asked for, which are these."""
+    for _ in range(len(answers)):
+        asked = next_doubted(tree)
+        tree.settle(asked, answers.pop(asked[1]))
+    assert not answers
 
 
 def test_shows_the_valid_images_of_a_snapshot_and_every_change() -> None:
@@ -125,29 +147,104 @@ def test_what_this_mount_did_is_not_undone_by_an_older_event() -> None:
     tree.changed(image("new"))
     tree.deleted(ImageRef(datastore="one", image_id="old"))
     # The stream tells of before: the new one is not there, the old one still is.
-    assert tree.apply(change(image("old"), removed=("new",))) == [("one", "old"), ("one", "new")]
-    assert names(tree) == ["new"]
-    assert sorted(tree.apply(snapshot(image("old")))) == [("one", "new"), ("one", "old")]
+    tree.apply(change(image("old"), removed=("new",)))
+    tree.apply(snapshot(image("old")))
     assert names(tree) == ["new"]
     # The sidecar is asked, and what it says counts.
-    tree.settle(("one", "new"), clock.now, None)
-    tree.settle(("one", "old"), clock.now, image("old"))
+    answer_all(tree, {"new": None, "old": image("old")})
     assert names(tree) == ["old"]
     clock.now += DOUBT_SECONDS
-    assert tree.apply(change(removed=("old",))) == []
+    tree.apply(change(removed=("old",)))
     assert names(tree) == []
 
 
 def test_an_answer_that_was_asked_for_before_another_change_does_not_count() -> None:
+    tree = Tree()
+    tree.apply(snapshot())
+    tree.changed(image("a"))
+    tree.apply(change(image("a")))
+    asked = next_doubted(tree)
+    tree.deleted(ImageRef(datastore="one", image_id="a"))
+    assert asked == ("one", "a")
+    tree.settle(asked, image("a"))
+    assert names(tree) == []
+    # It is asked for again: what others did after that is not lost either.
+    answer_all(tree, {"a": image("a")})
+    assert names(tree) == ["a"]
+
+
+def test_an_answer_that_is_older_than_what_the_stream_told_does_not_count() -> None:
     clock = Clock()
     tree = Tree(clock=clock)
     tree.apply(snapshot())
     tree.changed(image("a"))
-    asked_at = clock.now
-    clock.now += 1
-    tree.deleted(ImageRef(datastore="one", image_id="a"))
-    tree.settle(("one", "a"), asked_at, image("a"))
+    tree.apply(change(image("a")))
+    asked = next_doubted(tree)
+    clock.now += DOUBT_SECONDS
+    tree.apply(change(image("a", state=TOMBSTONED)))
+    tree.settle(asked, image("a"))
     assert names(tree) == []
+    answer_all(tree, {"a": image("a", state=TOMBSTONED)})
+    assert names(tree) == []
+
+
+def test_what_the_stream_tells_while_this_mount_changes_an_image_is_neither_lost_nor_overwritten() -> None:
+    """Another client deletes what this mount publishes: the event overtakes the answer to the publish."""
+    tree = Tree()
+    tree.apply(snapshot())
+    with tree.changing(("one", "a")):
+        tree.apply(change(image("a", state=TOMBSTONED)))
+        tree.changed(image("a"))
+    assert names(tree) == ["a"]
+    answer_all(tree, {"a": image("a", state=TOMBSTONED)})
+    assert names(tree) == []
+
+
+def test_an_image_that_could_not_be_asked_for_is_asked_for_again() -> None:
+    tree = Tree()
+    tree.apply(snapshot())
+    tree.changed(image("a"))
+    tree.apply(change(removed=("a",)))
+    asked = next_doubted(tree)
+    tree.doubt(asked)
+    answer_all(tree, {"a": None})
+    assert names(tree) == []
+
+
+def test_details_that_were_asked_for_before_a_change_are_not_remembered() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a", details=False)))
+    before = tree.image("one", "a")
+    assert before is not None
+    tree.apply(change(image("a", details=False, state=TOMBSTONED)))
+    assert tree.learn(before, image("a")).is_valid  # for whoever asked before
+    assert names(tree) == []
+    tree.apply(change(removed=("a",)))
+    tree.learn(before, image("a"))
+    assert names(tree) == []
+
+
+def test_what_this_mount_did_long_ago_takes_no_memory() -> None:
+    clock = Clock()
+    tree = Tree(clock=clock)
+    tree.apply(snapshot())
+
+    def make_and_delete(count: int) -> None:
+        for number in range(count):
+            clock.now += 1
+            with tree.changing(("one", f"image-{number:040d}")):
+                tree.deleted(ImageRef(datastore="one", image_id=f"image-{number:040d}"))
+
+    make_and_delete(100)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        make_and_delete(5000)
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 50_000
 
 
 def test_details_that_were_asked_for_stay_known() -> None:
@@ -155,7 +252,7 @@ def test_details_that_were_asked_for_stay_known() -> None:
     tree.apply(snapshot(image("a", details=False)))
     found = tree.image("one", "a")
     assert found is not None and not found.details_known and not found.files
-    tree.learn(image("a"))
+    tree.learn(found, image("a"))
     tree.apply(change(image("a", details=False)))
     found = tree.image("one", "a")
     assert found is not None and found.details_known and len(found.files) == 3

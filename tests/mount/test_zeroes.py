@@ -91,7 +91,7 @@ def half_looked_at(tmp_path: Path, ticks: Ticks) -> Iterator[tuple[Rules, Staged
     )
     file = directory.create("a.vmdk")
     try:
-        file.content.write(b"d" * MIB, 0)
+        file.content.write(memoryview(b"d" * MIB), 0)
         file.content.truncate(status.st_size)
         file.provenance.learn(source, lambda: [(0, status.st_size)])
         file.provenance.wrote(0, MIB, source)

@@ -29,7 +29,7 @@ def test_the_tour_holds_and_leaves_nothing_running() -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    from sidecar.ctl.cli import imagectl
+    from sidecar.ctl.commands import imagectl
 
     readme = (ROOT / "README.md").read_text()
     documented = set(re.findall(r"^\| `([a-z]+)[ `]", readme, re.MULTILINE)) & set(imagectl.list_commands(None))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import itertools
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from protos.images.v1 import datastore_service_pb2, image_service_pb2, staging_service_pb2
-from sidecar import errors
+from sidecar import client_calls, errors
 from sidecar.client import Datastore, Hole, Image, ImageRef, SidecarClient, default_address, parse_ref
 from sidecar.services.errors import to_status
 
@@ -229,6 +230,67 @@ def test_no_sidecar_names_the_address_and_the_next_step(tmp_path: Path) -> None:
         assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize(
+    "address", ["nonsense", "host:", ":7000", "host:port", "host:0", "host:65536", "unix:", "unix://"]
+)
+def test_what_is_no_address_is_said_before_it_is_tried(address: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="write unix:PATH or HOST:PORT"):
+        SidecarClient(address)
+
+
+def test_a_host_that_there_is_not_is_said_in_our_words() -> None:
+    with SidecarClient("no-such-host.invalid:7000") as client, pytest.raises(errors.SidecarUnavailable) as caught:
+        client.datastores()
+    assert caught.value.message == (
+        "no sidecar answers at no-such-host.invalid:7000 (there is no host of that name): "
+        "see that image-sidecar is running there, or name another with IMAGE_SIDECAR or --sidecar"
+    )
+
+
+@contextlib.contextmanager
+def other_program(answer: bytes) -> Iterator[str]:
+    """What takes connections, gives that answer, and no other; its address."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    connection = stack.enter_context(listener.accept()[0])
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+def test_another_program_at_the_address_is_said_in_our_words() -> None:
+    with (
+        other_program(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n") as address,
+        SidecarClient(address) as client,
+        pytest.raises(errors.SidecarUnavailable) as caught,
+    ):
+        client.datastores()
+    assert f"at {address} (what answers there is another program: it does not speak gRPC): see " in caught.value.message
+
+
+@pytest.mark.slow
+def test_a_program_that_takes_the_connection_and_is_silent_is_left_soon() -> None:
+    started = time.monotonic()
+    with (
+        other_program(b"") as address,
+        SidecarClient(address) as client,
+        pytest.raises(errors.SidecarUnavailable) as caught,
+    ):
+        client.datastores()
+    assert f"at {address} (something takes the connection and does not answer): see " in caught.value.message
+    assert time.monotonic() - started < 15
+
+
 # --- deadlines and retries ---
 
 
@@ -265,11 +327,7 @@ def test_no_other_error_is_tried_again(
 
 
 def test_tries_end_at_the_deadline(address: str, scripted: Scripted) -> None:
-    def behave(request: Any, context: grpc.ServicerContext) -> None:
-        time.sleep(0.3)
-        context.abort(grpc.StatusCode.UNAVAILABLE, "busy")
-
-    scripted.behaviors["GetImage"] = behave
+    scripted.behaviors["GetImage"] = raising(Bare(grpc.StatusCode.UNAVAILABLE, "busy"))
     with SidecarClient(address, timeout=0.4) as client, pytest.raises(errors.SidecarUnavailable):
         client.image(ONE)
     assert len(scripted.requests) <= 2, "a third try would begin after the deadline"
@@ -478,26 +536,31 @@ def test_a_staging_directory_that_is_left_is_aborted(client: SidecarClient, area
     assert area.aborted == ["s1"]
 
 
-@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("moment", ["before it is asked, or a little later", "when it is asked"])
 def test_ctrl_c_before_the_answer_leaves_no_staging_directory(
-    seconds: float, client: SidecarClient, area: StagingArea, scripted: Scripted
+    moment: str, client: SidecarClient, area: StagingArea, scripted: Scripted
 ) -> None:
     made = scripted.behaviors["CreateStaging"]
+    interrupted = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
 
     def slow(request: Any, context: grpc.ServicerContext) -> Any:
-        time.sleep(0.4)
+        if moment == "when it is asked":
+            signal.pthread_kill(main, signal.SIGUSR1)
+        assert interrupted.wait(20)
         return made(request, context)
 
     def interrupt(number: int, frame: object) -> None:
+        interrupted.set()
         raise KeyboardInterrupt
 
     scripted.behaviors["CreateStaging"] = slow
-    main = threading.main_thread().ident
-    assert main is not None
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGUSR1)).start()
+            if moment != "when it is asked":
+                threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGUSR1)).start()
             client.create_staging(ONE)
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -505,6 +568,114 @@ def test_ctrl_c_before_the_answer_leaves_no_staging_directory(
     assert area.aborted == ["s1"] * sum(
         isinstance(request, staging_service_pb2.CreateStagingRequest) for request in scripted.requests
     )
+
+
+# --- cancelling everything ---
+
+
+@pytest.fixture
+def asked(scripted: Scripted) -> Iterator[threading.Event]:
+    """Set when an image is asked for; the answer does not come before the end of the test."""
+    asked, over = threading.Event(), threading.Event()
+
+    def behave(request: Any, context: grpc.ServicerContext) -> None:
+        asked.set()
+        over.wait(20)
+
+    scripted.behaviors["GetImage"] = behave
+    yield asked
+    over.set()
+
+
+def test_a_call_that_waits_is_cancelled_from_another_thread(client: SidecarClient, asked: threading.Event) -> None:
+    def cancel() -> None:
+        assert asked.wait(10)
+        client.cancel_calls()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    with pytest.raises(errors.OperationCancelled):
+        client.image(ONE)
+    thread.join()
+
+
+def test_a_stream_that_waits_is_cancelled_from_another_thread(client: SidecarClient, scripted: Scripted) -> None:
+    scripted.behaviors["CopyImage"] = copying(scripted.ended)
+    with pytest.raises(errors.OperationCancelled):
+        client.copy(ONE, "two/b").wait(lambda answer: client.cancel_calls())
+    assert scripted.ended.wait(5)
+
+
+def test_no_call_begins_after_all_were_cancelled(client: SidecarClient, area: StagingArea, scripted: Scripted) -> None:
+    scripted.behaviors["GetImage"] = raising(None, answer=image_service_pb2.GetImageResponse())
+    client.image(ONE)
+    asked = len(scripted.requests)
+    client.cancel_calls()
+    for call in (
+        lambda: client.image(ONE),
+        lambda: client.copy(ONE, "two/b"),
+        client.watch,
+        lambda: client.create_staging(ONE),
+        lambda: client.wait_ready(5),
+    ):
+        with pytest.raises(errors.OperationCancelled):
+            call()
+    assert len(scripted.requests) == asked
+
+
+def test_what_was_begun_is_aborted_also_when_all_is_cancelled(
+    client: SidecarClient, area: StagingArea, scripted: Scripted
+) -> None:
+    def parts() -> Iterator[tuple[int, bytes]]:
+        client.cancel_calls()
+        yield 0, b"data"
+
+    with pytest.raises(errors.OperationCancelled), client.create_staging(ONE) as staging:
+        staging.write_file("disk.vmdk", parts())
+    assert area.aborted == ["s1"]
+
+
+def test_a_staging_directory_that_is_being_made_when_all_is_cancelled_is_aborted(
+    client: SidecarClient, area: StagingArea, scripted: Scripted
+) -> None:
+    made = scripted.behaviors["CreateStaging"]
+
+    def behave(request: Any, context: grpc.ServicerContext) -> Any:
+        client.cancel_calls()
+        return made(request, context)
+
+    scripted.behaviors["CreateStaging"] = behave
+    with pytest.raises(errors.OperationCancelled), client.create_staging(ONE) as staging:
+        staging.write_file("disk.vmdk", ())  # the answer may be as fast as the cancelling
+    assert area.aborted == ["s1"]
+
+
+def test_a_sidecar_that_takes_nothing_more_is_given_up(
+    client: SidecarClient, area: StagingArea, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_calls, "STALL_SECONDS", 0.1)
+    over = threading.Event()
+    scripted.behaviors["WriteFile"] = lambda requests, context: over.wait(20) and None
+    data = bytes(1 << 20)
+    try:
+        with pytest.raises(errors.DeadlineExceeded, match="took nothing"), client.create_staging(ONE) as staging:
+            staging.write_file("disk.vmdk", ((number << 20, data) for number in range(64)))
+    finally:
+        over.set()
+    assert area.aborted == ["s1"]
+
+
+def test_a_source_that_takes_its_time_is_waited_for(
+    client: SidecarClient, area: StagingArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_calls, "STALL_SECONDS", 0.05)
+
+    def parts() -> Iterator[tuple[int, bytes]]:
+        time.sleep(0.3)  # longer than the sidecar may take
+        yield 0, b"data"
+
+    with client.create_staging(ONE) as staging:
+        assert staging.write_file("disk.vmdk", parts()).written_bytes == 4
 
 
 def test_a_staging_directory_that_cannot_be_made_is_not_aborted(

@@ -267,6 +267,7 @@ def test_a_socket_of_another_program_is_not_taken(path: Path) -> None:
             with pytest.raises(ListenError, match=f"{path}: another process serves there"):
                 SidecarServer([], configured(f"unix:{path}")).start()
         assert path.stat().st_ino == inode
+        assert os.listdir(path.parent) == [path.name], "who is refused leaves no lock"
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
@@ -284,6 +285,7 @@ def test_what_is_no_socket_is_not_touched(path: Path, kind: str) -> None:
         SidecarServer([], configured(f"unix:{path}")).start()
     assert path.lstat().st_ino == inode
     assert target.read_text() == "precious"
+    assert sorted(os.listdir(path.parent)) == sorted({path.name, target.name}), "who is refused leaves no lock"
 
 
 def test_what_comes_to_the_path_while_the_server_starts_is_not_replaced(

@@ -1,0 +1,121 @@
+"""How much of the sidecar one datastore may hold: a call to one that hangs does not come back, and keeps its thread."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from sidecar.errors import DatastoreUnavailable, OperationCancelled, TooManyCalls
+
+PATIENCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.5  # between two looks at whether the caller is there
+
+
+class Slots:
+    """A bound on what holds a thread for long. Taking one never waits: a full pool is an answer."""
+
+    def __init__(self, kind: str, size: int) -> None:
+        self.kind = kind
+        self.size = size
+        self._free = threading.BoundedSemaphore(size)
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Holds a slot. Raises TooManyCalls when all are taken."""
+        if not self._free.acquire(blocking=False):
+            raise TooManyCalls(
+                f"{self.size} {self.kind} are running, which is the limit of this sidecar: try again later"
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+class Admission:
+    """The places of one datastore. Safe for use by several threads.
+
+    Copies and transfers take a slot or are refused; other calls wait in line for as long as the line moves. A place
+    is held until its thread is back, not until its caller has gone. Copies between two datastores have slots of their
+    own: they hang with either, and must not use up those of copies inside the other.
+    """
+
+    def __init__(
+        self,
+        datastore: str,
+        *,
+        calls: int = 16,
+        copies: int = 16,
+        transfers: int = 32,
+        patience: float = PATIENCE_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`patience`: seconds in which none of the calls comes back, after which others are refused."""
+        self._datastore = datastore
+        self._copies_inside = Slots(f"copies inside datastore {datastore}", copies)
+        self._copies_across = Slots(f"copies between datastore {datastore} and others", copies)
+        self._transfers = Slots(f"transfers from or to datastore {datastore}", transfers)
+        self._silence: Callable[[], str] = lambda: ""
+        self._calls = calls
+        self._patience = patience
+        self._monotonic = monotonic
+        self._changed = threading.Condition()  # guards what follows
+        self._busy = 0
+        self._moved = monotonic()  # when a call last came or went
+
+    def ask(self, silence: Callable[[], str]) -> None:
+        """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used."""
+        self._silence = silence
+
+    @contextlib.contextmanager
+    def call(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """A place for a call, while its caller wants it; DatastoreUnavailable when the datastore seems to hang."""
+        self._require_answering()
+        with self._changed:
+            while self._busy >= self._calls:
+                left = self._moved + self._patience - self._monotonic()
+                if left <= 0:
+                    raise DatastoreUnavailable(
+                        f"datastore {self._datastore}: {self._busy} calls are busy with it, and none came back in the "
+                        f"last {self._patience:g} s: it hangs, or they wait for locks; look at it, and try again later"
+                    )
+                self._changed.wait(min(left, _LOOK_SECONDS))
+                if not wanted():
+                    raise OperationCancelled(f"nobody waits for datastore {self._datastore} any more")
+            self._busy += 1
+            self._moved = self._monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._moved = self._monotonic()
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def copy_to(self, destination: "Admission") -> Iterator[None]:
+        """The slots of a copy from here to there, which may be here; TooManyCalls, DatastoreUnavailable."""
+        self._require_answering()
+        if destination is self:
+            with self._copies_inside.take():
+                yield
+            return
+        destination._require_answering()
+        with self._copies_across.take(), destination._copies_across.take():
+            yield
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """A slot for a stream of data; TooManyCalls, DatastoreUnavailable."""
+        self._require_answering()
+        with self._transfers.take():
+            yield
+
+    def _require_answering(self) -> None:
+        if silence := self._silence():
+            raise DatastoreUnavailable(f"datastore {self._datastore}: {silence}; try again when it answers")
+
+
+def most_copies(datastores: int, each: int) -> int:
+    """How many copies there can be, when each datastore has `each` slots for those inside it and for those across."""
+    return datastores * each + (datastores * each // 2 if datastores > 1 else 0)
