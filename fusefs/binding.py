@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from fusefs.attributes import BLOCK_SIZE, Attributes
-from fusefs.callbacks import CallableCallbacks, Callbacks
+from fusefs.callbacks import CallableCallbacks, CallableWithAttributes, Callbacks, WithAttributes
 from fusefs.filesystem import FileSystem
 
 _log = logging.getLogger(__name__)
@@ -89,12 +89,18 @@ class Session:
 
 
 def serve(
-    binding: str, filesystem: FileSystem, mountpoint: str, options: Options, on_ready: Callable[[Session], None]
+    binding: str,
+    filesystem: FileSystem,
+    mountpoint: str,
+    options: Options,
+    on_ready: Callable[[Session], None],
+    *,
+    attributes: bool = False,
 ) -> None:
     """Mounts, and serves until the mount is gone; calls `on_ready` once, from a thread of libfuse.
 
-    `options` are libfuse's, with `entry_timeout` and `attr_timeout` among them. Raises BindingError when the mount
-    cannot be made.
+    `attributes`: with extended attributes, which cost. `options` are libfuse's, with `entry_timeout` and `attr_timeout`
+    among them. Raises BindingError when the mount cannot be made.
     """
     module = _imported(binding)
     library = module._libfuse
@@ -120,7 +126,10 @@ def serve(
     def pid() -> int:
         return int(library.fuse_get_context().contents.pid)
 
-    kind = Callbacks if binding == "mfusepy" else CallableCallbacks
+    if binding == "mfusepy":
+        kind = WithAttributes if attributes else Callbacks
+    else:
+        kind = CallableWithAttributes if attributes else CallableCallbacks
     make, extra = _libfuse3(module, on_end) if binding == "mfusepy" else _libfuse2(module)
     callbacks = kind(filesystem, pid, on_init, on_end)
     try:

@@ -151,11 +151,25 @@ class Callbacks:
         return 0
 
 
+class WithAttributes(Callbacks):
+    """With extended attributes: the kernel asks for several at each entry of an `ls -l`, and for one at each write."""
+
+    def listxattr(self, path: str) -> list[str]:
+        return self.filesystem.listxattr(path)
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        return self.filesystem.getxattr(path, name)
+
+
 class CallableCallbacks(Callbacks):
     """As fusepy calls: one method, which is told the operation."""
 
     def __call__(self, operation: str, *arguments: Any) -> Any:
         return getattr(self, operation)(*arguments)
+
+
+class CallableWithAttributes(CallableCallbacks, WithAttributes):
+    pass
 
 
 def as_dictionary(attributes: Attributes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("mountpoint")
+@click.argument("places", nargs=-1, metavar="[SOURCE] MOUNTPOINT")
 @click.option(
     "--sidecar", "address", metavar="ADDRESS", envvar="IMAGE_SIDECAR", help="Of the sidecar: unix:PATH or HOST:PORT."
 )
@@ -31,7 +31,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
 @click.option("-o", "options", multiple=True, metavar="OPTION,…", help="settle=SECONDS, ro, allow_other, uid=, …")
 def image_mount(
-    mountpoint: str,
+    places: tuple[str, ...],
     address: str | None,
     foreground: bool,
     binding: str,
@@ -39,11 +39,19 @@ def image_mount(
     log_level: str,
     options: tuple[str, ...],
 ) -> None:
-    """Mount the images of a sidecar at MOUNTPOINT, and unmount with fusermount3 -u MOUNTPOINT."""
+    """Mount the images of a sidecar at MOUNTPOINT, and unmount with fusermount3 -u MOUNTPOINT.
+
+    SOURCE is the sidecar's address too, or `none`: as mount -t fuse.image-mount and /etc/fstab have it.
+    """
     try:
         parsed = parse_options(options)
     except OptionError as error:
         raise click.UsageError(str(error)) from None
+    if not 1 <= len(places) <= 2:
+        raise click.UsageError("name a directory to mount at, and nothing but the sidecar's address before it")
+    *sources, mountpoint = places
+    if sources and sources != ["none"]:
+        address = sources[0]
     # Paths of the command line are meant from here; the daemon leaves for the root directory.
     mountpoint = os.path.abspath(mountpoint)
     log_path = os.path.abspath(log_path) if log_path else None

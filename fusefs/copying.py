@@ -1,17 +1,19 @@
 """Writes into staged files, and which of them are copies of an image's file.
 
-A copy_file_range names its source: the sidecar copies that range. A copier that reads and writes has the source open:
-what it writes is compared with the bytes at the same place there, and where they are equal that is remembered.
+A copy_file_range names its source: the sidecar copies that range. A copier that reads and writes has the source open,
+or another process has that it talks to: what is written is compared with the bytes at the same place there, and where
+they are equal that is remembered.
 """
 
 import errno
 from typing import NamedTuple
 
 from fusefs.errors import fail
-from fusefs.handles import Handles, ImageHandle, StagedHandle
+from fusefs.handles import Borrowed, Handles, ImageHandle, StagedHandle
 from fusefs.processes import thread_group
 from fusefs.provenance import Provenance, SourceFile
 from fusefs.reading import LocalReader
+from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
 from sidecar.client import ImageRef
@@ -33,9 +35,10 @@ class _Equal(NamedTuple):
 
 
 class Copying:
-    def __init__(self, tree: Tree, handles: Handles) -> None:
+    def __init__(self, tree: Tree, handles: Handles, sources: Sources) -> None:
         self._tree = tree
         self._handles = handles
+        self._sources = sources
 
     def write(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> None:
         file = handle.file
@@ -97,21 +100,37 @@ class Copying:
             file.content.write(data, offset)
 
     def _equal_source(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> "_Equal | None":
-        """The file with the same bytes at the same offset, out of those of images that the writer has open."""
-        if not handle.compared or pid == 0:
+        """The file of an image with the same bytes at the same offset, when the writer may have read it from there."""
+        if not handle.compared:
             return None
         if handle.writer[0] != pid:
             handle.writer = (pid, thread_group(pid))
         candidates = self._handles.images_open_in(handle.writer[1])
-        if not candidates:
-            return None
         candidates.sort(key=lambda candidate: candidate.source.name != handle.file.name)
         for candidate in candidates:
             if isinstance(candidate.reader, LocalReader) and candidate.reader.equals(data, offset):
                 handle.mismatches = 0
                 return _Equal(candidate.source, candidate.reader)
+        if handle.borrowed is not None and handle.borrowed.reader.equals(data, offset):
+            handle.mismatches = 0
+            return _Equal(*handle.borrowed)
+        if handle.borrowed is None and (equal := self._borrow(handle, data, offset)) is not None:
+            return equal
         handle.mismatches += 1
         handle.compared = handle.mismatches < _MOST_MISMATCHES
+        return None
+
+    def _borrow(self, handle: StagedHandle, data: memoryview, offset: int) -> "_Equal | None":
+        """A file of the same name that another process reads, or has read; it stays open with the handle."""
+        for source in self._sources.named(handle.file.name):
+            try:
+                reader = self._sources.open(source)
+            except OSError:  # it is another file by now
+                continue
+            if isinstance(reader, LocalReader) and reader.equals(data, offset):
+                handle.borrowed = Borrowed(source, reader)
+                return _Equal(source, reader)
+            reader.close()
         return None
 
     def _is_current(self, source: SourceFile) -> bool:

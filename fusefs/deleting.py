@@ -1,4 +1,4 @@
-"""What rm means: a tombstone for the image, or one companion file less.
+"""What rm means: a tombstone for the image, or one companion file less; of a tombstoned one, the end of its bytes.
 
 `rm -r` unlinks file by file, then the directory. The first file of the disk that goes takes the image with it, and the
 rest of the command must succeed on what is not there any more: a ghost of the image stays for some seconds, for
@@ -8,10 +8,11 @@ A companion file that is unlinked is hidden at once and removed later, when it i
 that is deleted whole, and undeleted, has all its files.
 """
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fusefs.doubts import Key
@@ -31,12 +32,18 @@ _RETRY_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Ghost:
-    """An image that this mount tombstoned, while the rest of the command may still name its files."""
+    """An image that this mount tombstoned or purged, while the rest of the command may still name its files."""
 
+    key: Key
     image: IndexedImage
     removed: set[str]
     until: float
     last: float  # never any longer than this
+
+
+def purged_key(key: Key) -> Key:
+    """The key of the ghost that a purge leaves, which is not where the one of a tombstone is."""
+    return (key[0], f"{key[1]}/purged")
 
 
 @dataclass(slots=True)
@@ -101,17 +108,12 @@ class Deletions:
 
     def tombstone(self, key: Key, image: IndexedImage, *, removing: str = "", leave_ghost: bool = True) -> None:
         """Tombstones the image, once, however many of its files are unlinked at the same time."""
-        with self._lock:
-            once = self._deleting.setdefault(key, threading.Lock())
-        with once:
+        with self._once(key):
             current = self._tree.image(*key)
             if current is not None and current.is_valid and current.number == image.number:
                 with self._tree.changing(key):
                     self._delete(key, image, leave_ghost=leave_ghost)
-            with self._lock:
-                self._deleting.pop(key, None)
-                if removing and (ghost := self._ghosts.get(key)) is not None:
-                    ghost.removed.add(removing)
+        self._note_removed(key, removing)
 
     def _delete(self, key: Key, image: IndexedImage, *, leave_ghost: bool) -> None:
         ref = ImageRef(datastore=key[0], image_id=key[1])
@@ -124,11 +126,58 @@ class Deletions:
             _log.info("tombstoned image=%s/%s", *key)
         with self._lock:
             removal = self._removals.pop(key, None)
-            if leave_ghost:
-                removed = removal.names_in(image) if removal is not None else set()
-                now = self._clock()
-                self._ghosts[key] = Ghost(image, removed, now + GHOST_SECONDS, now + _MOST_GHOST_SECONDS)
+        if leave_ghost:
+            self._leave_ghost(key, image, removal.names_in(image) if removal is not None else set())
         self._tree.deleted(ref)
+
+    def _leave_ghost(self, key: Key, image: IndexedImage, removed: set[str]) -> None:
+        now = self._clock()
+        with self._lock:
+            self._ghosts[key] = Ghost(key, image, removed, now + GHOST_SECONDS, now + _MOST_GHOST_SECONDS)
+
+    def restore(self, key: Key) -> None:
+        """Takes an image's tombstone away: it is there again."""
+        self._pulse.require()
+        with self._tree.changing(key):
+            self._tree.changed(self._client.restore(ImageRef(datastore=key[0], image_id=key[1])))
+        self.lay(key)
+        _log.info("restored image=%s/%s", *key)
+
+    def purge(self, key: Key, image: IndexedImage, *, removing: str = "") -> None:
+        """Frees a tombstoned image, once; `removing`: by unlinking this file of it, others of which may follow."""
+        ref = ImageRef(datastore=key[0], image_id=key[1])
+        with self._once(purged_key(key)):
+            current = self._tree.image(*key)
+            if current is not None and current.is_tombstoned and current.number == image.number:
+                self._pulse.require()
+                with self._tree.changing(key):
+                    try:
+                        freed = self._client.purge(ref)
+                    except ImageNotFound as error:
+                        _log.info("purged already image=%s/%s cause=%s", *key, error.message)
+                    else:
+                        _log.info("purged image=%s/%s freed_bytes=%s", *key, freed)
+                    if removing:
+                        self._leave_ghost(purged_key(key), image, set())
+                    self._tree.purged(ref)
+        self._note_removed(purged_key(key), removing)
+
+    @contextlib.contextmanager
+    def _once(self, key: Key) -> Iterator[None]:
+        """One at a time for this key."""
+        with self._lock:
+            once = self._deleting.setdefault(key, threading.Lock())
+        with once:
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._deleting.pop(key, None)
+
+    def _note_removed(self, key: Key, name: str) -> None:
+        with self._lock:
+            if name and (ghost := self._ghosts.get(key)) is not None:
+                ghost.removed.add(name)
 
     def remove_later(self, key: Key, image: IndexedImage, file: IndexedFile) -> None:
         """Hides a companion file, and removes it when the image is still there after the settle time."""

@@ -23,6 +23,7 @@ _EXPECTED = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENXIO,
+    errno.ENODATA,
     errno.EOPNOTSUPP,
     errno.EBADF,
     errno.EFBIG,

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 from fusefs import nodes
 from fusefs.copying import Copying
 from fusefs.deleting import Deletions
+from fusefs.documents import Documents
 from fusefs.errors import fail, operation
-from fusefs.handles import CompanionHandle, Handles, ImageHandle, StagedHandle
+from fusefs.handles import CompanionHandle, DocumentHandle, Handles, ImageHandle, StagedHandle
 from fusefs.processes import is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import PageCachePolicy, open_image_file
+from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, StagingArea
 from fusefs.tree import IndexedFile, Tree, file_inode
@@ -35,6 +37,8 @@ class Files:
         area: StagingArea,
         deletions: Deletions,
         views: Views,
+        documents: Documents,
+        sources: Sources,
         resolver: nodes.Resolver,
         handles: Handles,
     ) -> None:
@@ -43,9 +47,11 @@ class Files:
         self._area = area
         self._deletions = deletions
         self._views = views
+        self._documents = documents
         self._resolver = resolver
         self._handles = handles
-        self._copying = Copying(tree, handles)
+        self._sources = sources
+        self._copying = Copying(tree, handles, sources)
         self._pages = PageCachePolicy()
 
     def path_of(self, *arguments: Any) -> str:
@@ -70,10 +76,15 @@ class Files:
                 if writing:
                     node.directory.require_not_anothers(thread_group(pid))
                 return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
-            case nodes.ImageFileNode(parent, file):
+            case nodes.ImageFileNode(parent, file) | nodes.DeletedFileNode(parent, file):
                 if writing or flags & os.O_TRUNC:
                     fail(errno.EROFS)
-                return self._open_image_file(path, parent, file, pid)
+                return self._open_image_file(path, node, parent, file, pid)
+            case nodes.DocumentNode():
+                if writing or flags & os.O_TRUNC:
+                    fail(errno.EROFS)
+                # Past the page cache: it is read to its end, wherever that is.
+                return Opened(self._handles.add(DocumentHandle(path, self._documents.text(node))), direct_io=True)
             case nodes.LateNode(_, recent, companion):
                 if flags & os.O_TRUNC:
                     companion.truncate(0)
@@ -94,18 +105,26 @@ class Files:
             node.directory.released(node.file, writable=writing)
             raise
 
-    def _open_image_file(self, path: str, parent: nodes.ImageNode, file: IndexedFile, pid: int) -> Opened:
-        key, name = parent.key, file.name
+    def _open_image_file(
+        self,
+        path: str,
+        node: nodes.ImageFileNode | nodes.DeletedFileNode,
+        parent: nodes.ImageNode | nodes.DeletedImageNode,
+        file: IndexedFile,
+        pid: int,
+    ) -> Opened:
+        key, name, state = parent.key, file.name, parent.image.state
 
         def current() -> Generation | None:
             image = self._tree.image(*key)
-            found = image.file(name) if image is not None and image.is_valid else None
+            found = image.file(name) if image is not None and image.state == state else None
             return found.generation if found is not None else None
 
         reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
         source = SourceFile(*key, name, file.generation)
         advice = self._pages.opened(path, file.generation)
-        attributes = self._views.attributes(nodes.ImageFileNode(parent, file))
+        attributes = self._views.attributes(node)
+        self._sources.seen(source)
         number = self._handles.add(ImageHandle(path, source, reader, thread_group(pid), attributes))
         return Opened(number, advice.keep, advice.bypass)
 
@@ -143,6 +162,8 @@ class Files:
                 return opened.file.content.read(size, offset)
             case CompanionHandle():
                 return bytes(opened.companion.data[offset : offset + size])
+            case DocumentHandle():
+                return opened.text[offset : offset + size]
             case _:
                 fail(errno.EISDIR)
 
@@ -202,7 +223,7 @@ class Files:
                 self._copying.truncate(directory, file, size)
             case nodes.LateNode(_, _, companion):
                 companion.truncate(size)
-            case nodes.ImageFileNode():
+            case nodes.ImageFileNode() | nodes.DeletedFileNode() | nodes.DocumentNode():
                 fail(errno.EROFS)
             case _:
                 fail(errno.EISDIR)
@@ -234,8 +255,11 @@ class Files:
         match opened:
             case ImageHandle():
                 opened.reader.close()
+                self._sources.seen(opened.source)
                 self._pages.closed(opened.path, opened.source.generation)
             case StagedHandle():
+                if opened.borrowed is not None:
+                    opened.borrowed.reader.close()
                 opened.directory.released(opened.file, writable=opened.writable)
                 self._area.wake()
             case CompanionHandle(companion=companion):

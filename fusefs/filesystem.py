@@ -11,10 +11,12 @@ from typing import Any
 from fusefs import nodes
 from fusefs.attributes import Attributes
 from fusefs.deleting import Deletions
+from fusefs.documents import Documents
 from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
 from fusefs.pulse import Pulse
+from fusefs.sources import Sources
 from fusefs.staged import State
 from fusefs.staging import StagingArea
 from fusefs.tree import Tree
@@ -28,7 +30,15 @@ _NOW_NS = 5_000_000_000
 
 class FileSystem:
     def __init__(
-        self, client: SidecarClient, pulse: Pulse, tree: Tree, area: StagingArea, deletions: Deletions, views: Views
+        self,
+        client: SidecarClient,
+        pulse: Pulse,
+        tree: Tree,
+        area: StagingArea,
+        deletions: Deletions,
+        views: Views,
+        documents: Documents,
+        sources: Sources,
     ) -> None:
         self._client = client
         self._pulse = pulse
@@ -36,9 +46,10 @@ class FileSystem:
         self._area = area
         self._deletions = deletions
         self._views = views
+        self._documents = documents
         self._resolver = nodes.Resolver(client, tree, area, deletions)
         self._handles = Handles()
-        self.files = Files(client, tree, area, deletions, views, self._resolver, self._handles)
+        self.files = Files(client, tree, area, deletions, views, documents, sources, self._resolver, self._handles)
 
     def path_of(self, *arguments: Any) -> str:
         """For the log: the path that is among a call's arguments, or that of the handle."""
@@ -57,7 +68,7 @@ class FileSystem:
     @operation
     def opendir(self, path: str) -> int:
         node = self._resolver.get(path)
-        if isinstance(node, nodes.ImageNode):
+        if isinstance(node, nodes.ImageNode | nodes.DeletedImageNode):
             node = self._resolver.with_details(node) or fail(errno.ENOENT)
         match node:
             case nodes.GhostNode(_, ghost):
@@ -90,7 +101,16 @@ class FileSystem:
 
     @operation
     def statfs(self, path: str) -> Capacity:
-        return self._views.capacity(self._resolver.find(path))
+        return self._views.capacity(self._tree.datastore("/".join(nodes.split(path)[:1])))
+
+    @operation
+    def listxattr(self, path: str) -> list[str]:
+        return list(self._documents.attributes(self._resolver.get(path)))
+
+    @operation
+    def getxattr(self, path: str, name: str) -> bytes:
+        value = self._documents.attributes(self._resolver.get(path)).get(name)
+        return value if value is not None else fail(errno.ENODATA)
 
     @operation
     def mkdir(self, path: str, pid: int) -> None:
@@ -121,6 +141,12 @@ class FileSystem:
             case nodes.LateNode(_, recent, companion):
                 recent.late.pop(companion.name, None)
                 companion.changed = False
+            case nodes.DeletedFileNode(deleted, file) if file.is_disk:
+                self._deletions.purge(deleted.key, deleted.image, removing=file.name)
+            case nodes.DeletedFileNode():
+                pass  # goes with its disk
+            case nodes.DocumentNode():
+                fail(errno.EPERM, "what is known about an image is not a file of it")
             case nodes.GhostFileNode(ghost_parent, file):
                 ghost_parent.ghost.removed.add(file.name)
                 self._deletions.keep(ghost_parent.ghost)
@@ -138,8 +164,12 @@ class FileSystem:
             case nodes.ImageNode():
                 self._deletions.tombstone(node.key, node.image, leave_ghost=False)
                 self._area.forget_recent(node.key)
+            case nodes.DeletedImageNode():
+                self._deletions.purge(node.key, node.image)
             case nodes.GhostNode():
-                self._deletions.lay(node.key)
+                self._deletions.lay(node.ghost.key)
+            case nodes.DeletedNode():
+                fail(errno.EPERM, "every datastore has one")
             case _:
                 fail(errno.EPERM if len(nodes.split(path)) < 2 else errno.ENOTDIR)
 
@@ -156,6 +186,13 @@ class FileSystem:
                 fail(errno.EROFS)
             case nodes.GhostNode() | nodes.GhostFileNode():
                 fail(errno.ENOENT)
+            case nodes.DeletedImageNode(datastore, image):
+                if nodes.split(new) != [datastore.name, image.image_id]:
+                    # Not EXDEV: mv would go on with a copy, and then purge what it has copied from.
+                    fail(errno.EPERM, f"a deleted image can be moved to /{datastore.name}/{image.image_id} only")
+                self._deletions.restore(node.key)
+            case nodes.DeletedNode() | nodes.DeletedFileNode() | nodes.DocumentNode():
+                fail(errno.EPERM)
             case _:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
                 fail(errno.EXDEV)

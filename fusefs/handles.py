@@ -5,11 +5,12 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusefs.attributes import Attributes
 from fusefs.errors import fail
 from fusefs.provenance import SourceFile
-from fusefs.reading import Reader
+from fusefs.reading import LocalReader, Reader
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, Recent
 
@@ -28,6 +29,13 @@ class ImageHandle:
     attributes: Attributes  # what stat showed: a file that is open outlives its name
 
 
+class Borrowed(NamedTuple):
+    """A file of an image that another process reads, opened for what is written here."""
+
+    source: SourceFile
+    reader: LocalReader
+
+
 @dataclass(slots=True, eq=False)
 class StagedHandle:
     """A file of an image in the making."""
@@ -39,6 +47,7 @@ class StagedHandle:
     writer: tuple[int, int] = (0, 0)  # the thread that wrote last, and its process
     compared: bool = True  # whether what is written is still worth comparing with an image's file
     mismatches: int = 0
+    borrowed: Borrowed | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +68,15 @@ class DirectoryHandle:
     entries: Sequence[Entry]
 
 
-Handle = ImageHandle | StagedHandle | CompanionHandle | DirectoryHandle
+@dataclass(slots=True, eq=False)
+class DocumentHandle:
+    """A document, as it was when it was opened."""
+
+    path: str
+    text: bytes
+
+
+Handle = ImageHandle | StagedHandle | CompanionHandle | DirectoryHandle | DocumentHandle
 
 
 class Handles:

@@ -7,10 +7,11 @@ import resource
 import threading
 from collections.abc import Callable, Iterable
 
-from fusefs import binding, mountpoints
+from fusefs import binding, mountpoints, nodes
 from fusefs.binding import BindingError, Session
 from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
+from fusefs.documents import Documents
 from fusefs.filesystem import FileSystem
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
@@ -19,6 +20,7 @@ from fusefs.publisher import Publisher
 from fusefs.pulse import Pulse
 from fusefs.reading import Reader, open_image_file
 from fusefs.rules import Rules
+from fusefs.sources import Sources
 from fusefs.staging import StagingArea
 from fusefs.tree import Tree
 from fusefs.views import Views
@@ -77,7 +79,9 @@ class _Mount:
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)
-        self._filesystem = FileSystem(client, pulse, self._tree, self._area, self._deletions, views)
+        documents = Documents(client, pulse, lambda: self._watcher.stale_since)
+        sources = Sources(self._open_source)
+        self._filesystem = FileSystem(client, pulse, self._tree, self._area, self._deletions, views, documents, sources)
 
     def run(self, signals: EndSignals, on_ready: Callable[[], None]) -> None:
         with contextlib.ExitStack() as running:
@@ -95,6 +99,7 @@ class _Mount:
                     self._path,
                     self._options.for_libfuse(self._client.address),
                     lambda session: self._ready(session, on_ready),
+                    attributes=self._options.attributes,
                 )
             except BindingError as error:
                 raise MountError(str(error)) from error
@@ -150,7 +155,8 @@ class _Mount:
         for datastore, image in changes:
             if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
                 self._deletions.lay((datastore, image.image_id))  # purged
-            path = f"/{datastore}/{image.image_id}"
+            path = f"/{datastore}/{nodes.DELETED}/" if image.is_tombstoned else f"/{datastore}/"
+            path += image.image_id
             outdated += [path, *(f"{path}/{file.name}" for file in image.files)]
         self._invalidate(outdated)
 

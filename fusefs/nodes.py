@@ -1,9 +1,9 @@
 """What a path in the mount leads to."""
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fusefs.deleting import Deletions, Ghost
+from fusefs.deleting import Deletions, Ghost, purged_key
 from fusefs.doubts import Key
 from fusefs.errors import fail
 from fusefs.staged import StagedDirectory, StagedFile
@@ -37,6 +37,29 @@ class ImageNode:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletedNode:
+    """A datastore's tombstoned images. Not listed itself: who deletes all that is listed does not mean these."""
+
+    datastore: IndexedDatastore
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedImageNode:
+    datastore: IndexedDatastore
+    image: IndexedImage
+
+    @property
+    def key(self) -> Key:
+        return (self.datastore.name, self.image.image_id)
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedFileNode:
+    parent: DeletedImageNode
+    file: IndexedFile
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFileNode:
     """A file of an image, by its own name or by the one that its copier used."""
 
@@ -48,10 +71,6 @@ class ImageFileNode:
 class GhostNode:
     datastore: IndexedDatastore
     ghost: Ghost
-
-    @property
-    def key(self) -> Key:
-        return (self.datastore.name, self.ghost.image.image_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +99,20 @@ class LateNode:
     companion: LateCompanion
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentNode:
+    """What is known about a directory of the mount, as JSON. Not listed: no copy of the directory picks it up."""
+
+    about: DatastoreNode | ImageNode | DeletedImageNode | StagedNode
+
+
 Node = (
     RootNode
     | DatastoreNode
+    | DeletedNode
+    | DeletedImageNode
+    | DeletedFileNode
+    | DocumentNode
     | ImageNode
     | ImageFileNode
     | LateNode
@@ -91,6 +121,11 @@ Node = (
     | StagedNode
     | StagedFileNode
 )
+
+
+DELETED = ".deleted"
+IMAGE_DOCUMENT = ".image.json"
+DATASTORE_DOCUMENT = ".datastore.json"
 
 
 def split(path: str) -> list[str]:
@@ -122,16 +157,12 @@ class Resolver:
         if not names:
             return RootNode()
         datastore = self._tree.datastore(names[0])
-        if datastore is None or len(names) > 3:
+        if datastore is None:
             return None
-        if len(names) == 1:
-            return DatastoreNode(datastore)
-        parent = self._directory(datastore, names[1])
-        if len(names) == 2 or parent is None:
-            return parent
-        if isinstance(parent, ImageNode) and (parent := self.with_details(parent)) is None:
-            return None
-        return self._file(parent, names[2])
+        parent: Node | None = DatastoreNode(datastore)
+        for name in names[1:]:
+            parent = self._child(parent, name) if parent is not None else None
+        return parent
 
     def get(self, path: str | None) -> Node:
         """What the path leads to; ENOENT for nothing, which a removed file's path is too."""
@@ -146,8 +177,8 @@ class Resolver:
             node = self.get(path)
         return node
 
-    def with_details(self, node: ImageNode) -> ImageNode | None:
-        """The image with its files, which some datastores tell only when asked; None when it is not whole then."""
+    def with_details(self, node: ImageNode | DeletedImageNode) -> ImageNode | DeletedImageNode | None:
+        """The image with its files, which some datastores tell only when asked; None when it is another one then."""
         if node.image.details_known:
             return node
         ref = ImageRef(datastore=node.datastore.name, image_id=node.image.image_id)
@@ -155,7 +186,34 @@ class Resolver:
             image = self._tree.learn(node.image, self._client.image(ref))
         except ImageNotFound:
             return None
-        return ImageNode(node.datastore, image, node.recent) if image.is_valid else None
+        return replace(node, image=image) if image.state == node.image.state else None
+
+    def _child(self, parent: Node, name: str) -> Node | None:
+        match parent:
+            case DatastoreNode() if name == DATASTORE_DOCUMENT:
+                return DocumentNode(parent)
+            case DatastoreNode(datastore) if name == DELETED:
+                return DeletedNode(datastore)
+            case DatastoreNode(datastore):
+                return self._directory(datastore, name)
+            case DeletedNode(datastore):
+                return self._deleted(datastore, name)
+            case ImageNode() | DeletedImageNode() | StagedNode() if name == IMAGE_DOCUMENT:
+                return DocumentNode(parent)
+            case ImageNode() | DeletedImageNode():
+                detailed = self.with_details(parent)
+                return self._file(detailed, name) if detailed is not None else None
+            case GhostNode() | StagedNode():
+                return self._file(parent, name)
+            case _:
+                return None
+
+    def _deleted(self, datastore: IndexedDatastore, image_id: str) -> DeletedImageNode | GhostNode | None:
+        image = datastore.images.get(image_id)
+        if image is not None and image.is_tombstoned:
+            return DeletedImageNode(datastore, image)
+        ghost = self._deletions.ghost(purged_key((datastore.name, image_id)))
+        return GhostNode(datastore, ghost) if ghost is not None else None
 
     def _directory(self, datastore: IndexedDatastore, image_id: str) -> ImageNode | GhostNode | StagedNode | None:
         key = (datastore.name, image_id)
@@ -169,8 +227,11 @@ class Resolver:
         ghost = self._deletions.ghost(key)
         return GhostNode(datastore, ghost) if ghost is not None else None
 
-    def _file(self, parent: ImageNode | GhostNode | StagedNode, name: str) -> Node | None:
+    def _file(self, parent: ImageNode | DeletedImageNode | GhostNode | StagedNode, name: str) -> Node | None:
         match parent:
+            case DeletedImageNode(_, image):
+                file = image.file(name)
+                return DeletedFileNode(parent, file) if file is not None else None
             case StagedNode(directory):
                 staged = directory.file(name)
                 return StagedFileNode(directory, staged) if staged is not None else None

@@ -17,6 +17,7 @@ _PASSED_FLAGS = {
 _PASSED_VALUES = {"fsname", "max_read", "max_idle_threads"}
 # Of fstab: for mount(8) and for systemd, not for us.
 _IGNORED_FLAGS = {"defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail"}
+_OWN = "settle=, attr_timeout=, entry_timeout=, uid=, gid=, umask=, xattr, ro, allow_other"
 _IGNORED_PREFIXES = ("x-", "comment=")
 
 
@@ -33,6 +34,7 @@ class MountOptions:
     entry_timeout: float = 5.0
     owner: Owner = field(default_factory=lambda: Owner(os.getuid(), os.getgid()))
     may_cover_files: bool = False
+    attributes: bool = False
     passed: dict[str, str | bool] = field(default_factory=dict)
 
     def for_libfuse(self, address: str) -> dict[str, str | bool]:
@@ -72,6 +74,8 @@ def parse_options(texts: tuple[str, ...]) -> MountOptions:
                 gid = _number(name, value, 10)
             case "umask":
                 umask = _number(name, value, 8)
+            case "xattr":
+                options.attributes = True
             case "nonempty":
                 options.may_cover_files = True
             case _ if name in _PASSED_FLAGS and not equals:
@@ -79,8 +83,7 @@ def parse_options(texts: tuple[str, ...]) -> MountOptions:
             case _ if name in _PASSED_VALUES and value:
                 options.passed[name] = value
             case _:
-                known = ("settle=", "attr_timeout=", "entry_timeout=", "uid=", "gid=", "umask=", "ro", "allow_other")
-                raise OptionError(f"unknown option {text!r}: known are {', '.join(known)} and those of libfuse")
+                raise OptionError(f"unknown option {text!r}: known are {_OWN}, and those of libfuse")
     options.owner = Owner(uid, gid, umask)
     return options
 

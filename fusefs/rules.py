@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fusefs.provenance import Ranges, SourceFile
-from fusefs.reading import Reader
+from fusefs.sources import OpenSource
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import IndexedImage, Tree
 from sidecar.client import ImageRef
@@ -30,7 +30,6 @@ from sidecar.holes import data_ranges
 
 _log = logging.getLogger(__name__)
 
-OpenSource = Callable[[SourceFile], Reader]
 
 # How long one question may look for zeroes in a source: a close waits for the answer. What was found is remembered.
 _LOOK_SECONDS = 0.5

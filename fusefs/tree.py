@@ -8,6 +8,7 @@ be older, and is doubted (see `doubts`).
 """
 
 import contextlib
+import copy
 import itertools
 import sys
 import threading
@@ -88,6 +89,10 @@ class IndexedImage:
         return self.state == ImageState.IMAGE_STATE_VALID
 
     @property
+    def is_tombstoned(self) -> bool:
+        return self.state == ImageState.IMAGE_STATE_TOMBSTONED
+
+    @property
     def directory(self) -> str:
         """Relative to the datastore's root."""
         return self._directory.replace(_ID_MARK, self.image_id)
@@ -114,6 +119,12 @@ class IndexedImage:
             other._files,
         )
 
+    def tombstoned(self) -> "IndexedImage":
+        """The same image after its deletion."""
+        other = copy.copy(self)
+        other.state = ImageState.IMAGE_STATE_TOMBSTONED
+        return other
+
     def _fold(self, text: str) -> str:
         return sys.intern(text.replace(self.image_id, _ID_MARK))
 
@@ -138,6 +149,9 @@ class IndexedDatastore:
 
     def valid_images(self) -> list[IndexedImage]:
         return [image for image in list(self.images.values()) if image.is_valid]
+
+    def tombstoned_images(self) -> list[IndexedImage]:
+        return [image for image in list(self.images.values()) if image.is_tombstoned]
 
 
 class Tree:
@@ -268,6 +282,14 @@ class Tree:
         key = (ref.datastore, ref.image_id)
         with self._lock:
             self._doubts.changed(key)
+            image = self.image(*key)
+            self._put(key, image.tombstoned() if image is not None else None)
+
+    def purged(self, ref: ImageRef) -> None:
+        """This mount purged the image."""
+        key = (ref.datastore, ref.image_id)
+        with self._lock:
+            self._doubts.changed(key)
             self._put(key, None)
 
     def take_changes(self) -> list[tuple[str, IndexedImage]]:
@@ -331,6 +353,16 @@ class Tree:
 
 def directory_inode(number: int) -> int:
     return (number << 32) | 1
+
+
+def deleted_inode(number: int) -> int:
+    """Of the directory of tombstoned images in a datastore's directory of this number."""
+    return (number << 32) | 2
+
+
+def document_inode(number: int) -> int:
+    """Of the document about a directory of this number."""
+    return (number << 32) | 3
 
 
 def file_inode(number: int, name: str, kind: int = FileKind.FILE_KIND_COMPANION) -> int:

@@ -10,9 +10,20 @@ from fusefs.attributes import Attributes, Owner
 from fusefs.deleting import Deletions
 from fusefs.errors import fail
 from fusefs.handles import Entry
-from fusefs.tree import ROOT_INODE, IndexedDatastore, IndexedFile, IndexedImage, Tree, file_inode
+from fusefs.tree import (
+    ROOT_INODE,
+    IndexedDatastore,
+    IndexedFile,
+    IndexedImage,
+    Tree,
+    deleted_inode,
+    document_inode,
+    file_inode,
+)
 
 _BLOCK = 4096
+# Documents are made when they are opened: until then nobody knows how long they are. As in sysfs.
+_DOCUMENT_BYTES = 4096
 
 
 class Capacity(NamedTuple):
@@ -42,12 +53,18 @@ class Views:
                 )
             case nodes.DatastoreNode(datastore):
                 return self._of_datastore(datastore)
-            case nodes.ImageNode(_, image, _):
+            case nodes.DeletedNode(datastore):
+                return self._owner.directory(deleted_inode(datastore.number), modified_ns=self._started_ns)
+            case nodes.ImageNode(_, image, _) | nodes.DeletedImageNode(_, image):
                 return self._of_image(image)
+            case nodes.DocumentNode(about):
+                return self._owner.file(document_inode(_number(about)), _DOCUMENT_BYTES, 0, time.time_ns())
             case nodes.GhostNode(_, ghost):
                 return self._of_image(ghost.image)
-            case nodes.ImageFileNode(parent, file):
-                return self._of_file(parent.image, file)
+            case nodes.ImageFileNode(nodes.ImageNode(_, image, _), file):
+                return self._of_file(image, file)
+            case nodes.DeletedFileNode(nodes.DeletedImageNode(_, image), file):
+                return self._of_file(image, file)
             case nodes.LateNode(_, _, companion):
                 size = len(companion.data)
                 return self._owner.file(companion.inode, size, size, time.time_ns(), writable=True)
@@ -66,6 +83,10 @@ class Views:
                 return own + [(each.name, partial(self._of_datastore, each)) for each in self._tree.datastores]
             case nodes.DatastoreNode(datastore):
                 return own + [(each.image_id, partial(self._of_image, each)) for each in datastore.valid_images()]
+            case nodes.DeletedNode(datastore):
+                return own + [(each.image_id, partial(self._of_image, each)) for each in datastore.tombstoned_images()]
+            case nodes.DeletedImageNode(_, image):
+                return own + self._files(image, set())
             case nodes.ImageNode(_, image, _):
                 return own + self._files(image, self._deletions.hidden(node.key, image))
             case nodes.GhostNode(_, ghost):
@@ -76,20 +97,9 @@ class Views:
             case _:
                 fail(errno.ENOTDIR)
 
-    def capacity(self, node: nodes.Node | None) -> Capacity:
-        """Of the datastore that the path is in; of all of them together for the root."""
-        match node:
-            case nodes.DatastoreNode(datastore) | nodes.ImageNode(datastore, _, _) | nodes.GhostNode(datastore, _):
-                infos = [datastore.info]
-            case nodes.ImageFileNode(parent, _) | nodes.LateNode(parent, _, _):
-                infos = [parent.datastore.info]
-            case nodes.GhostFileNode(parent, _):
-                infos = [parent.datastore.info]
-            case nodes.StagedNode(directory) | nodes.StagedFileNode(directory, _):
-                found = self._tree.datastore(directory.ref.datastore)
-                infos = [found.info] if found is not None else []
-            case _:
-                infos = [datastore.info for datastore in self._tree.datastores]
+    def capacity(self, datastore: IndexedDatastore | None) -> Capacity:
+        """Of a datastore; of all of them together where none is named."""
+        infos = [each.info for each in ([datastore] if datastore is not None else self._tree.datastores)]
         return Capacity(
             block_size=_BLOCK,
             blocks=sum(info.capacity_bytes for info in infos) // _BLOCK,
@@ -114,3 +124,13 @@ class Views:
         return self._owner.file(
             file_inode(image.number, file.name, file.kind), file.size, file.allocated, file.modified_ns
         )
+
+
+def _number(node: nodes.DatastoreNode | nodes.ImageNode | nodes.DeletedImageNode | nodes.StagedNode) -> int:
+    match node:
+        case nodes.DatastoreNode(datastore):
+            return datastore.number
+        case nodes.StagedNode(directory):
+            return directory.number
+        case nodes.ImageNode() | nodes.DeletedImageNode():
+            return node.image.number

@@ -3,9 +3,10 @@
 import click
 
 from sidecar.client import CopyImageResponse, ImageRef
-from sidecar.ctl.output import human_size, image_document
+from sidecar.ctl.output import human_size
 from sidecar.ctl.progress import progress_bar
 from sidecar.ctl.session import Session, command, image_argument, ref_text, what_came_of_it
+from sidecar.documents import image_document
 
 
 @command("cp")

@@ -3,8 +3,9 @@
 import click
 
 from sidecar.client import Datastore
-from sidecar.ctl.output import NONE, datastore_document, human_size, table
+from sidecar.ctl.output import NONE, human_size, table
 from sidecar.ctl.session import Session, command
+from sidecar.documents import datastore_document
 
 
 @command("datastores")

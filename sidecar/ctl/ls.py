@@ -4,8 +4,9 @@ import click
 
 from sidecar import errors
 from sidecar.client import Image, ImageState
-from sidecar.ctl.output import NONE, human_size, image_document, state_name, table, time_text
+from sidecar.ctl.output import NONE, human_size, table
 from sidecar.ctl.session import Session, command
+from sidecar.documents import image_document, state_name, time_text
 
 ALL_STATES = (
     ImageState.IMAGE_STATE_VALID,

@@ -3,8 +3,8 @@
 import click
 
 from sidecar.client import ImageRef
-from sidecar.ctl.output import image_document, state_name
 from sidecar.ctl.session import Session, command, image_argument, ref_text
+from sidecar.documents import image_document, state_name
 
 
 @command("restore")

@@ -5,18 +5,9 @@ import json
 import click
 
 from sidecar.client import Image, ImageRef
-from sidecar.ctl.output import (
-    NONE,
-    exact_size,
-    full_document,
-    human_size,
-    image_time,
-    kind_name,
-    state_name,
-    table,
-    time_text,
-)
+from sidecar.ctl.output import NONE, exact_size, human_size, table
 from sidecar.ctl.session import Session, command, image_argument, plain, ref_text
+from sidecar.documents import full_document, image_time, kind_name, state_name, time_text
 
 
 @command("show")

@@ -4,8 +4,8 @@ import click
 
 from sidecar import errors
 from sidecar.client import ImageRef, ImageState
-from sidecar.ctl.output import image_document
 from sidecar.ctl.session import Session, command, image_argument, ref_text
+from sidecar.documents import image_document
 
 
 @command("validate")

@@ -13,8 +13,9 @@ import click
 
 from sidecar import errors
 from sidecar.client import Datastore, Image, ImageState, SidecarClient, WatchImagesResponse
-from sidecar.ctl.output import Document, datastore_document, human_size, image_document, state_name
+from sidecar.ctl.output import human_size
 from sidecar.ctl.session import BROKEN_PIPE, Session, command, is_terminal, plain, ref_text
+from sidecar.documents import Document, datastore_document, image_document, state_name
 
 PAUSE_SECONDS = 0.5
 # What ends a stream of a sidecar that stops, or is gone.

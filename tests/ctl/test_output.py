@@ -3,7 +3,8 @@
 import pytest
 
 from sidecar.client import Image, ImageRef, ImageState
-from sidecar.ctl.output import exact_size, full_document, human_size, table
+from sidecar.ctl.output import exact_size, human_size, table
+from sidecar.documents import full_document
 
 
 @pytest.mark.parametrize(

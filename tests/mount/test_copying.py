@@ -100,17 +100,42 @@ def test_a_copier_that_reads_and_writes_is_recognised(source: Path, mount: Mount
     assert_same_disk(source / "a.vmdk", mount.path / "two" / "b" / "b.vmdk")
 
 
-def test_busybox_cp(dense: Path, mount: Mount) -> None:
-    run("busybox", "cp", "-r", dense, mount.path / "two" / "b")
-    assert published_as(mount, "two/b") == "one/dense"
-    assert_same_disk(dense / "dense.vmdk", mount.path / "two" / "b" / "b.vmdk")
+@pytest.mark.parametrize("kind", ["source", "dense"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        'busybox cp -r "$0" "$1"',
+        'rsync -a "$0/" "$1"',
+        'rsync -a --sparse "$0/" "$1"',
+        'mkdir "$1" && tar -C "$0" -cf - . | tar -C "$1" -xf -',
+        'mkdir "$1" && tar -C "$0" -cSf - . | tar -C "$1" -xf -',
+        'mkdir "$1" && for file in "$0"/*; do dd if="$file" of="$1/${file##*/}" bs=100k status=none; done',
+        'mkdir "$1" && for file in "$0"/*; do cat "$file" >"$1/${file##*/}"; done',
+    ],
+)
+def test_a_copy_by_whatever_tool_is_known_to_be_one(
+    script: str, kind: str, mount: Mount, request: pytest.FixtureRequest
+) -> None:
+    """Where one process reads and another one writes, too."""
+    image: Path = request.getfixturevalue(kind)
+    target = mount.path / "two" / "b"
+    run("sh", "-c", script, image, target)
+    wait_listed(mount, "two/b")
+    assert published_as(mount, "two/b") == f"one/{image.name}"
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    assert_same_disk(image / f"{image.name}.vmdk", target / "b.vmdk")
+    assert (target / "b.ecv").read_bytes() == (image / f"{image.name}.ecv").read_bytes()
 
 
-def test_rsync(source: Path, mount: Mount) -> None:
-    run("rsync", "-a", f"{source}/", mount.path / "two" / "b")
-    image = wait_listed(mount, "two/b")
-    assert names(image) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
-    assert_same_disk(source / "a.vmdk", image / "b.vmdk")
+def test_a_file_of_the_same_name_that_somebody_reads_is_not_taken_for_the_source(
+    source: Path, client: SidecarClient, mount: Mount, tmp_path: Path
+) -> None:
+    """An import of another disk of that name, while the image's is open."""
+    other = make_disk(tmp_path / "other", "a.vmdk", seed=7)
+    with (source / "a-flat.vmdk").open("rb"), (source / "a.vmdk").open("rb"):
+        run("cp", "-r", other.parent, mount.path / "two" / "b")
+        assert published_as(mount, "two/b") == ""
+    assert_same_disk(other, mount.path / "two" / "b" / "b.vmdk")
 
 
 def test_one_changed_byte_arrives_as_that_byte(source: Path, mount: Mount, tmp_path: Path) -> None:

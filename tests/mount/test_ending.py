@@ -24,13 +24,13 @@ def busy(session):
         session.invalidate(["/one/a/a.vmdk"] * 50)
 
 original = binding.serve
-def serve(name, filesystem, mountpoint, options, on_ready):
+def serve(name, filesystem, mountpoint, options, on_ready, **others):
     def ready(session):
         on_ready(session)
         for _ in range(2):
             threading.Thread(target=busy, args=(session,), daemon=True).start()
         sessions.append(session)
-    original(name, filesystem, mountpoint, options, ready)
+    original(name, filesystem, mountpoint, options, ready, **others)
     for session in sessions:
         session.exit()
 

@@ -1,0 +1,133 @@
+"""`.deleted`: tombstoned images, how they come back, and how their bytes go."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sidecar.client import ImageState, SidecarClient, errors
+from tests.mount.harness import import_sparse, message_of, names, wait_listed
+from tests.support.disks import make_disk, tree_digest
+from tests.support.processes import Mount, run, wait_until
+
+
+@pytest.fixture(params=["one", "two", "three"])
+def datastore(request: pytest.FixtureRequest, client: SidecarClient, mount: Mount, tmp_path: Path) -> Path:
+    """A datastore with the image `a`, for each layout."""
+    name: str = request.param
+    import_sparse(client, f"{name}/a", make_disk(tmp_path / "source"), companions={"disk.ecv": b'{"k": 1}'})
+    return wait_listed(mount, f"{name}/a").parent
+
+
+def state_of(client: SidecarClient, image: Path) -> ImageState.ValueType | None:
+    try:
+        return client.image(f"{image.parent.name}/{image.name}").state
+    except errors.ImageNotFound:
+        return None
+
+
+def test_a_deleted_image_is_there_at_once_and_mv_restores_it_whole(datastore: Path, client: SidecarClient) -> None:
+    before = tree_digest(datastore / "a")
+    run("rm", "-r", datastore / "a")
+    assert run("ls", "-a", datastore / ".deleted").stdout.split() == [".", "..", "a"]
+    assert tree_digest(datastore / ".deleted" / "a") == before
+    run("mv", datastore / ".deleted" / "a", datastore / "a")
+    assert names(datastore) == {"a"}
+    assert names(datastore / ".deleted") == set()
+    assert tree_digest(datastore / "a") == before
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_VALID
+
+
+def test_mv_into_the_datastore_restores_it_too(datastore: Path) -> None:
+    run("rm", "-r", datastore / "a")
+    run("mv", datastore / ".deleted" / "a", datastore)
+    assert names(datastore) == {"a"}
+
+
+def test_it_is_restored_under_its_own_name_only_and_nothing_is_purged(datastore: Path, client: SidecarClient) -> None:
+    """Were it a rename across devices, mv would copy it and then purge what it copied from."""
+    run("rm", "-r", datastore / "a")
+    assert message_of("mv", datastore / ".deleted" / "a", datastore / "b") == "Operation not permitted"
+    other = datastore.parent / ("two" if datastore.name == "one" else "one")
+    assert message_of("mv", datastore / ".deleted" / "a", other / "a") == "Operation not permitted"
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+
+
+@pytest.mark.parametrize(
+    "command", [["rm", "-r"], ["rmdir"], ["busybox", "rm", "-r"], ["sh", "-c", 'find "$0" -delete']], ids=" ".join
+)
+def test_rm_purges(command: list[str], datastore: Path, client: SidecarClient) -> None:
+    run("rm", "-r", datastore / "a")
+    run(*command, datastore / ".deleted" / "a")
+    assert names(datastore / ".deleted") == set()
+    assert state_of(client, datastore / "a") is None
+    run("mkdir", datastore / "a")  # the name is free again
+
+
+def test_all_are_purged_at_once(datastore: Path, client: SidecarClient) -> None:
+    run("cp", "-r", datastore / "a", datastore / "b")
+    run("rm", "-r", datastore / "a", datastore / "b")
+    assert names(datastore / ".deleted") == {"a", "b"}
+    run("sh", "-c", 'rm -r "$0"/.deleted/*', datastore)
+    assert names(datastore / ".deleted") == set()
+    assert [state_of(client, datastore / name) for name in "ab"] == [None, None]
+
+
+def test_one_that_is_in_use_is_not_purged(datastore: Path, client: SidecarClient) -> None:
+    run("rm", "-r", datastore / "a")
+    image = datastore / ".deleted" / "a"
+    with (image / "a-flat.vmdk").open("rb"):
+        assert message_of("rmdir", image) == "Device or resource busy"
+        assert "Device or resource busy" in run("rm", "-r", image, check=False).stderr
+        assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+    run("rm", "-r", image)
+    assert state_of(client, datastore / "a") is None
+
+
+def test_rm_of_a_companion_of_a_deleted_image_leaves_it_whole(datastore: Path) -> None:
+    before = tree_digest(datastore / "a")
+    run("rm", "-r", datastore / "a")
+    run("rm", datastore / ".deleted" / "a" / "a.ecv")
+    run("mv", datastore / ".deleted" / "a", datastore / "a")
+    assert tree_digest(datastore / "a") == before
+
+
+def test_who_deletes_or_copies_all_that_is_listed_does_not_reach_it(datastore: Path, client: SidecarClient) -> None:
+    run("rm", "-r", datastore / "a")
+    assert ".deleted" not in os.listdir(datastore)
+    run("find", datastore, "-mindepth", "1", "-delete")
+    run("sh", "-c", 'rm -rf "$0"/* "$0"/.[!.]*', datastore)
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+
+
+def test_nothing_is_written_there(datastore: Path) -> None:
+    run("rm", "-r", datastore / "a")
+    deleted = datastore / ".deleted"
+    assert message_of("mkdir", deleted / "b") == "Operation not permitted"
+    assert message_of("touch", deleted / "b") == "Operation not permitted"
+    assert message_of("rmdir", deleted) == "Operation not permitted"
+    assert message_of("mkdir", deleted) == "File exists"
+    assert message_of("sh", "-c", 'echo x >"$0"', deleted / "a" / "a.vmdk") == "Read-only file system"
+    assert message_of("ls", deleted / "b") == "No such file or directory"
+
+
+def test_images_that_others_delete_restore_and_purge_are_followed(datastore: Path, client: SidecarClient) -> None:
+    ref, deleted = f"{datastore.name}/a", datastore / ".deleted"
+    client.delete(ref)
+    wait_until(lambda: names(deleted) == {"a"}, "the deleted image is listed")
+    os.stat(deleted / "a" / "a.vmdk")
+    client.restore(ref)
+    wait_until(lambda: names(deleted) == set(), "the restored image is not listed any more")
+    wait_until(lambda: not (deleted / "a" / "a.vmdk").exists(), "the kernel has forgotten it", 10)
+    assert names(datastore) == {"a"}
+    client.delete(ref)
+    wait_until(lambda: names(deleted) == {"a"}, "the deleted image is listed")
+    client.purge(ref)
+    wait_until(lambda: names(deleted) == set(), "the purged image is not listed any more")
+
+
+def test_rmtree_purges(datastore: Path, client: SidecarClient) -> None:
+    shutil.rmtree(datastore / "a")
+    shutil.rmtree(datastore / ".deleted" / "a")
+    assert state_of(client, datastore / "a") is None
