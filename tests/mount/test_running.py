@@ -144,7 +144,7 @@ def test_says_why_it_cannot_start(where: list[str], sidecar: Sidecar, mountpoint
 def test_a_usage_error_is_one_line_that_says_where_to_read_on(mountpoint: Path) -> None:
     usages: list[tuple[list[str | Path], str]] = [
         ([], "name a directory to mount at"),
-            ([mountpoint, mountpoint, mountpoint], "name a directory to mount at"),
+        ([mountpoint, mountpoint, mountpoint], "name a directory to mount at"),
         ([mountpoint, "--bindng", "x"], "No such option"),
         ([mountpoint, "-o", "settel=3"], "unknown option 'settel=3'"),
         ([mountpoint, "--log", mountpoint / "none" / "log"], "Invalid value for --log: cannot write"),

@@ -131,7 +131,10 @@ class Mount:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"the mount ended with {self.process.returncode}:\n{self.log.read_text()}")
-        return is_mounted(self.path) and bool(os.listdir(self.path))
+        try:
+            return is_mounted(self.path) and bool(os.listdir(self.path))
+        except OSError:  # what a mount that died left, until it is cleared
+            return False
 
     def __enter__(self) -> Self:
         return self.start()
