@@ -15,7 +15,7 @@ def describe_machine(directory: Path) -> list[tuple[str, str]]:
         ("system", f"{_distribution()}, Linux {os.uname().release}"),
         ("disk beneath", run("stat", "--file-system", "--format=%T", directory).stdout.strip()),
         ("file systems", f"{_version('mkfs.xfs', '-V')}, {_version('mkfs.ext4', '-V')}"),
-        ("tools", f"{_version('cp', '--version')}, {_version('qemu-img', '--version')}"),
+        ("tools", ", ".join(_version(tool, "--version") for tool in ("cp", "qemu-img", "bindfs", "fio"))),
         ("Python", platform.python_version()),
         ("load at the start", f"{os.getloadavg()[0]:.1f} (1 minute)"),
     ]
