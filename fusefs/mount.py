@@ -1,6 +1,7 @@
 """One mount: its parts, put together, started, and ended in order."""
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -89,6 +90,8 @@ class _Mount:
             running.callback(self._watcher.stop)
             if not self._tree.wait_complete(_LISTING_SECONDS):
                 raise MountError(f"the sidecar at {self._client.address} did not list its images: see its log")
+            # The index stays: whoever looks for garbage need not go through a hundred thousand images each time.
+            gc.freeze()
             self._publisher.start()
             running.callback(self._finish)
             signals.call(self._end)
