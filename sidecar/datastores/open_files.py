@@ -90,14 +90,16 @@ def exclude_users(fds: Sequence[int], *, patience: float = 0.0) -> Iterator[None
     through them is gone afterwards, also after an error. Raises FilesInUse, and OSError for anything else.
     """
     until = time.monotonic() + patience
-    with ExitStack() as locked:
-        for fd in fds:
-            while not _is_ours_now(fd):
-                if time.monotonic() >= until:
-                    raise FilesInUse(open_users(fds) or (UNSEEN_USER,))
-                time.sleep(_LOOK_AGAIN_SECONDS)
-            locked.callback(_unlock, fd)
+    # Asked first, and all or none: what is held while another file is waited for would keep new readers of it out.
+    while any(_is_locked(fd) for fd in fds) or not _lock_all(fds):
+        if time.monotonic() >= until:
+            raise FilesInUse(open_users(fds) or (UNSEEN_USER,))
+        time.sleep(_LOOK_AGAIN_SECONDS)
+    try:
         yield
+    finally:
+        for fd in reversed(fds):
+            _unlock(fd)
 
 
 def describe(users: Sequence[FileUser]) -> str:
@@ -117,11 +119,16 @@ def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
         raise
 
 
-def _is_ours_now(fd: int) -> bool:
-    try:
-        _set_lock(fd, fcntl.F_WRLCK, 0, _TO_THE_END)
-    except BlockingIOError:
-        return False
+def _lock_all(fds: Sequence[int]) -> bool:
+    """Locks every one of the files for writing, or none of them when somebody has one locked."""
+    with ExitStack() as locked:
+        for fd in fds:
+            try:
+                _set_lock(fd, fcntl.F_WRLCK, 0, _TO_THE_END)
+            except BlockingIOError:
+                return False
+            locked.callback(_unlock, fd)
+        locked.pop_all()
     return True
 
 

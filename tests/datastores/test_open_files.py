@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -386,3 +386,26 @@ def test_a_file_that_is_just_being_closed_is_waited_for(files: ExitStack, plain:
     finally:
         waiting.set()
         closing.join()
+
+
+def test_whoever_waits_for_one_file_keeps_nobody_out_of_another(files: ExitStack, disk: Path) -> None:
+    """A refused purge would else be a second in which no VM can start from the image."""
+    reader = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+    share_lock(reader)
+    extent, descriptor = opened(files, extent_of(disk)), opened(files, disk)
+    refused = threading.Event()
+
+    def purge() -> None:
+        with suppress(FilesInUse), exclude_users([extent, descriptor], patience=0.5):
+            return
+        refused.set()
+
+    purging = threading.Thread(target=purge)
+    purging.start()
+    try:
+        while not refused.is_set():
+            with open(extent_of(disk), "rb") as other:
+                share_lock(other.fileno())
+    finally:
+        purging.join()
+        os.close(reader)
