@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
-from fusefs.reading import LocalReader, RemoteReader
+from fusefs.reading import LocalReader, RemoteReader, Shared
 from sidecar.client import SidecarClient, Staging
 
 _SPACE_CHECK_BYTES = 16 << 20
@@ -60,17 +60,17 @@ class LocalPlace:
     Its name is the sidecar's, and random: where a directory of that name is, it is that one.
     """
 
-    def __init__(self, path: str, free_for_images: Callable[[int], bool]) -> None:
-        """`free_for_images` tells from a descriptor whether there is room left. OSError when one cannot write there."""
+    def __init__(self, path: str, room_for_images: Callable[[int], int]) -> None:
+        """`room_for_images` tells from a descriptor how many bytes are left. OSError when one cannot write there."""
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._free_for_images = free_for_images
+        self._room_for_images = room_for_images
         if not os.access(path, os.W_OK | os.X_OK):
             self.close()
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def create(self, name: str) -> Content:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return LocalContent(os.open(name, flags, 0o644, dir_fd=self._fd), self._free_for_images)
+        return LocalContent(os.open(name, flags, 0o644, dir_fd=self._fd), self._room_for_images)
 
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._fd)
@@ -83,9 +83,9 @@ class LocalPlace:
 
 
 class LocalContent:
-    def __init__(self, fd: int, free_for_images: Callable[[int], bool]) -> None:
+    def __init__(self, fd: int, room_for_images: Callable[[int], int]) -> None:
         self._fd = fd
-        self._free_for_images = free_for_images
+        self._room_for_images = room_for_images
         self._unchecked = 0
         self.block_size = os.fstatvfs(fd).f_bsize
         self._shares = True  # until it was tried in vain: most file systems cannot
@@ -110,17 +110,20 @@ class LocalContent:
             os.posix_fadvise(self._fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
     def share(self, source: LocalReader, offset: int, length: int) -> bool:
-        if self._shares:
-            self._give_back_beyond_end(offset)
-            self._shares = source.share(self._fd, offset, length)
-        return self._shares
+        if not self._shares:
+            return False
+        self._give_back_beyond_end(offset)
+        shared = source.share(self._fd, offset, length)
+        self._shares = shared is not Shared.NONE
+        return shared is Shared.THIS
 
     def truncate(self, size: int) -> None:
         self._give_back_beyond_end(size)
         os.ftruncate(self._fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
-        self._check_space(length + _SPACE_CHECK_BYTES)
+        if self._room_for_images(self._fd) < length:
+            fail(errno.ENOSPC, "only the datastore's reserve is left")
         os.posix_fallocate(self._fd, offset, length)
 
     def seek(self, offset: int, whence: int) -> int:
@@ -152,7 +155,7 @@ class LocalContent:
         self._unchecked += coming
         if self._unchecked >= _SPACE_CHECK_BYTES:
             self._unchecked = 0
-            if not self._free_for_images(self._fd):
+            if self._room_for_images(self._fd) <= 0:
                 fail(errno.ENOSPC, "only the datastore's reserve is left")
 
 
@@ -240,11 +243,11 @@ class RemoteContent:
 def open_place(client: SidecarClient, staging: Staging, root_path: str, reserve_bytes: int) -> Place:
     """The staging directory as a place to write to: its own path when it can be reached from here."""
 
-    def free_for_images(fd: int) -> bool:
+    def room_for_images(fd: int) -> int:
         status = os.fstatvfs(fd)
-        return status.f_bavail * status.f_frsize > reserve_bytes
+        return status.f_bavail * status.f_frsize - reserve_bytes
 
     if root_path and staging.directory:
         with contextlib.suppress(OSError):
-            return LocalPlace(os.path.join(root_path, staging.directory), free_for_images)
+            return LocalPlace(os.path.join(root_path, staging.directory), room_for_images)
     return RemotePlace(client, staging)

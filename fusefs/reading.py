@@ -4,6 +4,7 @@ Never over stale data: a reader belongs to one generation of a file (inode, time
 if it is that one; a remote one is read only while the index says that it still is.
 """
 
+import enum
 import errno
 import fcntl
 import logging
@@ -28,7 +29,8 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence,
 
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, its offset, length, offset
-_CANNOT_SHARE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
+_CANNOT_SHARE = {errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS}
+_CANNOT_SHARE_THIS = {errno.EINVAL, errno.EPERM, errno.ETXTBSY}
 
 _FIRST_WINDOW = 1 << 20
 _LARGEST_WINDOW = 8 << 20
@@ -47,6 +49,14 @@ class Reader(Protocol):
         """The next data or hole at or after `offset`; OSError with ENXIO when there is none."""
 
     def close(self) -> None: ...
+
+
+class Shared(enum.Enum):
+    """Whether extents are shared; where they are not, nothing was changed."""
+
+    THIS = enum.auto()
+    NOT_THIS = enum.auto()  # not made of whole blocks, or the source is closed
+    NONE = enum.auto()  # the file systems cannot
 
 
 class LocalReader:
@@ -83,31 +93,38 @@ class LocalReader:
             return os.lseek(self._fd, offset, whence)
 
     def equals(self, data: memoryview, offset: int) -> bool:
-        """Whether the file has these bytes there; False once it is closed. For requests of another open file."""
+        """Whether the file has these bytes there; False once it is closed, and where it cannot be read.
+
+        For requests of another open file, which are not to fail with this one.
+        """
         with self._closing:
             if self._closed:
                 return False
             buffer = self._compared if len(self._compared) == len(data) else bytearray(len(data))
             if len(buffer) > len(self._compared):
                 self._compared = buffer
+            try:
+                read = os.preadv(self._fd, [buffer], offset)
+            except OSError as error:
+                _log.warning("not compared offset=%s cause=%s", offset, error)
+                return False
             # The bytearray goes first: a memoryview would compare one number after the other.
-            return os.preadv(self._fd, [buffer], offset) == len(data) and buffer == data
+            return read == len(data) and buffer == data
 
-    def share(self, target: int, offset: int, length: int) -> bool:
-        """Gives a range of the file to the same place of the open file `target`, by sharing extents: no byte moves.
-
-        False, and no change, where the file systems cannot, the range is not made of whole blocks, or it is closed.
-        """
+    def share(self, target: int, offset: int, length: int) -> Shared:
+        """Gives a range of the file to the same place of the open file `target`, by sharing extents: no byte moves."""
         with self._closing:
             if self._closed:
-                return False
+                return Shared.NOT_THIS
             try:
                 fcntl.ioctl(target, _FICLONERANGE, _CLONE_RANGE.pack(self._fd, offset, length, offset))
             except OSError as error:
                 if error.errno in _CANNOT_SHARE:
-                    return False
+                    return Shared.NONE
+                if error.errno in _CANNOT_SHARE_THIS:
+                    return Shared.NOT_THIS
                 raise
-            return True
+            return Shared.THIS
 
     def close(self) -> None:
         with self._closing:

@@ -44,3 +44,15 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_known_one(path: Path) -> 
     with pytest.raises(FileNotFoundError):
         LocalReader(str(path), known)
     assert kept.read_bytes() == b"first"
+
+
+def test_a_source_that_cannot_be_read_is_not_equal_and_fails_nobody_elses_write(path: Path) -> None:
+    """What is compared with it would not be written, and its writer would go on behind a gap."""
+    reader = LocalReader(str(path), generation_of(path))
+    assert reader.equals(memoryview(b"first"), 0)
+    unreadable = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(unreadable, reader._fd)
+    os.close(unreadable)
+    assert not reader.equals(memoryview(b"first"), 0)
+    reader.close()
+    assert not reader.equals(memoryview(b"first"), 0)

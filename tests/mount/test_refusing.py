@@ -172,6 +172,10 @@ def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
     assert message_of("cp", "-r", source, target) == "No space left on device"
     run("rm", "-rf", target)
     assert names(mount.path / "small") == set()
+    # The reserve is not given to who asks in advance, either.
+    target.mkdir()
+    assert message_of("fallocate", "--length", str(60 * MIB), target / "x") == "No space left on device"
+    assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 60 * MIB
 
 
 def test_a_name_that_is_not_utf_8(make_image: MakeImage, mount: Mount) -> None:

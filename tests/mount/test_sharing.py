@@ -100,3 +100,16 @@ def test_one_byte_changed_on_the_way_arrives_as_that_byte(xfs: Path, mount: Moun
     wait_until(copied_path.exists, "the import is published")
     difference = run("cmp", "-l", image_directory(xfs, "compound", "a") / "a-flat.vmdk", copied_path, check=False)
     assert [line.split()[0] for line in difference.stdout.splitlines()] == [str(place + 1)]
+
+
+def test_a_file_that_ends_where_its_source_goes_on_does_not_grow(xfs: Path, mount: Mount, stack: ExitStack) -> None:
+    """Its last block is the source's as far as it goes: shared, the file would be longer than its writer made it."""
+    short, size = mount.path / "one" / "b" / "a-flat.vmdk", 4096 + 1000
+    short.parent.mkdir()
+    with (mount.path / "one" / "a" / "a-flat.vmdk").open("rb") as source:
+        with short.open("wb", buffering=0) as file:
+            file.write(os.pread(source.fileno(), size, 0))
+        wait_until(lambda: "not published yet image=one/b" in mount.log.read_text(), "it was looked at")
+        with short.open("r+b", buffering=0) as file:
+            file.write(os.pread(source.fileno(), size, 0))
+        assert short.stat().st_size == size

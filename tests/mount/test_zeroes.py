@@ -84,7 +84,7 @@ def half_looked_at(tmp_path: Path, ticks: Ticks) -> Iterator[tuple[Rules, Staged
     directory = StagedDirectory(
         ImageRef(datastore="one", image_id="b"),
         cast(Staging, None),  # nothing is published here
-        LocalPlace(str(place), lambda fd: True),
+        LocalPlace(str(place), lambda fd: 1 << 40),
         number=1,
         maker=0,
         clock=lambda: 0.0,
