@@ -91,6 +91,8 @@ class Copying:
         """Shares the whole blocks that the data makes equal to the source, and writes what is beside them."""
         end = offset + len(data)
         start, stop = file.provenance.equal_blocks(equal.source, offset, end, file.content.block_size)
+        if stop > end and stop > file.content.status().size:
+            stop -= file.content.block_size  # the file ends in its last block, where the source goes on
         if start < stop and file.content.share(equal.reader, start, stop - start):
             if offset < start:
                 file.content.write(data[: start - offset], offset)
