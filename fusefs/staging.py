@@ -58,6 +58,11 @@ class LateCompanion:
     changed: bool = True
     handles: int = 1
 
+    @property
+    def is_temporary(self) -> bool:
+        """Whether no image has a file called that: its writer renames it when it is complete, as rsync does."""
+        return self.name.startswith(".")
+
     def write(self, data: memoryview, offset: int) -> None:
         end = offset + len(data)
         if end > MAX_COMPANION_BYTES:
@@ -157,7 +162,7 @@ class StagingArea:
             staging = self._client.create_staging(ref)
         except ImageTombstoned as error:
             fail(errno.EEXIST, error.message)
-        place = open_place(self._client, staging, datastore.info.root_path, datastore.info.reserve_bytes)
+        place = open_place(self._client, self._pulse, staging, datastore.info.root_path, datastore.info.reserve_bytes)
         directory = StagedDirectory(ref, staging, place, self._tree.new_number(), thread_group(pid), self._clock)
         key = (datastore.name, image_id)
         with self._lock:
@@ -355,6 +360,8 @@ class StagingArea:
         with self._lock:
             if self._directories.get(key) is directory:
                 del self._directories[key]
+        path = f"/{key[0]}/{key[1]}"
+        self.invalidate([*(f"{path}/{file.name}" for file in directory.files), path])
         try:
             self._pulse.require()
             directory.staging.abort()
