@@ -49,7 +49,7 @@ class Callbacks:
         return as_dictionary(self.filesystem.getattr(path, _handle(fi)))
 
     def opendir(self, path: str) -> int:
-        return self.filesystem.opendir(path)
+        return self.filesystem.opendir(path, self._pid())
 
     def readdir(self, path: str | None, handle: int) -> Iterator[tuple[str, dict[str, Any], int]]:
         for _, name, attributes in self.filesystem.readdir(handle, 0):
@@ -80,15 +80,15 @@ class Callbacks:
         return 0
 
     def unlink(self, path: str) -> int:
-        self.filesystem.unlink(path)
+        self.filesystem.unlink(path, self._pid())
         return 0
 
     def rmdir(self, path: str) -> int:
-        self.filesystem.rmdir(path)
+        self.filesystem.rmdir(path, self._pid())
         return 0
 
     def rename(self, old: str, new: str, flags: int = 0) -> int:
-        self.filesystem.rename(old, new, flags)
+        self.filesystem.rename(old, new, flags, self._pid())
         return 0
 
     def link(self, target: str, source: str) -> int:
@@ -119,7 +119,7 @@ class Callbacks:
         return self.files.lseek(fi.fh, offset, whence)
 
     def truncate(self, path: str | None, size: int, fi: Any = None) -> int:
-        self.files.truncate(path, size, _handle(fi))
+        self.files.truncate(path, size, self._pid(), _handle(fi))
         return 0
 
     def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> int:

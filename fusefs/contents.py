@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
+from fusefs.pulse import Pulse
 from fusefs.reading import LocalReader, RemoteReader, Shared
 from sidecar.client import SidecarClient, Staging
 
@@ -162,8 +163,9 @@ class LocalContent:
 class RemotePlace:
     """A staging directory on the sidecar's host. The contract has no call that removes or renames a staged file."""
 
-    def __init__(self, client: SidecarClient, staging: Staging) -> None:
+    def __init__(self, client: SidecarClient, pulse: Pulse, staging: Staging) -> None:
         self._client = client
+        self._pulse = pulse
         self._staging = staging
         self._removed: set[str] = set()
 
@@ -173,6 +175,7 @@ class RemotePlace:
         return self._removed
 
     def create(self, name: str) -> Content:
+        self._pulse.require()
         self._staging.write_file(name, [], size=0)
         self._removed.discard(name)
         return RemoteContent(self._client, self._staging, name)
@@ -240,7 +243,7 @@ class RemoteContent:
         self._reader.forget()
 
 
-def open_place(client: SidecarClient, staging: Staging, root_path: str, reserve_bytes: int) -> Place:
+def open_place(client: SidecarClient, pulse: Pulse, staging: Staging, root_path: str, reserve_bytes: int) -> Place:
     """The staging directory as a place to write to: its own path when it can be reached from here."""
 
     def room_for_images(fd: int) -> int:
@@ -250,4 +253,4 @@ def open_place(client: SidecarClient, staging: Staging, root_path: str, reserve_
     if root_path and staging.directory:
         with contextlib.suppress(OSError):
             return LocalPlace(os.path.join(root_path, staging.directory), room_for_images)
-    return RemotePlace(client, staging)
+    return RemotePlace(client, pulse, staging)

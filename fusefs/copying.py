@@ -29,9 +29,11 @@ class _Equal(NamedTuple):
 
     source: SourceFile
     reader: LocalReader
+    borrowed: bool = False  # the writer does not have it open: it was found by its name
 
     def learn(self, provenance: Provenance) -> None:
-        provenance.learn(self.source, lambda: list(data_ranges(self.reader.seek, 0, self.source.generation.size)))
+        size = self.source.generation.size
+        provenance.learn(self.source, lambda: list(data_ranges(self.reader.seek, 0, size)), borrowed=self.borrowed)
 
 
 class Copying:
@@ -115,7 +117,7 @@ class Copying:
                 return _Equal(candidate.source, candidate.reader)
         if handle.borrowed is not None and handle.borrowed.reader.equals(data, offset):
             handle.mismatches = 0
-            return _Equal(*handle.borrowed)
+            return _Equal(*handle.borrowed, borrowed=True)
         if handle.borrowed is None and (equal := self._borrow(handle, data, offset)) is not None:
             return equal
         handle.mismatches += 1
@@ -131,7 +133,7 @@ class Copying:
                 continue
             if isinstance(reader, LocalReader) and reader.equals(data, offset):
                 handle.borrowed = Borrowed(source, reader)
-                return _Equal(source, reader)
+                return _Equal(source, reader, borrowed=True)
             reader.close()
         return None
 

@@ -8,18 +8,19 @@ A companion file that is unlinked is hidden at once and removed later, when it i
 that is deleted whole, and undeleted, has all its files.
 """
 
-import contextlib
+import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fusefs.doubts import Key
-from fusefs.errors import is_transient
+from fusefs.errors import fail, is_transient
 from fusefs.provenance import Generation
 from fusefs.pulse import Pulse
 from fusefs.tree import IndexedFile, IndexedImage, Tree
+from fusefs.turns import Turns
 from sidecar.client import ImageRef, SidecarClient
 from sidecar.errors import ImageNotFound, ImagesError, ImageTombstoned
 
@@ -79,10 +80,9 @@ class Deletions:
         self._settle_seconds = settle_seconds
         self._clock = clock
         self._lock = threading.Lock()  # guards the dictionaries; never held over a call to the sidecar
-        self._running = threading.Lock()  # held while companion files are removed
         self._ghosts: dict[Key, Ghost] = {}
         self._removals: dict[Key, _Removal] = {}
-        self._deleting: dict[Key, threading.Lock] = {}
+        self._turns = Turns()  # of whoever deletes or restores an image, or removes companion files of it
 
     def ghost(self, key: Key) -> Ghost | None:
         """The ghost of an image, for as long as the command that deleted it goes on."""
@@ -108,7 +108,7 @@ class Deletions:
 
     def tombstone(self, key: Key, image: IndexedImage, *, removing: str = "", leave_ghost: bool = True) -> None:
         """Tombstones the image, once, however many of its files are unlinked at the same time."""
-        with self._once(key):
+        with self._turns.take(key):
             current = self._tree.image(*key)
             if current is not None and current.is_valid and current.number == image.number:
                 with self._tree.changing(key):
@@ -137,16 +137,17 @@ class Deletions:
 
     def restore(self, key: Key) -> None:
         """Takes an image's tombstone away: it is there again."""
-        self._pulse.require()
-        with self._tree.changing(key):
-            self._tree.changed(self._client.restore(ImageRef(datastore=key[0], image_id=key[1])))
+        with self._turns.take(key):
+            self._pulse.require()
+            with self._tree.changing(key):
+                self._tree.changed(self._client.restore(ImageRef(datastore=key[0], image_id=key[1])))
         self.lay(key)
         _log.info("restored image=%s/%s", *key)
 
-    def purge(self, key: Key, image: IndexedImage, *, removing: str = "") -> None:
-        """Frees a tombstoned image, once; `removing`: by unlinking this file of it, others of which may follow."""
+    def purge(self, key: Key, image: IndexedImage, *, removing: str) -> None:
+        """Frees a tombstoned image, once, by unlinking this file of it; others may follow."""
         ref = ImageRef(datastore=key[0], image_id=key[1])
-        with self._once(purged_key(key)):
+        with self._turns.take(key):
             current = self._tree.image(*key)
             if current is not None and current.is_tombstoned and current.number == image.number:
                 self._pulse.require()
@@ -157,22 +158,11 @@ class Deletions:
                         _log.info("purged already image=%s/%s cause=%s", *key, error.message)
                     else:
                         _log.info("purged image=%s/%s freed_bytes=%s", *key, freed)
-                    if removing:
-                        self._leave_ghost(purged_key(key), image, set())
+                    self._leave_ghost(purged_key(key), image, set())
                     self._tree.purged(ref)
+            elif self.ghost(purged_key(key)) is None:
+                fail(errno.ENOENT, f"{key[0]}/{key[1]} is no deleted image any more")
         self._note_removed(purged_key(key), removing)
-
-    @contextlib.contextmanager
-    def _once(self, key: Key) -> Iterator[None]:
-        """One at a time for this key."""
-        with self._lock:
-            once = self._deleting.setdefault(key, threading.Lock())
-        with once:
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._deleting.pop(key, None)
 
     def _note_removed(self, key: Key, name: str) -> None:
         with self._lock:
@@ -190,7 +180,7 @@ class Deletions:
 
     def cancel(self, key: Key, name: str) -> None:
         """There will be a new companion file of that name; returns when it is safe from the removal of the old one."""
-        with self._running, self._lock:
+        with self._turns.take(key), self._lock:
             removal = self._removals.get(key)
             if removal is not None:
                 removal.files = {other: generation for other, generation in removal.files.items() if other != name}
@@ -201,12 +191,18 @@ class Deletions:
             return min((removal.due for removal in self._removals.values()), default=None)
 
     def run_due(self, *, everything: bool = False) -> None:
-        """Removes the companion files whose time has come."""
+        """Removes the companion files whose time has come; not those of an image that is being deleted.
+
+        The delete may wait for the image's lock: a removal that got it first would take them from the tombstone.
+        """
         now = self._clock()
         with self._lock:
             due = [(key, item) for key, item in self._removals.items() if everything or item.due <= now]
         for key, removal in due:
-            with self._running:
+            if self._turns.is_taken(key):
+                removal.due = now + _RETRY_SECONDS
+                continue
+            with self._turns.take(key):
                 self._run(key, removal, now)
 
     def _run(self, key: Key, removal: _Removal, now: float) -> None:

@@ -207,7 +207,7 @@ class Files:
                 fail(errno.EINVAL)
 
     @operation
-    def truncate(self, path: str | None, size: int, handle: int | None = None) -> None:
+    def truncate(self, path: str | None, size: int, pid: int, handle: int | None = None) -> None:
         opened = self._handles.find(handle)
         node: nodes.Node
         match opened:
@@ -218,6 +218,8 @@ class Files:
                 return
             case _:
                 node = self._resolver.settled(path)
+                if isinstance(node, nodes.StagedFileNode):
+                    node.directory.require_not_anothers(thread_group(pid))
         match node:
             case nodes.StagedFileNode(directory, file):
                 self._copying.truncate(directory, file, size)
@@ -246,7 +248,7 @@ class Files:
             case StagedHandle(writable=True):
                 self._area.closing(opened.directory)
             case CompanionHandle(writable=True, companion=companion):
-                if companion.changed and not is_being_killed(pid):
+                if companion.changed and not companion.is_temporary and not is_being_killed(pid):
                     self._area.add_companion(opened.recent, companion)
 
     @operation
@@ -264,7 +266,7 @@ class Files:
                 self._area.wake()
             case CompanionHandle(companion=companion):
                 companion.handles -= 1
-                if companion.handles == 0:
+                if companion.handles == 0 and not companion.is_temporary:
                     opened.recent.late.pop(companion.name, None)
 
     @operation

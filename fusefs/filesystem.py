@@ -15,15 +15,18 @@ from fusefs.documents import Documents
 from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
+from fusefs.processes import thread_group
 from fusefs.pulse import Pulse
 from fusefs.sources import Sources
 from fusefs.staged import State
 from fusefs.staging import StagingArea
-from fusefs.tree import Tree
+from fusefs.tree import IndexedDatastore, IndexedImage, Tree
 from fusefs.views import Capacity, Views
 from sidecar.client import ImageRef, SidecarClient
 
+# In place of a time: the present, and none at all (of the two that utimens has, only the other one is set).
 _UTIME_NOW = (1 << 30) - 1
+_UTIME_OMIT = (1 << 30) - 2
 # A time that is set to about now is a touch; what else is set cannot be kept.
 _NOW_NS = 5_000_000_000
 
@@ -47,7 +50,7 @@ class FileSystem:
         self._deletions = deletions
         self._views = views
         self._documents = documents
-        self._resolver = nodes.Resolver(client, tree, area, deletions)
+        self._resolver = nodes.Resolver(client, pulse, tree, area, deletions)
         self._handles = Handles()
         self.files = Files(client, tree, area, deletions, views, documents, sources, self._resolver, self._handles)
 
@@ -66,7 +69,7 @@ class FileSystem:
                 return self._views.attributes(self._resolver.get(path))
 
     @operation
-    def opendir(self, path: str) -> int:
+    def opendir(self, path: str, pid: int) -> int:
         node = self._resolver.get(path)
         if isinstance(node, nodes.ImageNode | nodes.DeletedImageNode):
             node = self._resolver.with_details(node) or fail(errno.ENOENT)
@@ -78,7 +81,7 @@ class FileSystem:
                 fail(errno.EIO, f"datastore {datastore.name} is not accessible: {datastore.info.fault}")
             case _:
                 pass
-        return self._handles.add(DirectoryHandle(path, self._views.entries(node)))
+        return self._handles.add(DirectoryHandle(path, self._views.entries(node), thread_group(pid)))
 
     @operation
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[int, str, Attributes]]:
@@ -127,11 +130,14 @@ class FileSystem:
         self._deletions.lay((names[0], names[1]))
 
     @operation
-    def unlink(self, path: str) -> None:
+    def unlink(self, path: str, pid: int) -> None:
         match self._resolver.settled(path):
             case nodes.StagedFileNode(directory, staged):
+                directory.require_not_anothers(thread_group(pid))
                 directory.remove(staged.name)
                 self._area.wake()
+            case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent, pid):
+                fail(errno.ENOENT, "the image was restored meanwhile")
             case nodes.ImageFileNode(parent, file) if file.is_disk:
                 self._deletions.tombstone(parent.key, parent.image, removing=file.name)
                 self._area.forget_recent(parent.key)
@@ -154,10 +160,11 @@ class FileSystem:
                 fail(errno.EISDIR)
 
     @operation
-    def rmdir(self, path: str) -> None:
+    def rmdir(self, path: str, pid: int) -> None:
         node = self._resolver.settled(path)
         match node:
             case nodes.StagedNode(directory):
+                directory.require_not_anothers(thread_group(pid))
                 if directory.files:
                     fail(errno.ENOTEMPTY)
                 self._area.abort(directory, "removed")
@@ -165,29 +172,35 @@ class FileSystem:
                 self._deletions.tombstone(node.key, node.image, leave_ghost=False)
                 self._area.forget_recent(node.key)
             case nodes.DeletedImageNode():
-                self._deletions.purge(node.key, node.image)
+                # Unlinking a file of its disk purges. An rm -r that finds it tombstoned here unlinked another one.
+                fail(errno.ENOTEMPTY)
             case nodes.GhostNode():
                 self._deletions.lay(node.ghost.key)
-            case nodes.DeletedNode():
-                fail(errno.EPERM, "every datastore has one")
+            case nodes.DeletedNode(datastore):
+                # `rm -r one/.deleted` empties it. It is there again at once, as every datastore has one.
+                if datastore.tombstoned_images():
+                    fail(errno.ENOTEMPTY)
             case _:
                 fail(errno.EPERM if len(nodes.split(path)) < 2 else errno.ENOTDIR)
 
     @operation
-    def rename(self, old: str, new: str, flags: int) -> None:
+    def rename(self, old: str, new: str, flags: int, pid: int) -> None:
         node = self._resolver.settled(old)
         same_directory = nodes.split(old)[:-1] == nodes.split(new)[:-1]
         match node:
             case nodes.StagedFileNode(directory, file) if same_directory:
+                directory.require_not_anothers(thread_group(pid))
                 directory.rename(file.name, nodes.split(new)[-1], flags)
                 self._area.renamed(directory)
                 self._area.wake()
+            case nodes.LateNode() if same_directory and node.companion.is_temporary:
+                self._rename_late(node, nodes.new_name(new), flags)
             case nodes.ImageFileNode() | nodes.LateNode() if same_directory:
                 fail(errno.EROFS)
             case nodes.GhostNode() | nodes.GhostFileNode():
                 fail(errno.ENOENT)
             case nodes.DeletedImageNode(datastore, image):
-                if nodes.split(new) != [datastore.name, image.image_id]:
+                if not self._is_place_of(datastore, image, nodes.split(new)):
                     # Not EXDEV: mv would go on with a copy, and then purge what it has copied from.
                     fail(errno.EPERM, f"a deleted image can be moved to /{datastore.name}/{image.image_id} only")
                 self._deletions.restore(node.key)
@@ -196,6 +209,44 @@ class FileSystem:
             case _:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
                 fail(errno.EXDEV)
+
+    def _opened_as_deleted(self, node: nodes.ImageNode, pid: int) -> bool:
+        """Whether the process goes through the image's directory as a deleted one, which it was when it was opened.
+
+        A restore renames the directory: an rm -r that is inside goes on there, and would delete what was restored.
+        """
+        datastore, image_id = node.key
+        return self._handles.has_directory_open(thread_group(pid), f"/{datastore}/{nodes.DELETED}/{image_id}")
+
+    def _is_place_of(self, datastore: IndexedDatastore, image: IndexedImage, names: list[str]) -> bool:
+        """Whether a deleted image that is moved there is restored."""
+        place = [datastore.name, image.image_id]
+        if names != [*place, image.image_id]:
+            return names == place
+        # mv takes the ghost of the image for a directory, into which it moves things.
+        ghost = self._resolver.find("/".join(place))
+        return isinstance(ghost, nodes.GhostNode) and ghost.ghost.image.number == image.number
+
+    def _rename_late(self, node: nodes.LateNode, name: str, flags: int) -> None:
+        """A companion file that arrives late has its name now: the image gets it."""
+        recent, companion = node.recent, node.companion
+        temporary = companion.name
+        if flags:
+            fail(errno.EINVAL)
+        if name.endswith(".vmdk"):
+            fail(errno.EROFS)
+        self._area.keep(recent)
+        companion.name = name
+        if not companion.is_temporary:
+            self._deletions.cancel(node.parent.key, recent.final_name(name))
+            try:
+                self._area.add_companion(recent, companion)
+            except BaseException:
+                companion.name, companion.changed = temporary, True
+                raise
+        if companion.handles or companion.is_temporary:
+            recent.late[name] = companion
+        recent.late.pop(temporary, None)
 
     @operation
     def chmod(self, path: str | None, handle: int | None = None) -> None:
@@ -210,13 +261,16 @@ class FileSystem:
     def utimens(self, path: str | None, times: tuple[int, int] | None, handle: int | None = None) -> None:
         """`times` in ns, accessed and modified; None for now."""
         node = self._of_copier(path, handle)
+        now = time.time_ns()
+        accessed, modified = (_time_set(each, now) for each in times or (now, now))
         match node:
             case nodes.StagedFileNode(directory, file) if directory.state is State.OPEN:
-                if times is not None and _UTIME_NOW not in times:
+                if modified is not None:  # the other one is shown nowhere
                     with directory.change(of_content=False):
-                        file.content.set_times(*times)
+                        file.content.set_times(accessed if accessed is not None else now, modified)
             case nodes.ImageNode(recent=None):
-                if times is not None and _UTIME_NOW not in times and abs(times[1] - time.time_ns()) > _NOW_NS:
+                told = modified if modified is not None else accessed
+                if told is not None and abs(told - now) > _NOW_NS:
                     fail(errno.EROFS, "an image's time is that of its last use")
                 self._pulse.require()
                 self._client.touch(ImageRef(datastore=node.key[0], image_id=node.key[1]))
@@ -245,6 +299,13 @@ class FileSystem:
             case _:
                 pass
         return node
+
+
+def _time_set(given: int, now: int) -> int | None:
+    """None when that time is not set."""
+    if given == _UTIME_OMIT:
+        return None
+    return now if given == _UTIME_NOW else given
 
 
 def _described(directory: DirectoryHandle, offset: int) -> Iterator[tuple[int, str, Attributes]]:

@@ -66,6 +66,7 @@ class DirectoryHandle:
 
     path: str
     entries: Sequence[Entry]
+    process: int  # whose it is; 0: not known
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +120,13 @@ class Handles:
         """The files of images that a process has open, the last one first."""
         with self._lock:
             return self._by_process.get(process, [])[::-1]
+
+    def has_directory_open(self, process: int, path: str) -> bool:
+        """Whether a process has a directory open that it opened by this path."""
+        return any(
+            isinstance(handle, DirectoryHandle) and handle.process == process and handle.path == path
+            for handle in self.all()
+        )
 
     def all(self) -> list[Handle]:
         with self._lock:

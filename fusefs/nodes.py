@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fusefs.deleting import Deletions, Ghost, purged_key
 from fusefs.doubts import Key
 from fusefs.errors import fail
+from fusefs.pulse import Pulse
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, Recent, StagingArea
 from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage, Tree
@@ -146,8 +147,11 @@ def new_name(path: str) -> str:
 class Resolver:
     """Finds what a path leads to: an image in the making first, then the index, then the ghost of an image."""
 
-    def __init__(self, client: SidecarClient, tree: Tree, area: StagingArea, deletions: Deletions) -> None:
+    def __init__(
+        self, client: SidecarClient, pulse: Pulse, tree: Tree, area: StagingArea, deletions: Deletions
+    ) -> None:
         self._client = client
+        self._pulse = pulse
         self._tree = tree
         self._area = area
         self._deletions = deletions
@@ -182,6 +186,8 @@ class Resolver:
         if node.image.details_known:
             return node
         ref = ImageRef(datastore=node.datastore.name, image_id=node.image.image_id)
+        # Not waited for at every image of an `ls -R`.
+        self._pulse.require()
         try:
             image = self._tree.learn(node.image, self._client.image(ref))
         except ImageNotFound:

@@ -32,20 +32,33 @@ class SourceFile(NamedTuple):
 class Provenance:
     """The history of one staged file's bytes. Not safe to share between threads: the staged file has a lock."""
 
-    __slots__ = ("_data", "_equal", "_written")
+    __slots__ = ("_borrowed", "_data", "_equal", "_written")
 
     def __init__(self) -> None:
         self._written = IntervalSet()
         self._equal: dict[SourceFile, IntervalSet] = {}
         self._data: dict[SourceFile, Ranges] = {}
+        self._borrowed: set[SourceFile] = set()
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file of an image that a range of this one is known to equal."""
         return tuple(source for source, ranges in self._equal.items() if ranges)
 
-    def learn(self, source: SourceFile, data_ranges: Callable[[], Ranges]) -> None:
-        """Remembers where a source has data, the first time: the source may be gone when that is asked for."""
+    @property
+    def meant(self) -> tuple[SourceFile, ...]:
+        """The sources that the writer had open itself, or named: this is to be a copy of them."""
+        return tuple(source for source in self.sources if source not in self._borrowed)
+
+    def learn(self, source: SourceFile, data_ranges: Callable[[], Ranges], *, borrowed: bool = False) -> None:
+        """Remembers where a source has data, the first time: the source may be gone when that is asked for.
+
+        `borrowed`: it was found by its name. Then equal bytes are equal bytes, and tell nothing of what is to come.
+        """
+        if not borrowed:
+            self._borrowed.discard(source)
+        elif source not in self._data:
+            self._borrowed.add(source)
         if source not in self._data:
             try:
                 self._data[source] = data_ranges()
@@ -82,6 +95,9 @@ class Provenance:
 
     def truncated(self, size: int) -> None:
         """Nothing is left at and after `size`; what was beyond reads as a hole when the file grows again."""
+        if size == 0:  # whoever writes it anew may make something else
+            self._data.clear()
+            self._borrowed.clear()
         self._written.remove(size, 1 << 63)
         for ranges in self._equal.values():
             ranges.remove(size, 1 << 63)

@@ -1,16 +1,21 @@
-"""The threads that look after staged images: one renews their leases, one publishes or drops them when it is time."""
+"""Looks after staged images: renews their leases, and publishes or drops them when it is time.
 
-import contextlib
+One thread finds out what is due, another when leases are; what asks the sidecar is done by workers of each datastore,
+since a lock that is held, or a disk that hangs, may take half a minute of one of them.
+"""
+
 import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from fusefs.deleting import Deletions
 from fusefs.errors import is_transient
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.staging import StagingArea
+from fusefs.workers import Workers
 from sidecar.errors import ImageAlreadyExists, ImagesError, StagingNotFound
 
 _log = logging.getLogger(__name__)
@@ -18,11 +23,14 @@ _log = logging.getLogger(__name__)
 # A staged image that nobody goes on with is dropped; its lease alone would keep it for ever.
 ABANDONED_SECONDS = 600.0
 _RETRY_SECONDS = 5.0
+# Between two questions what became of a publish: at first, and at most. Each of them may have it published.
 _RESOLVE_SECONDS = 1.0
+_MOST_RESOLVE_SECONDS = 30.0
+_DELETIONS = "deletions"
 
 
 class Publisher:
-    """Owns both threads: `start`, then `stop`, which joins them."""
+    """Owns its threads: `start`, then `stop`, which joins them."""
 
     def __init__(
         self,
@@ -39,6 +47,7 @@ class Publisher:
         self._settle_seconds = settle_seconds
         self._clock = clock
         self._stop = threading.Event()
+        self._workers = Workers(area.wake)
         self._threads = [
             threading.Thread(target=self._publish_loop, name="publish", daemon=True),
             threading.Thread(target=self._renew_loop, name="lease", daemon=True),
@@ -54,6 +63,7 @@ class Publisher:
         self._area.wake()
         for thread in self._threads:
             thread.join()
+        self._workers.stop()
 
     def wait_settled(self, seconds: float) -> None:
         """Returns when no staged image waits to be published for being left alone; at the latest after `seconds`."""
@@ -70,9 +80,11 @@ class Publisher:
     def _publish_loop(self) -> None:
         while not self._stop.is_set():
             try:
-                self._deletions.run_due()
+                if self._deletions_due(self._clock()):
+                    self._workers.begin(_DELETIONS, _DELETIONS, self._deletions.run_due)
                 for directory in self._area.directories:
-                    self.look_at(directory)
+                    if (action := self.due(directory)) is not None:
+                        self._workers.begin(directory.ref.datastore, directory, action)
             except Exception:
                 _log.exception("publisher failed: going on with the next round")
             with self._area.work:
@@ -88,9 +100,11 @@ class Publisher:
         pauses = [
             self._pause_for(directory, now)
             for directory in self._area.directories
-            if not directory.writers or directory.state is State.UNCERTAIN
+            if not self._workers.is_running(directory)  # which notifies in the end
+            and (not directory.writers or directory.state is State.UNCERTAIN)
         ]
-        if (due := self._deletions.next_due()) is not None:
+        due = self._deletions.next_due()
+        if due is not None and not self._workers.is_running(_DELETIONS):
             pauses.append(due - now)
         return max(min(pauses), 0.05) if pauses else None
 
@@ -103,22 +117,28 @@ class Publisher:
             return directory.retry_at - now
         return ABANDONED_SECONDS - directory.quiet_seconds + 1
 
-    def look_at(self, directory: StagedDirectory) -> None:
-        """Publishes a staged image that is complete and was left alone for the settle time, or drops a given up one."""
-        quiet = directory.quiet_seconds
+    def _deletions_due(self, now: float) -> bool:
+        due = self._deletions.next_due()
+        return due is not None and due <= now
+
+    def due(self, directory: StagedDirectory) -> Callable[[], object] | None:
+        """What is to be done about a staged image now, which may take long; None for nothing.
+
+        One that is complete and was left alone for the settle time is published, a given up one dropped.
+        """
+        now, quiet = self._clock(), directory.quiet_seconds
         if directory.state is State.UNCERTAIN:
-            if directory.retry_at <= self._clock():
-                self._resolve(directory)
-            return
+            return partial(self._resolve, directory) if directory.retry_at <= now else None
         if directory.state is not State.OPEN or directory.writers or quiet < self._settle_seconds:
-            return
+            return None
         if any(file.given_up for file in directory.files) and directory.maker_was_killed:
             # Whoever made the directory was killed while writing into it: an interrupted cp -r leaves nothing.
-            self._drop(directory, "its maker was interrupted")
-        elif directory.version != directory.tried_version or 0 < directory.retry_at <= self._clock():
-            self._try(directory)
-        if directory.state is State.OPEN and quiet > ABANDONED_SECONDS:
-            self._drop(directory, f"abandoned: {directory.reason}")
+            return partial(self._drop, directory, "its maker was interrupted")
+        if directory.version != directory.tried_version or 0 < directory.retry_at <= now:
+            return partial(self._try, directory)
+        if quiet > ABANDONED_SECONDS:
+            return partial(self._abandon, directory)
+        return None
 
     def _try(self, directory: StagedDirectory) -> None:
         directory.retry_at = 0.0
@@ -141,19 +161,37 @@ class Publisher:
             _log.info("not published image=%s cause=%s", directory, error)
 
     def _resolve(self, directory: StagedDirectory) -> None:
-        directory.retry_at = self._clock() + _RESOLVE_SECONDS
         try:
             self._area.resolve(directory)
         except ImagesError as error:
             _log.info("not resolved image=%s reason=%s cause=%s", directory, error.reason, error.message)
+        if directory.state is State.UNCERTAIN:
+            pause = max(2 * directory.resolve_pause, _RESOLVE_SECONDS)
+            directory.resolve_pause = min(pause, _MOST_RESOLVE_SECONDS)
+            directory.retry_at = self._clock() + directory.resolve_pause
 
-    def _drop(self, directory: StagedDirectory, reason: str) -> None:
-        with contextlib.suppress(OSError):  # somebody opened a file of it just now
+    def _abandon(self, directory: StagedDirectory) -> None:
+        why = f"nobody went on with it for {ABANDONED_SECONDS:g} s: {directory.reason}"
+        if self._drop(directory, why):
+            _log.warning("dropped image=%s reason=%s", directory, why)
+
+    def _drop(self, directory: StagedDirectory, reason: str) -> bool:
+        """Whether it is gone; not when somebody opened a file of it just now."""
+        try:
             self._area.abort(directory, reason)
+        except OSError as error:
+            _log.info("not dropped image=%s cause=%s", directory, error)
+        return directory.state is State.GONE
 
     def _renew_loop(self) -> None:
         while not self._stop.wait(self._renewal_pause()):
-            for directory in self._area.directories:
+            for datastore in {directory.ref.datastore for directory in self._area.directories}:
+                key = ("leases", datastore)
+                self._workers.begin(key, key, partial(self._renew, datastore))
+
+    def _renew(self, datastore: str) -> None:
+        for directory in self._area.directories:
+            if directory.ref.datastore == datastore and not self._stop.is_set():
                 try:
                     directory.staging.renew()
                 except (StagingNotFound, ImageAlreadyExists) as error:

@@ -8,7 +8,8 @@ The ways in which half a copy could be taken for a whole one, and what stops eac
 - files are missing: a copy needs every disk file of its image; an import needs what its descriptor names;
 - a file ends early: sizes are compared, by the sidecar with the descriptor, here with the source;
 - a file has its full size before its data (preallocation): where its source has data, it has to have been written, but
-  for zeroes, which copiers leave out;
+  for zeroes, which copiers leave out; its source is what the writer had open, or named: bytes that are equal to those
+  of a file that somebody else read are no promise to copy the rest of it;
 - a copier pauses with a file open: nothing is published while a file is open for writing;
 - a copier is killed in a file: that file is given up, until somebody writes it anew;
 - a file of another image, or an own one, is among them: then the disk is not wholly that image's.
@@ -77,7 +78,7 @@ class Rules:
         for file in files:
             if file.given_up:
                 return Held(f"{file.name} is not complete: {file.given_up}")
-            for source in file.provenance.sources:
+            for source in file.provenance.meant:
                 ranges = self._data_ranges(file, source)
                 if source.name != file.name:  # a part of it may be what is wanted
                     size = file.content.status().size

@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from fusefs.attributes import Attributes, Owner
 from fusefs.contents import Content, Place
@@ -41,6 +42,13 @@ class State(enum.Enum):
     GONE = "gone"  # aborted, or dropped by the sidecar
 
 
+class Commit(NamedTuple):
+    """What the sidecar is asked to publish: asked for once more, the same one gets the answer of the first time."""
+
+    request_id: str
+    copied_from: ImageRef | None
+
+
 class StagedFile:
     """A file that is being written. `lock` guards its provenance, and keeps a write and its record together."""
 
@@ -74,6 +82,10 @@ class StagedDirectory:
 
     `_condition` guards the state, the files, and the counts. A change holds the directory open for its duration, so
     that a publish begins when no change runs and none begins while it runs.
+
+    Names are made and changed one at a time, with `_naming`, which is taken before `_condition`: where the staging
+    directory is on another host that takes as long as the sidecar likes, and whoever looks at what is there must not
+    wait for it.
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class StagedDirectory:
         self._owner = maker  # who alone writes into it; 0: whoever likes
         self._clock = clock
         self._condition = threading.Condition()
+        self._naming = threading.Lock()
         self._files: dict[str, StagedFile] = {}
         self._changes_running = 0
         self.state = State.OPEN
@@ -96,6 +109,8 @@ class StagedDirectory:
         self.modified_ns = time.time_ns()
         self.tried_version = -1  # the version that could not be published
         self.retry_at = 0.0  # when to try that version again; 0: not before it changes
+        self.unanswered: Commit | None = None  # nobody knows what became of it
+        self.resolve_pause = 0.0  # since the last question what became of its publish, in seconds
         self.reason = ""  # why it is not published
         self.maker_was_killed = False
 
@@ -162,7 +177,7 @@ class StagedDirectory:
         """For the time of a publish; whether it may be, which it may not when somebody has a file open for writing.
 
         `closing`: the caller has one open, which is being closed. `resolving`: the publish of one that is uncertain,
-        in which nobody writes. Whoever enters sets the state before leaving, or it is open again.
+        in which nobody writes. Whoever enters sets the state before leaving, or it is as it was.
         """
         with self._condition:
             if resolving:
@@ -178,7 +193,7 @@ class StagedDirectory:
             if allowed:
                 with self._condition:
                     if self.state is State.PUBLISHING:
-                        self.state = State.OPEN
+                        self.state = State.UNCERTAIN if self.unanswered else State.OPEN
                     self._condition.notify_all()
 
     def give_up(self, file: StagedFile, process: int) -> None:
@@ -187,21 +202,24 @@ class StagedDirectory:
         if process and process == self.maker:
             self.maker_was_killed = True
 
-    def doubt(self, reason: str) -> None:
+    def doubt(self, commit: Commit, reason: str) -> None:
         """While publishing: nobody knows whether it is published. Nothing changes until that is resolved."""
         with self._condition:
             self.state = State.UNCERTAIN
+            self.unanswered = commit
             self.reason = reason
             self._condition.notify_all()
 
     def create(self, name: str) -> StagedFile:
         """A new empty file, with one handle that may write; FileExistsError when there is one of that name."""
         _check_name(name)
-        with self.change(), self._condition:
+        with self.change(), self._naming:
             if name in self._files:
                 fail(errno.EEXIST)
-            file = self._files[name] = StagedFile(name, self.place.create(name))
-            self.opened(file, writable=True)
+            file = StagedFile(name, self.place.create(name))
+            with self._condition:
+                self._files[name] = file
+                self.opened(file, writable=True)
             return file
 
     def opened(self, file: StagedFile, *, writable: bool) -> None:
@@ -220,18 +238,19 @@ class StagedDirectory:
             self._close_unused(file)
 
     def remove(self, name: str) -> None:
-        with self.change(), self._condition:
+        with self.change(), self._naming:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)
             self.place.remove(name)
-            self._forget(file)
+            with self._condition:
+                self._forget(file)
 
     def rename(self, old: str, new: str, flags: int) -> None:
         _check_name(new)
         if flags & ~RENAME_NOREPLACE:
             fail(errno.EINVAL)
-        with self.change(), self._condition:
+        with self.change(), self._naming:
             file = self._files.get(old)
             if file is None:
                 fail(errno.ENOENT)
@@ -240,11 +259,12 @@ class StagedDirectory:
             if old == new:
                 return
             self.place.rename(old, new)
-            if (replaced := self._files.get(new)) is not None:
-                self._forget(replaced)
-            del self._files[old]
-            self._files[new] = file
-            file.name = new
+            with self._condition:
+                if (replaced := self._files.get(new)) is not None:
+                    self._forget(replaced)
+                del self._files[old]
+                self._files[new] = file
+                file.name = new
 
     def end(self, state: State, reason: str = "") -> None:
         """It is published or gone: nothing changes any more. Handles that are open go on reading."""

@@ -18,21 +18,22 @@ from fusefs.errors import fail
 from fusefs.processes import thread_group
 from fusefs.pulse import Pulse
 from fusefs.rules import Rules
-from fusefs.staged import StagedDirectory, State
+from fusefs.staged import Commit, StagedDirectory, State
 from fusefs.tree import IndexedDatastore, Tree
 from sidecar.client import Image, ImageRef, ImageState, SidecarClient
+from sidecar.client_calls import new_request_id
 from sidecar.errors import (
     DatastoreUnavailable,
+    DeadlineExceeded,
     ImageAlreadyExists,
     ImageNotFound,
     ImagesError,
     ImageTombstoned,
-    InvalidDisk,
-    InvalidMetadata,
-    LockTimeout,
-    NoSpace,
+    InternalError,
+    OperationCancelled,
     SidecarUnavailable,
     StagingNotFound,
+    TooManyCalls,
 )
 
 _log = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ _MOST_RECENT_SECONDS = 60.0
 # How long the end of the mount waits for a sidecar that does not answer.
 _END_SECONDS = 10.0
 MAX_COMPANION_BYTES = 1 << 20
-# With these the sidecar says that it did not publish, and that what is staged is as it was. After any other error of
-# a commit it may be an image.
-_REFUSALS = (InvalidDisk, InvalidMetadata, LockTimeout, NoSpace, DatastoreUnavailable)
+# With these it may be an image. With any other error of a commit the sidecar says that it did not publish, and that
+# what is staged is as it was.
+_NO_ANSWERS = (SidecarUnavailable, DeadlineExceeded, OperationCancelled, InternalError)
+# With these a commit may not have begun, which tells nothing of one that was sent before.
+_NOT_BEGUN = (TooManyCalls, DatastoreUnavailable)
 
 
 @dataclass(slots=True, eq=False)
@@ -219,18 +222,11 @@ class StagingArea:
                 self._commit(directory)
 
     def resolve(self, directory: StagedDirectory) -> None:
-        """Finds out what became of a publish whose answer was lost, and publishes when it was not begun."""
+        """Gets the answer to a publish that was lost, and publishes when it was not begun."""
         with directory.publishing(closing=False, resolving=True) as allowed:
-            if not allowed:
-                return
-            try:
+            if allowed:
                 with self._tree.changing(_key(directory)):
-                    if not self._adopt(directory):
-                        self._commit(directory)
-            except ImagesError as error:
-                if directory.state is State.PUBLISHING and not isinstance(error, _REFUSALS):
-                    directory.doubt(error.message)
-                raise
+                    self._commit(directory)
 
     def _commit(self, directory: StagedDirectory) -> None:
         """While publishing: published, or dropped, or uncertain, or an error that left everything as it was."""
@@ -241,25 +237,29 @@ class StagingArea:
             raise
         started = self._clock()
         key = _key(directory)
-        copied_from = self._rules.copied_from(directory)
+        repeated = directory.unanswered
+        commit = repeated or Commit(new_request_id(), self._rules.copied_from(directory))
+        copied_from = commit.copied_from
         self._tree.expect(key, directory.number)
         try:
-            answer = directory.staging.commit(copied_from=copied_from)
-        except _REFUSALS as error:
-            self._tree.expect(key, None)
-            directory.reason = error.message
-            raise
+            answer = directory.staging.commit(copied_from=copied_from, request_id=commit.request_id)
         except (ImageAlreadyExists, StagingNotFound) as error:
-            # Another's image, or the first of two attempts made this one.
-            directory.doubt(error.message)
+            # Another's image; or this one, and the sidecar that made it was restarted.
+            directory.doubt(commit, error.message)
             if self._adopt(directory):
                 return
             self._tree.expect(key, None)
             self._drop(directory, error.message)
             raise
         except ImagesError as error:
-            directory.doubt(error.message)
-            _log.warning("not known whether published image=%s cause=%s", directory, error.message)
+            if isinstance(error, _NO_ANSWERS) or (repeated and isinstance(error, _NOT_BEGUN)):
+                directory.doubt(commit, error.message)
+                if not repeated:
+                    _log.warning("not known whether published image=%s cause=%s", directory, error.message)
+            else:
+                self._tree.expect(key, None)
+                directory.unanswered = None
+                directory.reason = error.message
             raise
         _log.info(
             "published image=%s copied_from=%s seconds=%.2f",
@@ -270,14 +270,18 @@ class StagingArea:
         self._published(directory, answer.image, dict(answer.renamed_files))
 
     def _adopt(self, directory: StagedDirectory) -> bool:
-        """Whether there is an image of the staged files: then it was published."""
+        """Whether there is an image of the staged files: then it was published.
+
+        Only their inodes prove that: of a staging directory on another host they are not known. Then the image may be
+        another's, of which nobody must be told that it is what they wrote.
+        """
         try:
             image = self._client.image(directory.ref)
         except ImageNotFound:
             return False
-        staged = {file.content.status().inode: file.name for file in directory.files}
+        staged = {inode: file.name for file in directory.files if (inode := file.content.status().inode)}
         renamed = {staged[file.inode]: file.name for file in image.files if file.inode in staged}
-        if image.state != ImageState.IMAGE_STATE_VALID or not (renamed or _is_remote(directory)):
+        if image.state != ImageState.IMAGE_STATE_VALID or not renamed:
             return False
         _log.info("published image=%s copied_from= although its answer was lost", directory)
         self._published(directory, image, renamed)

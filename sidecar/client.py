@@ -16,9 +16,7 @@ from typing import Self
 
 from protos.images.v1 import datastore_service_pb2 as datastore_wire
 from protos.images.v1 import image_service_pb2 as wire
-from protos.images.v1.datastore_service_pb2_grpc import DatastoreServiceStub
 from protos.images.v1.image_service_pb2 import CopyImageResponse, ValidateImageResponse, WatchImagesResponse
-from protos.images.v1.image_service_pb2_grpc import ImageServiceStub
 from protos.images.v1.staging_service_pb2 import (
     CloneDiskResponse,
     CloneRangeResponse,
@@ -113,8 +111,6 @@ class SidecarClient:
 
     def __init__(self, address: str | None = None, *, timeout: float = 30.0) -> None:
         self._caller = Caller(address or default_address(), timeout)
-        self._images = ImageServiceStub(self._caller.channel)
-        self._datastores = DatastoreServiceStub(self._caller.channel)
 
     @property
     def address(self) -> str:
@@ -146,12 +142,12 @@ class SidecarClient:
 
     def datastores(self) -> list[Datastore]:
         """Every datastore of the sidecar."""
-        answer = self._caller.unary(self._datastores.ListDatastores, datastore_wire.ListDatastoresRequest())
+        answer = self._caller.unary(self._caller.datastores.ListDatastores, datastore_wire.ListDatastoresRequest())
         return list(answer.datastores)
 
     def datastore(self, name: str) -> Datastore:
         """One datastore, by name; raises DatastoreNotFound."""
-        answer = self._caller.unary(self._datastores.GetDatastore, datastore_wire.GetDatastoreRequest(name=name))
+        answer = self._caller.unary(self._caller.datastores.GetDatastore, datastore_wire.GetDatastoreRequest(name=name))
         return answer.datastore
 
     def images(
@@ -180,7 +176,7 @@ class SidecarClient:
         """The pages of `images`, with the number of all and the datastores whose images are not all known."""
         request = wire.ListImagesRequest(datastore=datastore, states=states, image_id=image_id, page_size=page_size)
         while True:
-            page = self._caller.unary(self._images.ListImages, request)
+            page = self._caller.unary(self._caller.images.ListImages, request)
             yield page
             if not page.next_page_token:
                 return
@@ -188,7 +184,7 @@ class SidecarClient:
 
     def image(self, ref: ImageRef | str) -> Image:
         """One image, read from its datastore, with its metadata and its users; raises ImageNotFound."""
-        return self._caller.unary(self._images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
+        return self._caller.unary(self._caller.images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
 
     def validate(self, ref: ImageRef | str, *, repair: bool = False) -> ValidateImageResponse:
         """Checks that the image is whole; raises ImageIncomplete with what is missing.
@@ -196,12 +192,12 @@ class SidecarClient:
         `repair`: an image that only lost its timestamp file gets a new one.
         """
         request = wire.ValidateImageRequest(ref=as_ref(ref), repair=repair, request_id=new_request_id())
-        return self._caller.unary(self._images.ValidateImage, request, timeout=self._at_least(LOCK_SECONDS))
+        return self._caller.unary(self._caller.images.ValidateImage, request, timeout=self._at_least(LOCK_SECONDS))
 
     def touch(self, ref: ImageRef | str) -> datetime:
         """Notes that the image is in use now; returns the time that was noted, in UTC."""
         request = wire.TouchImageRequest(ref=as_ref(ref), request_id=new_request_id())
-        answer = self._caller.unary(self._images.TouchImage, request, timeout=self._at_least(LOCK_SECONDS))
+        answer = self._caller.unary(self._caller.images.TouchImage, request, timeout=self._at_least(LOCK_SECONDS))
         return answer.touch_time.ToDatetime(tzinfo=UTC)
 
     def copy(self, source: ImageRef | str, destination: ImageRef | str, *, request_id: str | None = None) -> CopyCall:
@@ -209,23 +205,25 @@ class SidecarClient:
         request = wire.CopyImageRequest(
             source=as_ref(source), destination=as_ref(destination), request_id=request_id or new_request_id()
         )
-        return CopyCall(self._caller, self._caller.start(self._images.CopyImage, request))
+        return CopyCall(self._caller, self._caller.start(self._caller.images.CopyImage, request))
 
     def delete(self, ref: ImageRef | str, *, force: bool = False) -> None:
         """Tombstones the image; with `force`, purges it at once, or raises ImageInUse with what uses it."""
         request = wire.DeleteImageRequest(ref=as_ref(ref), force=force, request_id=new_request_id())
         timeout = self._at_least(PURGE_SECONDS if force else LOCK_SECONDS)
-        self._caller.unary(self._images.DeleteImage, request, timeout=timeout)
+        self._caller.unary(self._caller.images.DeleteImage, request, timeout=timeout)
 
     def restore(self, ref: ImageRef | str) -> Image:
         """Takes the tombstone away; returns the image as it is then."""
         request = wire.RestoreImageRequest(ref=as_ref(ref), request_id=new_request_id())
-        return self._caller.unary(self._images.RestoreImage, request, timeout=self._at_least(LOCK_SECONDS)).image
+        return self._caller.unary(self._caller.images.RestoreImage, request, timeout=self._at_least(LOCK_SECONDS)).image
 
     def purge(self, ref: ImageRef | str) -> int:
         """Frees a tombstoned image; returns the bytes that its files had allocated."""
         request = wire.PurgeImageRequest(ref=as_ref(ref), request_id=new_request_id())
-        return self._caller.unary(self._images.PurgeImage, request, timeout=self._at_least(PURGE_SECONDS)).freed_bytes
+        return self._caller.unary(
+            self._caller.images.PurgeImage, request, timeout=self._at_least(PURGE_SECONDS)
+        ).freed_bytes
 
     def update_metadata(
         self, ref: ImageRef | str, *, files: Mapping[str, bytes] | None = None, remove: Iterable[str] = ()
@@ -234,12 +232,14 @@ class SidecarClient:
         request = wire.UpdateMetadataRequest(
             ref=as_ref(ref), files=files or {}, remove_files=remove, request_id=new_request_id()
         )
-        return self._caller.unary(self._images.UpdateMetadata, request, timeout=self._at_least(LOCK_SECONDS)).image
+        return self._caller.unary(
+            self._caller.images.UpdateMetadata, request, timeout=self._at_least(LOCK_SECONDS)
+        ).image
 
     def watch(self, datastore: str = "", *, resume_token: str = "") -> WatchCall:
         """Every image, then every change; from the answer of `resume_token` on, where the sidecar still can."""
         request = wire.WatchImagesRequest(datastore=datastore, resume_token=resume_token)
-        return WatchCall(self._caller, self._caller.start(self._images.WatchImages, request))
+        return WatchCall(self._caller, self._caller.start(self._caller.images.WatchImages, request))
 
     def create_staging(self, ref: ImageRef | str, *, expected_bytes: int = 0, request_id: str | None = None) -> Staging:
         """A staging directory for the image to be; raises ImageAlreadyExists, or NoSpace for `expected_bytes`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import threading
 import time
 import uuid
@@ -17,6 +18,9 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from protos.images.v1.datastore_service_pb2_grpc import DatastoreServiceStub
+from protos.images.v1.image_service_pb2_grpc import ImageServiceStub
+from protos.images.v1.staging_service_pb2_grpc import StagingServiceStub
 from sidecar import errors
 
 # The domain of every ErrorInfo that a sidecar sends.
@@ -102,10 +106,13 @@ class Caller:
     def __init__(self, address: str, timeout: float) -> None:
         self.address = normal_address(address)
         self.timeout = timeout
-        self._lock = threading.Lock()  # guards what follows: no call begins unseen by cancel_calls
+        # Guards what follows: no call begins unseen by cancel_calls. That may be called by a signal's handler, also one
+        # that interrupts `begin` in this thread.
+        self._lock = threading.RLock()
         self._running: weakref.WeakSet[Cancellable] = weakref.WeakSet()
-        self._cancelled: futures.Future[None] = futures.Future()
-        self.channel = grpc.insecure_channel(
+        self._cancelled = False
+        self._closed = False
+        self._channel = grpc.insecure_channel(
             self.address,
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -125,20 +132,27 @@ class Caller:
                 ("grpc.use_local_subchannel_pool", 1),
             ],
         )
+        # Made once, while the channel is open: gRPC crashes the process when it makes one on a closed channel.
+        self.images = ImageServiceStub(self._channel)
+        self.staging = StagingServiceStub(self._channel)
+        self.datastores = DatastoreServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def close(self) -> None:
-        self.channel.close()
+        """Ends every call that runs, and lets none begin."""
+        with self._lock:
+            self._closed = True
+        self._channel.close()
 
     @property
     def cancelled(self) -> bool:
         """True once `cancel_calls` was called."""
-        return self._cancelled.done()
+        return self._cancelled
 
     def cancel_calls(self) -> None:
         """Ends every call that runs, and lets none begin, but for those that take back what others made."""
         with self._lock:
-            if not self.cancelled:
-                self._cancelled.set_result(None)
+            self._cancelled = True
             running = list(self._running)
         for call in running:
             call.cancel()
@@ -147,14 +161,20 @@ class Caller:
         """The call that `make` starts, cancelled by `cancel_calls`.
 
         One that `takes_back` what another made, or whose answer names what it `makes`, runs on to its end; the former
-        may even begin after that.
+        may even begin after that. Raises OperationCancelled when no call may begin.
         """
         with self._lock:
-            if self.cancelled and not takes_back:
+            if self._closed:
+                raise errors.OperationCancelled(
+                    f"the client of the sidecar at {self.address} is closed: make a new one"
+                )
+            if self._cancelled and not takes_back:
                 raise self._was_cancelled()
             call = make()
             if not (takes_back or makes):
                 self._running.add(call)
+                if self._cancelled:  # by a signal's handler, while `make` ran
+                    call.cancel()
             return call
 
     def unary(
@@ -189,7 +209,8 @@ class Caller:
             retry=tenacity.retry_if_exception(is_unavailable),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(deadline.seconds),
             wait=tenacity.wait_exponential(multiplier=0.2, max=2.0, exp_base=2.5) + tenacity.wait_random(0, 0.1),
-            sleep=self._pause,
+            # What takes back goes on when all is cancelled, and leaves the sidecar the same time between two tries.
+            sleep=time.sleep if takes_back else self._pause,
             reraise=True,
         )
         return retrying(attempt) if undo is None else self._undone_when_interrupted(lambda: retrying(attempt), undo)
@@ -212,11 +233,10 @@ class Caller:
     def wait_ready(self, timeout: float) -> None:
         """Returns when the sidecar serves; raises SidecarUnavailable when it does not within `timeout` seconds."""
         deadline = _Deadline(timeout)
-        health: Any = health_pb2_grpc.HealthStub(self.channel)
 
         def check() -> Any:
             left = max(deadline.remaining(), 0.05)
-            return health.Check.future(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
+            return self._health.Check.future(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
 
         while True:
             try:
@@ -268,7 +288,7 @@ class Caller:
 
     def _pause(self, seconds: float) -> None:
         """Not longer than until `cancel_calls`."""
-        futures.wait([self._cancelled], timeout=seconds)
+        self.begin(_Waiting).wait(seconds)
 
     def _was_cancelled(self) -> errors.OperationCancelled:
         return errors.OperationCancelled(f"the call to the sidecar at {self.address} was cancelled")
@@ -276,17 +296,19 @@ class Caller:
     def _undone_when_interrupted(self, work: Callable[[], Answer], undo: Callable[[Answer], object]) -> Answer:
         # In a thread of its own, where no signal handler raises: whatever moment it is, the answer is not lost.
         answer: futures.Future[Answer] = futures.Future()
+        waiting = self.begin(_Waiting)
 
         def run() -> None:
             try:
                 answer.set_result(work())
             except BaseException as failure:
                 answer.set_exception(failure)
+            finally:
+                waiting.cancel()
 
         try:
             threading.Thread(target=run, daemon=True).start()
-            either: tuple[futures.Future[Any], ...] = (answer, self._cancelled)
-            futures.wait(either, return_when=futures.FIRST_COMPLETED)
+            waiting.wait()
             if not answer.done():
                 raise self._was_cancelled()
             return answer.result()
@@ -306,6 +328,20 @@ class Caller:
             if not os.path.exists(path):
                 return "start it with image-sidecar serve, or name another with IMAGE_SIDECAR or --sidecar"
         return "see that image-sidecar is running there, or name another with IMAGE_SIDECAR or --sidecar"
+
+
+class _Waiting:
+    """Somebody who waits, until `cancel`. That may come from a signal's handler, which an Event would lock up."""
+
+    def __init__(self) -> None:
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def cancel(self) -> None:
+        self._ends.put(None)
+
+    def wait(self, seconds: float | None = None) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._ends.get(timeout=seconds)
 
 
 class AnswerStream(Generic[Answer]):

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from protos.images.v1 import staging_service_pb2 as wire
-from protos.images.v1.staging_service_pb2_grpc import StagingServiceStub
 from protos.images.v1.types_pb2 import ImageRef
 from sidecar import errors
 from sidecar.client_calls import UNDO_SECONDS, Answer, AnswerStream, Caller, CallFuture, Outgoing, new_request_id
@@ -43,12 +42,11 @@ class Staging:
     def __init__(self, caller: Caller, ref: ImageRef, expected_bytes: int, request_id: str | None) -> None:
         self.ref = ref
         self._caller = caller
-        self._stub = StagingServiceStub(caller.channel)
         self._request = wire.CreateStagingRequest(
             ref=ref, expected_bytes=expected_bytes, request_id=request_id or new_request_id()
         )
         answer = caller.unary(
-            self._stub.CreateStaging, self._request, undo=lambda unwanted: self._abort(unwanted.staging_id)
+            caller.staging.CreateStaging, self._request, undo=lambda unwanted: self._abort(unwanted.staging_id)
         )
         self.id = answer.staging_id
         self.directory = answer.directory
@@ -57,7 +55,7 @@ class Staging:
 
     def renew(self) -> None:
         """Keeps the staging directory for another `lease_seconds`; raises StagingNotFound when it is gone."""
-        answer = self._caller.unary(self._stub.CreateStaging, self._request)
+        answer = self._caller.unary(self._caller.staging.CreateStaging, self._request)
         if answer.staging_id != self.id:
             # The sidecar forgot the request and made another directory, which nobody needs.
             self._abort(answer.staging_id)
@@ -74,7 +72,9 @@ class Staging:
         writes leave it. Raises DeadlineExceeded when the sidecar takes none of them for minutes.
         """
         outgoing = Outgoing(_requests(self.id, name, parts, size))
-        call: CallFuture[wire.WriteFileResponse] = self._caller.begin(lambda: self._stub.WriteFile.future(outgoing))
+        call: CallFuture[wire.WriteFileResponse] = self._caller.begin(
+            lambda: self._caller.staging.WriteFile.future(outgoing)
+        )
         outgoing.bind(call.cancel)
         try:
             return outgoing.result(self._caller, call)
@@ -107,7 +107,7 @@ class Staging:
             offset=offset,
             length=length,
         )
-        return self._caller.unary(self._stub.CloneRange, request)
+        return self._caller.unary(self._caller.staging.CloneRange, request)
 
     def clone_disk(self, source_ref: ImageRef | str) -> Iterator[wire.CloneDiskResponse]:
         """Copies the whole disk of an image into the staging directory; yields its progress, at least once.
@@ -115,10 +115,14 @@ class Staging:
         Not iterating to the end, and closing the iterator, cancels it.
         """
         request = wire.CloneDiskRequest(source=as_ref(source_ref), staging_id=self.id)
-        return closing(AnswerStream(self._caller, self._caller.start(self._stub.CloneDisk, request)))
+        return closing(AnswerStream(self._caller, self._caller.start(self._caller.staging.CloneDisk, request)))
 
-    def commit(self, *, copied_from: ImageRef | str | None = None) -> wire.CommitStagingResponse:
+    def commit(
+        self, *, copied_from: ImageRef | str | None = None, request_id: str | None = None
+    ) -> wire.CommitStagingResponse:
         """Checks the disk and publishes it as the image; afterwards the image is there, durable and complete.
+
+        A second call of the same `request_id` has the answer of the first one, which may have been lost.
 
         After an error the staging directory is as it was, to be mended and committed again, or aborted. Gone is it
         after ImageAlreadyExists, and when its files could not be moved into the image's place.
@@ -126,16 +130,20 @@ class Staging:
         request = wire.CommitStagingRequest(
             staging_id=self.id,
             copied_from=as_ref(copied_from) if copied_from is not None else None,
-            request_id=new_request_id(),
+            request_id=request_id or new_request_id(),
         )
         answer = self._caller.unary(
-            self._stub.CommitStaging, request, timeout=max(COMMIT_SECONDS, self._caller.timeout)
+            self._caller.staging.CommitStaging, request, timeout=max(COMMIT_SECONDS, self._caller.timeout)
         )
         self._finished = True
         return answer
 
     def abort(self) -> None:
-        """Drops the staging directory; nothing happens when it was committed or dropped already."""
+        """Drops the staging directory; nothing happens when it was committed or dropped already.
+
+        When it returns, the directory is not an image and never will be. StagingPublished: a commit whose answer was
+        lost made it the image. DeadlineExceeded: such a commit still runs; it is stopped if that is possible.
+        """
         if not self._finished:
             self._abort(self.id)
             self._finished = True
@@ -148,6 +156,10 @@ class Staging:
     ) -> None:
         try:
             self.abort()
+        except errors.StagingPublished as failure:
+            # A commit that failed here, as its answer was lost: that error is what the caller sees.
+            self._finished = True
+            _log.info("staging not aborted staging=%s ref=%s reason=%s", self.id, _text(self.ref), failure)
         except errors.ImagesError as failure:
             # What went wrong before is what the caller must see; the lease drops the directory in any case.
             _log.warning("staging not aborted staging=%s ref=%s error=%s", self.id, _text(self.ref), failure)
@@ -157,7 +169,7 @@ class Staging:
         # Who was interrupted does not wait long: the sidecar has the request then, and goes on by itself.
         timeout = UNDO_SECONDS if self._caller.cancelled else max(ABORT_SECONDS, self._caller.timeout)
         with contextlib.suppress(errors.StagingNotFound):
-            self._caller.unary(self._stub.AbortStaging, request, timeout=timeout, takes_back=True)
+            self._caller.unary(self._caller.staging.AbortStaging, request, timeout=timeout, takes_back=True)
 
 
 def read_file(
@@ -169,7 +181,7 @@ def read_file(
         request.staging_id = source.id
     else:
         request.ref.CopyFrom(as_ref(source))
-    return closing(AnswerStream(caller, caller.start(StagingServiceStub(caller.channel).ReadFile, request)))
+    return closing(AnswerStream(caller, caller.start(caller.staging.ReadFile, request)))
 
 
 def closing(stream: AnswerStream[Answer]) -> Iterator[Answer]:

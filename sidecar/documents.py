@@ -1,11 +1,11 @@
 """Images and datastores as documents for programs: what imagectl prints as JSON, and what the mount shows."""
 
-import json
 from datetime import UTC
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageState
+from sidecar.strict_json import parse_json
 
 Document = dict[str, object]
 
@@ -104,6 +104,6 @@ def _parsed(text: str) -> object:
     if not text:
         return None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text

@@ -45,6 +45,12 @@ class StagingNotFound(ImagesError):
     reason, code, errno, exit_code = "STAGING_NOT_FOUND", "NOT_FOUND", errno.ESTALE, 3
 
 
+class StagingPublished(ImagesError):
+    """The staging directory cannot be aborted any more: it is the image now."""
+
+    reason, code, errno, exit_code = "STAGING_PUBLISHED", "FAILED_PRECONDITION", errno.EEXIST, 5
+
+
 class ImageAlreadyExists(ImagesError):
     reason, code, errno, exit_code = "IMAGE_ALREADY_EXISTS", "ALREADY_EXISTS", errno.EEXIST, 4
 

@@ -12,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.config import Limits, SidecarConfig
-from sidecar.images.admission import Slots, most_copies
+from sidecar.images.admission import Slots, most_copies, most_threads
 from sidecar.listening import listener
 from sidecar.services.interceptors import Activity, CallInterceptor
 
@@ -70,7 +70,7 @@ class SidecarServer:
         slots = _slots(config.limits, len(config.datastores))
         self._interceptor = CallInterceptor(slots, self._activity)
         # Each datastore may hang with all that it may have at a time, and health, listings and the others go on.
-        small = config.limits.max_calls * (1 + len(config.datastores))
+        small = config.limits.max_calls + len(config.datastores) * most_threads(config.limits.max_calls)
         threads = sum(each.size for each in {*slots.values()}) + small
         self._pool = _CountedPool(threads, self._activity)
         self._server = grpc.server(

@@ -12,7 +12,6 @@ from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.library import Library
-from sidecar.images.operations import Operations
 from sidecar.images.store import ImageStore
 from sidecar.images.watching import Watches
 from sidecar.server import Service
@@ -56,25 +55,18 @@ def build(config: SidecarConfig) -> Parts:
             ),
         )
         discoveries.append(Discovery(store, catalog, rescan_seconds=place.rescan_seconds))
-    max_copies = most_copies(len(discoveries), config.limits.max_copies)
     library = Library(
         discoveries,
         catalog,
-        max_copies=max_copies,
+        max_copies=most_copies(len(discoveries), config.limits.max_copies),
         lease_seconds=config.limits.staging_lease_seconds,
     )
     watches = Watches(catalog, discoveries)
-    clones: Operations[None] = Operations(max_copies, "clone")
     requests = Requests()
 
     images = ImageServicer(library, requests, watches)
-    staging = StagingServicer(library, requests, clones)
+    staging = StagingServicer(library, requests)
     datastores = DatastoreServicer(library)
-
-    def close() -> None:
-        library.copies.cancel()  # while the clones end
-        clones.close()
-        library.close()
 
     library.start()
     return Parts(
@@ -93,7 +85,7 @@ def build(config: SidecarConfig) -> Parts:
         ),
         end_watches=watches.end,
         interrupt=library.interrupt,
-        close=close,
+        close=library.close,
     )
 
 

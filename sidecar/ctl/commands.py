@@ -1,5 +1,6 @@
 """imagectl: the group of commands, and how each of them ends: what it says, and its exit code."""
 
+import contextlib
 import errno
 import importlib
 import io
@@ -59,16 +60,29 @@ class Commands(click.Group):
         except errors.ImagesError as error:
             session.report(error.reason, error.message)
             return error.exit_code
-        except BrokenPipeError:
-            # The reader has what it wanted. What is still buffered must not fail once more when Python flushes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
-            return BROKEN_PIPE
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            session.report(errors.NoSpace.reason if full else "OS_ERROR", f"{where}{error.strerror or error}")
-            return errors.NoSpace.exit_code if full else 1
+            return _reported(session, error)
         return result
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except OSError as error:  # --help and --version are printed here
+            raise click.exceptions.Exit(_reported(extra["obj"], error)) from None
+
+
+def _reported(session: Session, error: OSError) -> int:
+    """The exit code for what this machine refused, which is told, unless it is that nobody reads any more."""
+    if isinstance(error, BrokenPipeError):
+        # The reader has what it wanted. What is still buffered must not fail once more when Python flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return BROKEN_PIPE
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    session.report(errors.NoSpace.reason if full else "OS_ERROR", f"{where}{error.strerror or error}")
+    return errors.NoSpace.exit_code if full else 1
 
 
 def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -110,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with session.signals:
             code = imagectl.main(args=arguments, prog_name="imagectl", standalone_mode=False, obj=session)
     except click.exceptions.NoArgsIsHelpError as help_wanted:
-        help_wanted.show()
+        with contextlib.suppress(OSError):  # nobody is there to be told: the exit code says it
+            help_wanted.show()
         return USAGE
     except click.UsageError as error:
         session.report("USAGE", usage_line(error, "imagectl"))

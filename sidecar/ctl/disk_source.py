@@ -6,6 +6,7 @@ with `.gz` after the name that the disk has for it.
 
 import gzip
 import os
+import shlex
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -305,7 +306,7 @@ def _require_vmdk(path: str, head: bytes) -> None:
 def _convert(path: str) -> str:
     stem, ending = os.path.splitext(path.removesuffix(".gz"))
     target = f"{stem}-converted.vmdk" if ending == ".vmdk" else f"{stem}.vmdk"
-    return f"convert it with qemu-img convert -O vmdk {path} {target}"
+    return f"convert it with qemu-img convert -O vmdk {shlex.quote(path)} {shlex.quote(target)}"
 
 
 def _without_zeroes(chunk: bytes, position: int) -> Iterator[tuple[int, bytes]]:

@@ -1,7 +1,5 @@
 """imagectl import: a VMDK of this machine becomes an image."""
 
-import json
-
 import click
 
 from sidecar import errors
@@ -11,6 +9,7 @@ from sidecar.ctl.output import human_size
 from sidecar.ctl.progress import Advance, progress_bar
 from sidecar.ctl.session import Session, command, image_argument, ref_text, what_came_of_it
 from sidecar.documents import image_document
+from sidecar.strict_json import parse_json
 
 MAX_COMPANION_BYTES = 1 << 20
 
@@ -81,7 +80,7 @@ def _companion(path: str) -> bytes:
     if len(content) > MAX_COMPANION_BYTES:
         raise errors.InvalidRequest(f"{path} is larger than {human_size(MAX_COMPANION_BYTES)}")
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise errors.InvalidRequest(f"{path} is not JSON: {error}") from None
     return content

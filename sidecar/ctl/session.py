@@ -23,6 +23,7 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 # How long a sidecar may take to notice that a call was cancelled, and to say what came of it.
 CANCEL_SECONDS = 0.3
 ANSWER_SECONDS = 5.0
+STDERR = 2
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -100,11 +101,12 @@ class Session:
 
     def _end(self, number: int, message: str) -> NoReturn:
         """Ends the process because of a signal, whatever the main thread is in: also in a write that nobody reads."""
-        told = f"{self._error(Interrupted.reason, message)}\n".encode(errors="backslashreplace")
-        with contextlib.suppress(OSError):
-            if select.select([], [sys.stderr.fileno()], [], 0)[1]:
-                os.write(sys.stderr.fileno(), told)
-        os._exit(128 + number)
+        try:
+            told = f"{self._error(Interrupted.reason, message)}\n".encode(errors="backslashreplace")
+            if select.select([], [STDERR], [], 0)[1]:
+                os.write(STDERR, told)
+        finally:  # whatever becomes of the message
+            os._exit(128 + number)
 
 
 def command(name: str) -> Callable[[Callable[Parameters, Result]], click.Command]:

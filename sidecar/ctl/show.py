@@ -8,6 +8,7 @@ from sidecar.client import Image, ImageRef
 from sidecar.ctl.output import NONE, exact_size, human_size, table
 from sidecar.ctl.session import Session, command, image_argument, plain, ref_text
 from sidecar.documents import full_document, image_time, kind_name, state_name, time_text
+from sidecar.strict_json import parse_json
 
 
 @command("show")
@@ -65,6 +66,6 @@ _TIMES = (
 
 def _pretty(text: str) -> list[str]:
     try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False).splitlines()
+        return json.dumps(parse_json(text), indent=2, ensure_ascii=False).splitlines()
     except ValueError:
         return text.splitlines()

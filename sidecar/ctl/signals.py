@@ -7,6 +7,7 @@ the main thread may be waiting for, and the main thread looks at the note and ta
 """
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -20,6 +21,8 @@ from sidecar import errors
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What taking back may need. A signal after that ends the process, whatever it leaves.
 PATIENCE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class Signals:
@@ -96,7 +99,11 @@ class Signals:
                 return
             self._number, self._noted = number, time.monotonic()
             cancel = self._cancel
-        cancel()
+        try:
+            cancel()
+        except Exception as error:
+            # Without this thread, no signal would end anything any more.
+            _log.warning("what runs could not be cancelled: %s", error)
 
 
 def _handle(number: int, frame: object) -> None:

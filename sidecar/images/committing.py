@@ -1,6 +1,7 @@
 """Commit: a staging directory that somebody else filled becomes an image, once it is shown to hold a whole disk."""
 
 import logging
+from collections.abc import Callable
 
 from sidecar.datastores.interface import EntryKind
 from sidecar.errors import InvalidDisk
@@ -33,8 +34,8 @@ class StagedDisk:
             raise InvalidDisk(f"{staging.image_id}: two staged files would get the same name: {sorted(self.renames)}")
 
 
-def commit(staging: StagingDirectory, staged: StagedDisk) -> Image:
-    """Gives the files the image's names and publishes.
+def commit(staging: StagingDirectory, staged: StagedDisk, check: Callable[[], None] = lambda: None) -> Image:
+    """Gives the files the image's names and publishes. Until the last moment, what `check` raises ends it.
 
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
     committed again; after one while they are moved it is gone.
@@ -49,7 +50,7 @@ def commit(staging: StagingDirectory, staged: StagedDisk) -> Image:
             renamed.append((old, new))
         rewriting = True
         rewrite_staged_descriptor(staging, disk, staged.renames, raw)
-        return publish(staging)
+        return publish(staging, check)
     except BaseException:
         if staging.held:
             _undo(staging, staged, renamed, raw if rewriting else None)

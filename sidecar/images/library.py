@@ -1,6 +1,5 @@
 """All datastores of a sidecar together: what the services call, and what starts and ends with the process."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -10,12 +9,11 @@ from sidecar.errors import DatastoreNotFound
 from sidecar.images.catalog import Catalog
 from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
+from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
 from sidecar.images.operations import Operation, Operations
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
-
-_log = logging.getLogger(__name__)
 
 
 class Library:
@@ -28,6 +26,7 @@ class Library:
         self.discoveries = {discovery.store.datastore.name: discovery for discovery in discoveries}
         self.sessions = StagingSessions(lease_seconds)
         self.copies: Operations[Image] = Operations(max_copies, "copy")
+        self.clones: Operations[None] = Operations(max_copies, "clone")
         for discovery in discoveries:
             discovery.store.observe(discovery.refresh)
             discovery.store.admission.ask(discovery.silence)
@@ -36,7 +35,7 @@ class Library:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
         for discovery in self.discoveries.values():
             discovery.start()
-        self.sessions.start()
+        self.sessions.start(discovery.store for discovery in self.discoveries.values())
 
     def interrupt(self) -> None:
         """Ends every wait for a lock: the sidecar shuts down."""
@@ -44,16 +43,14 @@ class Library:
             discovery.store.datastore.interrupt()
 
     def close(self) -> None:
-        """Ends what runs, leaves nothing half made, joins every thread."""
-        self.copies.close()
-        self.sessions.close()
+        """Ends what runs, leaves nothing half made, joins every thread.
+
+        Does not return while a datastore hangs; what is of the others ends cleanly all the same.
+        """
         discoveries = self.discoveries.values()
-        for end in (*(d.close for d in discoveries), *(d.store.datastore.close for d in discoveries)):
-            try:
-                end()
-            except Exception:
-                # The others are closed all the same.
-                _log.exception("not closed")
+        end_all((self.copies.close, self.clones.close, self.sessions.close, *(d.close for d in discoveries)))
+        # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
+        end_all(d.store.datastore.close for d in discoveries)
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store

@@ -1,6 +1,5 @@
 """The companion files that have a meaning: `<id>.ecv`, `<id>.manifest`; and changes to companions of an image."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from sidecar.errors import FileNotInImage, InvalidMetadata, InvalidRequest
 from sidecar.images.image import FileKind, Image, ImageFile, not_found
 from sidecar.images.names import check_file_name, is_bookkeeping, manifest_name, metadata_name
 from sidecar.images.store import ImageStore
+from sidecar.strict_json import parse_json
 
 MAX_METADATA_BYTES = 1 << 20
 _MANIFEST_VALUES = {"imageType": ("CLOUD", "MANAGEMENT"), "imageReplication": ("EAGER", "ON_DEMAND")}
@@ -22,8 +22,8 @@ def parse_metadata(name: str, content: bytes) -> dict[str, Any]:
     if len(content) > MAX_METADATA_BYTES:
         raise InvalidMetadata(f"{name} has more than {MAX_METADATA_BYTES} bytes")
     try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(content)
+    except ValueError as error:
         raise InvalidMetadata(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidMetadata(f"{name} does not hold a JSON object")

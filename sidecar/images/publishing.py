@@ -26,7 +26,6 @@ def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None)
     """
     store, image_id = staging.store, staging.image_id
     trash: str | None = None
-    moving = False
     now = store.clock()
     try:
         store.datastore.create_file(staging.path(TIMESTAMP), now)
@@ -34,7 +33,7 @@ def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None)
         with store.lock(image_id, "publish", new=True, check=check):
             trash = _clear_the_way(store, image_id)
             check()
-            moving = True
+            staging.begin_publishing()
             try:
                 store.layout.publish(store.datastore, staging.place, image_id)
             except FileExistsError:
@@ -42,8 +41,7 @@ def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None)
                 raise already_exists(store.read(image_id)) from None
             image = _read_published(store, image_id, now)
     except BaseException:
-        if moving:  # some of its files may be in the image's place
-            staging.abort()
+        staging.not_published()
         raise
     finally:
         # After an error too: the wreck that was in the way is gone, and its bytes are nobody's.

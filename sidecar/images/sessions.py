@@ -1,22 +1,46 @@
 """Staging directories that clients fill over several calls: found by id, kept by a lease, dropped when it ends."""
 
+import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
-from sidecar.errors import ImageAlreadyExists, InvalidRequest, StagingNotFound
+from sidecar.errors import DeadlineExceeded, ImageAlreadyExists, InvalidRequest, StagingNotFound, StagingPublished
 from sidecar.images.committing import StagedDisk, commit
-from sidecar.images.image import Image
+from sidecar.images.ending import end_all
+from sidecar.images.image import Image, ImageKey
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
 
+# The lease of one whose maker was gone before it could be told of it: time to repeat the call.
+UNTOLD_SECONDS = 30.0
+# How long a commit and an abort wait for the calls that name the staging directory; the end of the sidecar, which has
+# cancelled them, waits less.
+_CALLS_SECONDS = 30.0
+_CANCELLED_CALLS_SECONDS = 2.0
+_MOST_WAIT_SECONDS = 3600.0  # for a caller without a deadline
+_REMEMBERED = 1_000  # published ones, so that their abort is told so
+
 _log = logging.getLogger(__name__)
 
+Published: TypeAlias = tuple[Image, dict[str, str]]
+"""The image, and the new names of the staged files."""
 
-@dataclass
+
+class State(enum.Enum):
+    OPEN = enum.auto()
+    COMMITTING = enum.auto()  # it is OPEN or ENDING afterwards
+    ENDING = enum.auto()  # nobody finds it any more
+
+
+@dataclass(eq=False)
 class StagingSession:
     """A staging directory and who is busy with it. The fields are guarded by the lock of the sessions."""
 
@@ -24,7 +48,11 @@ class StagingSession:
     request_id: str
     expires: float
     calls: int = 0
-    closing: bool = False
+    state: State = State.OPEN
+    # Of the commit that runs, or ran last; done when the state has changed.
+    commit: Future[Published] = field(default_factory=Future)
+    # Nobody wants what it commits: what is not published is dropped.
+    abandoned: bool = False
 
     @property
     def id(self) -> str:
@@ -32,7 +60,10 @@ class StagingSession:
 
 
 class StagingSessions:
-    """All staging directories that clients fill. Owns the thread that drops the abandoned ones."""
+    """All staging directories that clients fill. Owns the threads that drop those whose lease is over.
+
+    That is one for each datastore, so that one that hangs keeps nothing on the others.
+    """
 
     def __init__(self, lease_seconds: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.lease_seconds = lease_seconds
@@ -40,26 +71,38 @@ class StagingSessions:
         self._changed = threading.Condition()  # guards what follows, and the sessions' fields
         self._sessions: dict[str, StagingSession] = {}
         self._by_request: dict[str, StagingSession] = {}
+        self._published: OrderedDict[str, ImageKey] = OrderedDict()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._drop_abandoned, name="staging-leases")
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, stores: Iterable[ImageStore]) -> None:
+        for store in stores:
+            thread = threading.Thread(target=self._drop_expired, args=(store,), name="staging-leases")
+            self._threads.append(thread)
+            thread.start()
 
     def close(self) -> None:
-        """Drops every staging directory; calls must have ended."""
-        self._stopping.set()
-        if self._thread.ident:
-            self._thread.join()
-        with self._changed:
-            sessions = list(self._sessions.values())
-        for session in sessions:
-            self._drop(session)
+        """Drops every staging directory, those of each datastore in a thread of its own; calls were cancelled.
 
-    def create(self, store: ImageStore, image_id: str, expected_bytes: int, request_id: str) -> StagingSession:
+        One whose commit runs is left to that: it is published whole, or dropped by it.
+        """
+        self._stopping.set()
+        with self._changed:
+            stores = {session.staging.store for session in self._sessions.values()}
+        end_all([*(thread.join for thread in self._threads), *(partial(self._close, store) for store in stores)])
+
+    def create(
+        self,
+        store: ImageStore,
+        image_id: str,
+        expected_bytes: int,
+        request_id: str,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> StagingSession:
         """A new staging directory for an image that is not there.
 
-        For the request id of one that there is, that one, its lease renewed.
+        For the request id of one that there is, that one, its lease renewed. When it is not `wanted` any more once
+        it is made, its lease is short: nobody knows its id, but the same request id finds it.
         """
         with self._changed:
             if known := self._renewed(store, image_id, request_id):
@@ -73,6 +116,8 @@ class StagingSessions:
         with self._changed:
             known = self._renewed(store, image_id, request_id)
             if known is None:
+                if not wanted():
+                    session.expires = self._monotonic() + min(self.lease_seconds, UNTOLD_SECONDS)
                 self._sessions[session.id] = session
                 if request_id:
                     self._by_request[request_id] = session
@@ -101,39 +146,116 @@ class StagingSessions:
                 session.expires = self._monotonic() + self.lease_seconds
                 self._changed.notify_all()
 
-    def commit(self, staging_id: str) -> tuple[Image, dict[str, str]]:
-        """Publishes; returns the image and the new names of the staged files.
+    def commit(self, staging_id: str, timeout: float | None = None) -> Published:
+        """Publishes; while it is being published by another call, waits for that one and answers the same.
 
         After an error the staging directory is as it was: it can be mended, and committed again. Gone is it after
-        ImageAlreadyExists, and when its files could not be moved into the image's place.
+        ImageAlreadyExists, when it was aborted meanwhile (StagingNotFound), and when its files could not be moved into
+        the image's place. DeadlineExceeded when the other call has not ended within `timeout` seconds.
         """
-        session = self._close_session(staging_id)
+        with self._changed:
+            session = self._find(staging_id)
+            waiting = session.state is State.COMMITTING
+            if not waiting:
+                session.state = State.COMMITTING
+                session.commit = Future()
+            running = session.commit
+        if waiting:
+            return self._outcome(staging_id, running, timeout)
+        try:
+            published = self._commit(session)
+        except BaseException as error:
+            self._end_commit(session, error)
+            running.set_exception(error)
+            raise
+        running.set_result(published)
+        return published
+
+    def abort(self, staging_id: str, timeout: float | None = None) -> None:
+        """Drops a staging directory; one that is gone already is no error.
+
+        One that is being committed is dropped by that, unless it is past the point where it can be: this waits for
+        the end of it. StagingPublished when it became the image, and DeadlineExceeded when that is not known within
+        `timeout` seconds.
+        """
+        with self._changed:
+            session = self._sessions.get(staging_id)
+            if session is None or session.state is State.ENDING:
+                if staging_id in self._published:
+                    raise _published(staging_id, self._published[staging_id])
+                return
+            committing = session.state is State.COMMITTING
+            if committing:
+                session.abandoned = True
+            else:
+                session.state = State.ENDING
+                try:
+                    self._wait_for_calls(session)
+                except BaseException:
+                    session.state = State.OPEN
+                    raise
+            running = session.commit
+        if not committing:
+            self._end(session)
+            return
+        try:
+            image, _ = self._outcome(staging_id, running, timeout)
+        except DeadlineExceeded:
+            raise
+        except Exception:
+            if session.state is State.OPEN:  # it could not be dropped, either
+                raise
+            return
+        raise _published(staging_id, image.key)
+
+    def _commit(self, session: StagingSession) -> Published:
+        def check() -> None:
+            if session.abandoned:
+                raise _gone(session.id)
+
+        with self._changed:
+            self._wait_for_calls(session)
+        check()
         try:
             staged = StagedDisk(session.staging)
-            image = commit(session.staging, staged)
-        except BaseException as error:
-            if isinstance(error, ImageAlreadyExists) or not session.staging.held:
-                self._drop(session)
-            else:
-                self._reopen(session)
-            if isinstance(error, FileNotFoundError):
-                raise _gone(staging_id) from error
-            raise
+            image = commit(session.staging, staged, check)
+        except FileNotFoundError as error:
+            raise _gone(session.id) from error
+        with self._changed:
+            self._published[session.id] = image.key
+            if len(self._published) > _REMEMBERED:
+                self._published.popitem(last=False)
         self._end(session)
         return image, staged.renames
 
-    def abort(self, staging_id: str) -> None:
-        """Drops a staging directory; one that is gone already is no error."""
+    def _end_commit(self, session: StagingSession, error: BaseException) -> None:
+        """After a commit that failed: open again, or dropped when there is nothing to be mended, or nobody to do it."""
+        with self._changed:
+            lost = isinstance(error, ImageAlreadyExists) or not session.staging.held
+            if not lost and (session.calls or not session.abandoned):
+                session.state = State.OPEN
+                session.abandoned = False
+                session.expires = self._monotonic() + self.lease_seconds
+                return
+            session.state = State.ENDING
+        self._drop(session)
+
+    def _outcome(self, staging_id: str, running: Future[Published], timeout: float | None) -> Published:
+        """Of a commit, once it has ended."""
         try:
-            session = self._close_session(staging_id)
-        except StagingNotFound:
-            return
-        self._end(session)
+            error = running.exception(min(_MOST_WAIT_SECONDS if timeout is None else timeout, _MOST_WAIT_SECONDS))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"staging directory {staging_id} is being committed, and that has not ended yet: ask again later"
+            ) from None
+        if error is not None:
+            raise error
+        return running.result()
 
     def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
         """The session of that request id, its lease renewed; call with the lock."""
         known = self._by_request.get(request_id) if request_id else None
-        if known is None or known.closing:
+        if known is None or known.state is State.ENDING:
             return None
         if known.staging.store is not store or known.staging.image_id != image_id:
             raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
@@ -142,28 +264,38 @@ class StagingSessions:
 
     def _enter(self, staging_id: str) -> StagingSession:
         with self._changed:
-            session = self._sessions.get(staging_id)
-            if session is None or session.closing:
-                raise _gone(staging_id)
+            session = self._find(staging_id)
+            if session.state is State.COMMITTING:
+                raise InvalidRequest(f"staging directory {staging_id} is being committed; wait for what comes of that")
             session.calls += 1
             return session
 
-    def _close_session(self, staging_id: str) -> StagingSession:
-        """Keeps new calls out, and waits for those that run."""
-        with self._changed:
-            session = self._sessions.get(staging_id)
-            if session is None or session.closing:
-                raise _gone(staging_id)
-            session.closing = True
-            if not self._changed.wait_for(lambda: session.calls == 0, timeout=30):
-                session.closing = False
-                raise InvalidRequest(f"staging directory {staging_id} is being written to; end those calls first")
-            return session
+    def _find(self, staging_id: str) -> StagingSession:
+        """Call with the lock."""
+        session = self._sessions.get(staging_id)
+        if session is None or session.state is State.ENDING:
+            raise _gone(staging_id)
+        return session
 
-    def _reopen(self, session: StagingSession) -> None:
+    def _wait_for_calls(self, session: StagingSession) -> None:
+        """Until none that names it runs, now that its state keeps new ones out; call with the lock."""
+        if not self._changed.wait_for(lambda: session.calls == 0, timeout=_CALLS_SECONDS):
+            raise InvalidRequest(f"staging directory {session.id} is being written to; end those calls first")
+
+    def _close(self, store: ImageStore) -> None:
+        """Drops what there is on one datastore, and waits for the commits that run there."""
         with self._changed:
-            session.closing = False
-            session.expires = self._monotonic() + self.lease_seconds
+            sessions = [session for session in self._sessions.values() if session.staging.store is store]
+            committing = [session.commit for session in sessions if session.state is State.COMMITTING]
+            for session in sessions:
+                session.abandoned = True
+            ending = [session for session in sessions if session.state is State.OPEN]
+            for session in ending:
+                session.state = State.ENDING
+            self._changed.wait_for(lambda: not any(s.calls for s in ending), timeout=_CANCELLED_CALLS_SECONDS)
+        for session in ending:
+            self._drop(session)
+        wait(committing)  # each is gone with its commit, as it is abandoned
 
     def _drop(self, session: StagingSession) -> None:
         """Ends it; what its datastore says against that is logged, so that the others are dropped all the same."""
@@ -179,15 +311,22 @@ class StagingSessions:
                 del self._by_request[session.request_id]
         session.staging.abort()
 
-    def _drop_abandoned(self) -> None:
-        while not self._stopping.wait(min(self.lease_seconds / 4, 30.0)):
+    def _drop_expired(self, store: ImageStore) -> None:
+        while not self._stopping.wait(min(self.lease_seconds / 4, UNTOLD_SECONDS)):
             now = self._monotonic()
             with self._changed:
-                abandoned = [s for s in self._sessions.values() if s.expires < now and not s.calls and not s.closing]
-                for session in abandoned:
-                    session.closing = True
-            for session in abandoned:
-                _log.info("staging dropped image=%s/%s", session.staging.store.datastore.name, session.staging.image_id)
+                expired = [
+                    session
+                    for session in self._sessions.values()
+                    if session.staging.store is store
+                    and session.state is State.OPEN
+                    and session.expires < now
+                    and not session.calls
+                ]
+                for session in expired:
+                    session.state = State.ENDING
+            for session in expired:
+                _log.info("staging dropped image=%s", store.key(session.staging.image_id))
                 self._drop(session)
 
 
@@ -195,4 +334,10 @@ def _gone(staging_id: str) -> StagingNotFound:
     return StagingNotFound(
         f"there is no staging directory {staging_id[:64]!r}: it was published, dropped, or the sidecar was restarted; "
         "begin anew"
+    )
+
+
+def _published(staging_id: str, key: ImageKey) -> StagingPublished:
+    return StagingPublished(
+        f"staging directory {staging_id} cannot be aborted: it was published, as {key}; to undo that, delete the image"
     )

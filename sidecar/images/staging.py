@@ -1,12 +1,14 @@
 """Staging directories: images in the making, private to their maker and locked for as long as they live."""
 
 import contextlib
+import enum
 import logging
+import threading
 from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import ReadableFile, WritableFile
-from sidecar.errors import DatastoreUnavailable, ImagesError
+from sidecar.errors import DatastoreUnavailable, ImagesError, StagingNotFound
 from sidecar.images.store import ImageStore
 from sidecar.locks.interface import HeldLock
 
@@ -15,10 +17,17 @@ _TRIES = 8
 _log = logging.getLogger(__name__)
 
 
+class _State(enum.Enum):
+    HELD = enum.auto()
+    PUBLISHING = enum.auto()  # its files are being moved into the image's place
+    ENDED = enum.auto()
+
+
 class StagingDirectory:
     """A staging directory and its lock. As a context manager it is gone afterwards, unless it was published.
 
     The lock says that somebody is making it, however long that takes; when this process dies it goes with it.
+    Either whoever publishes ends it, from `begin_publishing` on, or who aborts it before that: never both.
     """
 
     def __init__(self, store: ImageStore, image_id: str, operation: str) -> None:
@@ -28,6 +37,8 @@ class StagingDirectory:
         self.token = store.new_token()
         self.place = store.layout.staging_place(image_id, self.token)
         self._lock: HeldLock | None = None
+        self._state = _State.HELD
+        self._changing = threading.Lock()  # guards the state
         for _ in range(_TRIES):
             try:
                 self._make(operation)
@@ -51,7 +62,8 @@ class StagingDirectory:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
             if self._lock:
-                self.abort()
+                self._remove()
+                self._lock = None
             else:
                 store.datastore.remove_tree(self.place.directory)
                 self._tidy()
@@ -64,8 +76,8 @@ class StagingDirectory:
 
     @property
     def held(self) -> bool:
-        """It was neither published nor aborted."""
-        return self._lock is not None
+        """It was neither published nor aborted, nor is it being published."""
+        return self._state is _State.HELD
 
     def path(self, name: str) -> str:
         return f"{self.place.directory}/{name}"
@@ -84,19 +96,38 @@ class StagingDirectory:
         datastore.sync_directory(self.directory)
 
     def abort(self) -> None:
-        """Removes the directory; no error when it was published or aborted before."""
-        lock, self._lock = self._lock, None
-        if lock is None:
-            return
-        with lock:
-            self.store.datastore.remove_tree(self.directory)
-        self._tidy()
+        """Removes the directory; no error when it was published or aborted before, or is being published."""
+        if self._turn(_State.HELD, _State.ENDED):
+            self._remove()
+
+    def begin_publishing(self) -> None:
+        """From here on no abort touches the directory; StagingNotFound when there was one before."""
+        if not self._turn(_State.HELD, _State.PUBLISHING):
+            raise StagingNotFound(f"the staging directory {self.directory} was dropped before it was published")
+
+    def not_published(self) -> None:
+        """Removes the directory after `begin_publishing`: some of its files may be in the image's place."""
+        if self._turn(_State.PUBLISHING, _State.ENDED):
+            self._remove()
 
     def published(self) -> None:
         """Lets go of what is left after the directory became the image."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release()
+        if self._turn(_State.PUBLISHING, _State.ENDED):
+            assert self._lock
+            self._lock.release()
+            self._tidy()
+
+    def _turn(self, before: _State, after: _State) -> bool:
+        with self._changing:
+            if self._state is not before:
+                return False
+            self._state = after
+            return True
+
+    def _remove(self) -> None:
+        assert self._lock
+        with self._lock:
+            self.store.datastore.remove_tree(self.directory)
         self._tidy()
 
     def _tidy(self) -> None:

@@ -13,6 +13,7 @@ from sidecar.images.admission import Admission
 from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import check_image_id
+from sidecar.locks.interface import HeldLock
 
 _LOCK_TRIES = 8
 
@@ -88,9 +89,10 @@ class ImageStore:
         """NoSpace when so many bytes would leave less than the reserve."""
         free = self.datastore.capacity().free
         if needed > free - self.reserve:
+            wanted = f"{needed} bytes are needed, and " if needed else ""
             raise NoSpace(
-                f"{self.datastore.name}: {needed} bytes are needed, and of {free} free ones {self.reserve} are kept in "
-                "reserve; purge images that are not needed, or make the datastore larger"
+                f"{self.datastore.name} is full: {wanted}of {free} free bytes {self.reserve} are kept in reserve; "
+                "purge images that are not needed, remove imports that failed, or make the datastore larger"
             )
 
     @contextmanager
@@ -108,7 +110,7 @@ class ImageStore:
             if new:
                 self.layout.make_lockable(self.datastore, image_id)
             try:
-                held = self.datastore.lock(path, f"{operation} {image_id}", self._lock_timeout, check)
+                held = self._take(path, f"{operation} {image_id}", check)
                 break
             except FileNotFoundError:
                 # Whoever just removed the image may take away the directory that was made for the lock.
@@ -118,6 +120,15 @@ class ImageStore:
             raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
         with held:
             yield
+
+    def _take(self, path: str, operation: str, check: Callable[[], None]) -> HeldLock:
+        with self.admission.stepping_aside() as step:
+
+            def look() -> None:
+                check()
+                step()
+
+            return self.datastore.lock(path, operation, self._lock_timeout, look)
 
 
 def require_valid(image: Image) -> None:

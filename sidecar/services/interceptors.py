@@ -203,6 +203,9 @@ class _Call:
         if isinstance(error, GeneratorExit) or (gone and isinstance(error, grpc.RpcError | OperationCancelled)):
             # The caller cancelled, went away or ran out of time: there is nobody to answer.
             self._log(self._level(), "CANCELLED")
+            if isinstance(error, ImagesError):
+                # gRPC takes what just passes for a defect, and logs its traceback.
+                self._context.abort_with_status(to_status(error))
             return
         if isinstance(error, ImagesError) and not isinstance(error, InternalError):
             # What the caller did wrong is the caller's; what the storage did is the operator's.

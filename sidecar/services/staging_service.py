@@ -15,10 +15,9 @@ from sidecar.images.copying import OpenImage, clone_files, require_space_for_cop
 from sidecar.images.image import Image
 from sidecar.images.library import Library
 from sidecar.images.names import check_file_name
-from sidecar.images.operations import Operation, Operations
+from sidecar.images.operations import Operation
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
-from sidecar.images.store import ImageStore
 from sidecar.services.image_service import PROGRESS_SECONDS
 from sidecar.services.messages import image_key, image_message, timestamp
 from sidecar.services.requests import Requests, fingerprint
@@ -35,17 +34,18 @@ _log = logging.getLogger(__name__)
 class StagingServicer(pb_grpc.StagingServiceServicer):
     """Translates; the domain decides."""
 
-    def __init__(self, library: Library, requests: Requests, clones: Operations[None]) -> None:
+    def __init__(self, library: Library, requests: Requests) -> None:
         self._library = library
         self._requests = requests
-        self._clones = clones
 
     def CreateStaging(
         self, request: pb.CreateStagingRequest, context: grpc.ServicerContext
     ) -> pb.CreateStagingResponse:
         key = image_key(request.ref)
         with self._library.using(key.datastore, context.is_active) as store:
-            session = self._library.sessions.create(store, key.image_id, request.expected_bytes, request.request_id)
+            session = self._library.sessions.create(
+                store, key.image_id, request.expected_bytes, request.request_id, context.is_active
+            )
         return pb.CreateStagingResponse(
             staging_id=session.id,
             directory=session.staging.directory,
@@ -116,8 +116,9 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         _check_range(request.offset, request.length)
         until = time.monotonic() + CLONE_SECONDS
         progress = Progress()
+        destination = self._library.sessions.store(request.staging_id) or store
         with (
-            self._call(request.staging_id, context, store),
+            store.admission.call_with(destination.admission, context.is_active),
             self._library.sessions.using(request.staging_id) as staging,
             ExitStack() as stack,
         ):
@@ -147,7 +148,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 clone_files(opened, staging, progress, disk_only=True)
 
         destination = self._library.sessions.store(request.staging_id) or store
-        operation: Operation[None] = self._clones.start(
+        operation: Operation[None] = self._library.clones.start(
             "", f"clone {key}", clone, lambda: store.admission.copy_to(destination.admission)
         )
         with operation.attend() as leave:
@@ -165,7 +166,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CommitStagingRequest, context: grpc.ServicerContext
     ) -> pb.CommitStagingResponse:
         def work() -> pb.CommitStagingResponse:
-            image, renames = self._library.sessions.commit(request.staging_id)
+            image, renames = self._library.sessions.commit(request.staging_id, context.time_remaining())
             source = request.copied_from
             copied_from = f"{source.datastore}/{source.image_id}"[:300] if request.HasField("copied_from") else "-"
             _log.info("published image=%s copied_from=%s", image.key, copied_from)
@@ -179,19 +180,16 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             )
 
     def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
-        with self._call(request.staging_id, context):
-            self._library.sessions.abort(request.staging_id)
+        with self._call(request.staging_id, context, frees=True):
+            self._library.sessions.abort(request.staging_id, context.time_remaining())
         return pb.AbortStagingResponse()
 
-    @contextmanager
-    def _call(self, staging_id: str, context: grpc.ServicerContext, *more: ImageStore) -> Iterator[None]:
-        """A place on the datastore of the staging directory, if there is one, and on those of `more`."""
-        own = self._library.sessions.store(staging_id)
-        stores = {store.datastore.name: store for store in (own, *more) if store is not None}
-        with ExitStack() as stack:
-            for name in sorted(stores):  # in one order: two calls never wait for each other
-                stack.enter_context(stores[name].admission.call(context.is_active))
-            yield
+    def _call(
+        self, staging_id: str, context: grpc.ServicerContext, *, frees: bool = False
+    ) -> AbstractContextManager[None]:
+        """A place on the datastore of the staging directory, if there is one."""
+        store = self._library.sessions.store(staging_id)
+        return store.admission.call(context.is_active, frees=frees) if store else nullcontext()
 
     def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
         store = self._library.sessions.store(staging_id)

@@ -1,9 +1,12 @@
 """A datastore that hangs: its calls do not come back, and everything else goes on as if it were not there."""
 
+import ctypes
 import os
+import select
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar import errors
 from sidecar.datastores.posix import PosixDatastore
-from sidecar.images.admission import Admission
+from sidecar.images.admission import RESERVED, Admission
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.image import ImageKey
@@ -23,6 +26,7 @@ from sidecar.images.library import Library
 from sidecar.images.store import ImageStore
 from tests.crash.support import answers, lock_files, staging_directories, write_image
 from tests.support.disks import MIB
+from tests.support.places import Place
 from tests.support.processes import Sidecar, loop_mount, run, wait_until
 
 QUICK = 5.0  # seconds, of a call that nothing holds up
@@ -63,10 +67,10 @@ def test_calls_to_a_datastore_that_hangs_hold_up_no_other(tmp_path: Path, hangin
             lambda: client.copy("fine/a", f"hanging/copy-{number}").wait(),
         ]
 
-    pool = stack.enter_context(ThreadPoolExecutor(256))
+    pool = stack.enter_context(ThreadPoolExecutor(288))
     with frozen(hanging):
-        # 256 calls: more than the sidecar has threads.
-        outcomes = [pool.submit(answers, call) for number in range(64) for call in calls(number)]
+        # 288 calls: more than the sidecar has threads.
+        outcomes = [pool.submit(answers, call) for number in range(72) for call in calls(number)]
         wait_until(lambda: sum(outcome.done() for outcome in outcomes) > 64, "the first are refused")
         assert health(sidecar.address)
         assert [datastore.name for datastore in impatient.datastores()] == ["fine", "hanging"]
@@ -84,6 +88,26 @@ def test_calls_to_a_datastore_that_hangs_hold_up_no_other(tmp_path: Path, hangin
     client.copy("fine/a", "hanging/after").wait()
     wait_until(lambda: not (lock_files(hanging) or staging_directories(hanging)), "nothing is left on the datastore")
     assert not open_below(sidecar.pid, hanging)
+
+
+@pytest.mark.slow
+def test_a_datastore_that_hangs_keeps_no_lease_and_no_end_of_another(
+    tmp_path: Path, hanging: Path, stack: ExitStack
+) -> None:
+    fine = tmp_path / "fine"
+    fine.mkdir()
+    config = "[limits]\nstaging_lease_seconds = 2\nshutdown_seconds = 0\n"
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"hanging={hanging}", f"fine={fine}", config=config))
+    client = stack.enter_context(sidecar.client())
+    client.create_staging("hanging/x")
+    client.create_staging("fine/x")
+    with frozen(hanging):
+        wait_until(lambda: not staging_directories(fine), "its lease is over")
+        client.create_staging("fine/y")
+        sidecar.signal(signal.SIGTERM)
+        wait_until(lambda: not staging_directories(fine) and not lock_files(fine), "the end of the sidecar drops it")
+        assert "staging dropped image=fine/y" not in sidecar.log.read_text(), "that was no lease"
+        wait_until(lambda: "close does not end" in sidecar.log.read_text(), "it gives up on the one that hangs")
 
 
 def open_below(pid: int, root: Path) -> list[str]:
@@ -144,3 +168,142 @@ def test_who_waits_in_line_goes_on_when_a_call_comes_back_or_its_caller_leaves()
             wanted[0] = True
             waiting = pool.submit(wait)
         assert waiting.result(10) == "ok"
+
+
+# --- waiting for locks, which is not hanging ---
+
+# One place for calls: whatever holds it while it waits is noticed.
+IN_OPEN = 0x20
+NARROW = "[limits]\nmax_calls = 1\n"
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, stack: ExitStack) -> Sidecar:
+    """A sidecar with the images one/a and one/b, and one place for calls."""
+    for name in ("a", "b"):
+        write_image(tmp_path / "one", "compound", name)
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={tmp_path / 'one'}", config=NARROW))
+    client = stack.enter_context(sidecar.client())
+    wait_until(lambda: len(list(client.images())) == 2, "all are listed")
+    return sidecar
+
+
+@contextmanager
+def somebody_waits_for_a(sidecar: Sidecar, root: Path) -> Iterator[Future[str]]:
+    """A call that waits for the lock of one/a in the block; its outcome, after it."""
+    place = Place("one", "compound", root)
+    with sidecar.client() as client, ThreadPoolExecutor(1) as pool, place.locked("a"):
+        with opened(place.lock_file("a")) as tries:
+            waiting = pool.submit(answers, lambda: client.touch("one/a"))
+            for _ in range(2):  # a lock that is waited for is opened for each try
+                tries()
+        yield waiting
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Callable[[], object]]:
+    """Waits, when it is called, until somebody has opened the file since it was called last."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    try:
+        assert libc.inotify_add_watch(fd, os.fsencode(path), IN_OPEN) >= 0, os.strerror(ctypes.get_errno())
+
+        def wait() -> None:
+            assert select.select([fd], [], [], 20)[0], f"nobody opens {path}"
+            os.read(fd, 4096)
+
+        yield wait
+    finally:
+        os.close(fd)
+
+
+def test_who_waits_for_one_images_lock_holds_up_no_other(narrow: Sidecar, tmp_path: Path) -> None:
+    with narrow.client(timeout=QUICK) as client:
+        staging = client.create_staging("one/c")
+        with somebody_waits_for_a(narrow, tmp_path / "one") as waiting:
+            client.image("one/b")
+            client.touch("one/b")
+            staging.abort()
+            assert not waiting.done()
+        assert waiting.result(30) == "ok"
+
+
+def test_more_calls_than_may_wait_for_locks_are_refused_for_what_they_are() -> None:
+    now = [100.0]
+    admission = Admission("one", calls=1, patience=10, monotonic=lambda: now[0])
+
+    def one_more() -> None:
+        with admission.call(lambda: False), admission.stepping_aside() as step:
+            step()  # it keeps its place for now
+            now[0] += 5
+            step()
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool, admission.call(), admission.stepping_aside() as step:
+            step()
+            assert pool.submit(answers, one_more).result(10) == "TOO_MANY_CALLS"
+            assert pool.submit(answers, lambda: admission.call(lambda: False).__enter__()).result(10) == "ok"
+    with admission.call(lambda: False):
+        pass
+
+
+def test_who_got_the_lock_does_not_wait_for_a_place() -> None:
+    """The places may be held by those who wait for that very lock."""
+    admission = Admission("one", calls=1, patience=3600)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with admission.call():
+            entered.set()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with admission.call(), admission.stepping_aside() as step:
+            step()
+            call = pool.submit(other)
+            assert entered.wait(10)
+        leave.set()
+        call.result(10)
+
+
+def test_a_burst_of_calls_that_wait_for_one_lock_is_served(narrow: Sidecar) -> None:
+    with narrow.client() as client, ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(lambda _: answers(lambda: client.touch("one/a")), range(64))) == {"ok"}
+
+
+def test_aborting_does_not_wait_behind_what_hangs() -> None:
+    admission = Admission("one", calls=1, patience=3600)
+    with ExitStack() as stack:
+        stack.enter_context(admission.call())
+        for _ in range(RESERVED):
+            stack.enter_context(admission.call(lambda: False, frees=True))
+        with pytest.raises(errors.OperationCancelled):  # also of them, what hangs takes no more than that
+            stack.enter_context(admission.call(lambda: False, frees=True))
+
+
+def test_a_call_on_two_datastores_holds_no_place_of_one_while_it_waits_for_the_other() -> None:
+    one, two = Admission("one", calls=1, patience=3600), Admission("two", calls=1, patience=3600)
+    asked, inside, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def wanted() -> bool:
+        asked.set()
+        return True
+
+    def both() -> None:
+        with one.call_with(two, wanted):
+            inside.set()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with two.call():
+            call = pool.submit(both)
+            assert asked.wait(10), "it waits for two"
+            with one.call(lambda: False):
+                assert not inside.is_set()
+        assert inside.wait(10)
+        for admission in (one, two):
+            assert answers(lambda on=admission: on.call(lambda: False).__enter__()) == "CANCELLED"  # type: ignore[misc]
+        leave.set()
+        call.result(10)
+    with one.call(lambda: False), two.call(lambda: False):
+        pass

@@ -311,6 +311,64 @@ def test_the_address_on_the_command_line_wins(sidecar: Sidecar) -> None:
     assert imagectl("--sidecar", sidecar.address, "ls") == imagectl("ls", "--sidecar", sidecar.address)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_nobody_wants_to_hear_is_no_error(closed: str, imagectl: Imagectl, make_image: MakeImage) -> None:
+    make_image("one/a")
+
+    def run(arguments: str) -> tuple[int, str, str]:
+        result = subprocess.run(
+            ["bash", "-c", f"exec {imagectl.command()[0]} {arguments} {closed}"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            env=imagectl.env(),
+        )
+        return result.returncode, result.stdout, result.stderr
+
+    code, _, message = run("cp one/a one/b")
+    assert (code, message) == (0, "")
+    code, _, message = run("rm -o json one/a")
+    assert (code, message) == (0, "")
+    code, output, _ = run("show one/none")
+    assert (code, output) == (3, "")
+    assert [image["image"] for image in imagectl.json("ls")] == ["one/b"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "--help"], ["ls"]])
+def test_a_reader_that_is_gone_is_told_by_the_exit_code(arguments: list[str], imagectl: Imagectl) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        result = subprocess.run(
+            imagectl.command(*arguments),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+            env=imagectl.env(),
+        )
+    finally:
+        os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "ls"])
+def test_a_full_disk_at_the_output_is_told(arguments: str, imagectl: Imagectl) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            imagectl.command(arguments),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+            env=imagectl.env(),
+        )
+    assert (result.returncode, result.stderr) == (7, "imagectl: No space left on device\n")
+
+
 def test_a_reader_that_has_enough_is_no_error(imagectl: Imagectl, make_image: MakeImage) -> None:
     make_image("one/a")
     for command in ("ls", "ls -o json", "watch"):

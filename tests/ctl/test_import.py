@@ -111,7 +111,7 @@ def test_metadata_and_manifest_come_along(imagectl: Imagectl, disk: Path, tmp_pa
     }
 
 
-@pytest.mark.parametrize("content", ["{", "", "\xff\xfe"])
+@pytest.mark.parametrize("content", ["{", "", "\xff\xfe", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}'])
 def test_metadata_that_is_not_json_is_refused_before_anything_is_sent(
     content: str, imagectl: Imagectl, disk: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -257,6 +258,43 @@ def test_what_is_ignored_stays_ignored(
         process.send_signal(number)
     assert process.wait(20) == 0
     assert [image["image"] for image in imagectl.json("ls")] == ["one/a", "one/b"]
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_signal_ends_also_what_can_tell_nobody(closed: str, imagectl: Imagectl, stack: ExitStack) -> None:
+    watch = f"exec {imagectl.command()[0]} watch {closed}"
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT,HUP,TERM", "bash", "-c", watch], env=imagectl.env(), stdout=subprocess.DEVNULL
+    )
+    stack.callback(process.wait, 10)
+    stack.callback(process.kill)
+    wait_until(lambda: catches(process.pid, signal.SIGTERM), "the signals are looked after")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+
+
+def test_a_signal_still_ends_what_could_not_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.0)
+    ends, cancelled = threading.Event(), threading.Event()
+
+    def cancel() -> None:
+        cancelled.set()
+        raise ZeroDivisionError
+
+    def end(number: int, message: str) -> None:
+        ends.set()
+
+    with Signals(end) as watched, watched.held(cancel):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert cancelled.wait(10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ends.wait(10)
 
 
 def test_what_cannot_be_taken_back_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:

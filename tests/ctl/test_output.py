@@ -34,7 +34,8 @@ def test_text_of_others_moves_no_cursor_and_is_no_markup() -> None:
     assert lines[2] == "-" + " " * 11 + "z" * 5000
 
 
-def test_companions_that_are_not_json_are_shown_as_they_are() -> None:
-    image = Image(ref=ImageRef(datastore="one", image_id="a"), state=ImageState.IMAGE_STATE_VALID, metadata_json="{")
+@pytest.mark.parametrize("text", ["{", '{"a": NaN}', '{"a": 1e999}', 100_000 * "["])
+def test_companions_that_are_not_json_are_shown_as_they_are(text: str) -> None:
+    image = Image(ref=ImageRef(datastore="one", image_id="a"), state=ImageState.IMAGE_STATE_VALID, metadata_json=text)
     document = full_document(image)
-    assert (document["metadata"], document["manifest"]) == ("{", None)
+    assert (document["metadata"], document["manifest"]) == (text, None)

@@ -56,7 +56,17 @@ def test_names_that_are_no_companions_are_refused(world: World, place: Place, na
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.ecv", b"{"), ("a.ecv", b"[]"), ("a.ecv", b""), ("a.manifest", b'{"imageType": "X"}'), ("a.manifest", b"\xff")],
+    [
+        ("a.ecv", b"{"),
+        ("a.ecv", b"[]"),
+        ("a.ecv", b""),
+        ("a.ecv", b'{"a": NaN}'),
+        ("a.ecv", b'{"a": [-Infinity]}'),
+        ("a.ecv", b'{"a": 1e999}'),
+        ("a.ecv", b'{"a": ' + 100_000 * b"[" + 100_000 * b"]" + b"}"),
+        ("a.manifest", b'{"imageType": "X"}'),
+        ("a.manifest", b"\xff"),
+    ],
 )
 def test_what_is_not_json_is_refused_whole(world: World, place: Place, name: str, content: bytes) -> None:
     place.plant("a", companions={"a.ecv": b'{"old": 1}', "gone": b"x"})

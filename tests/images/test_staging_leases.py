@@ -57,9 +57,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def sessions(clock: Clock) -> Iterator[StagingSessions]:
+def sessions(store: ImageStore, clock: Clock) -> Iterator[StagingSessions]:
     with contextlib.closing(StagingSessions(LEASE, clock)) as sessions:
-        sessions.start()
+        sessions.start([store])
         yield sessions
 
 
@@ -213,7 +213,7 @@ def test_a_datastore_in_trouble_keeps_no_other_ones_staging_directory(
 
 def test_the_end_of_the_sidecar_drops_them_all(store: ImageStore, place: Place, clock: Clock) -> None:
     sessions = StagingSessions(LEASE, clock)
-    sessions.start()
+    sessions.start([store])
     for image_id in ("a", "b", "b"):
         sessions.create(store, image_id, 0, "")
     assert len(place.staging_directories()) == 3

@@ -187,6 +187,36 @@ def test_a_companion_that_comes_last_is_still_taken(source: Path, mount: Mount) 
     assert (target / "b.ecv").read_bytes() == b'{"k": 1}'
 
 
+@pytest.mark.parametrize("options", [["-a"], ["-a", "--inplace"]], ids=" ".join)
+def test_rsync_brings_a_companion_that_sorts_after_the_disk(
+    options: list[str], source: Path, mount: Mount, client: SidecarClient
+) -> None:
+    """It arrives in an image that is published already, under a name that no companion file can have."""
+    client.update_metadata("one/a", files={"notes.txt": b"notes"})
+    wait_until(lambda: "notes.txt" in names(source), "the companion file is there")
+    target = mount.path / "two" / "b"
+    run("rsync", *options, f"{source}/", f"{target}/")
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv", "notes.txt"}
+    assert (target / "notes.txt").read_bytes() == b"notes"
+    assert "notes.txt" in [file.name for file in client.image("two/b").files]
+
+
+def test_a_late_companion_without_its_name_yet_is_no_file_of_the_image(
+    source: Path, mount: Mount, client: SidecarClient
+) -> None:
+    target = mount.path / "two" / "b"
+    run("cp", "-r", source, target)
+    (target / ".notes.txt.x").write_bytes(b"notes")
+    assert (target / ".notes.txt.x").stat().st_size == 5
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
+    with pytest.raises(OSError, match="Read-only"):
+        (target / ".notes.txt.x").rename(target / "other.vmdk")
+    (target / ".notes.txt.x").rename(target / "notes.txt")
+    assert not (target / ".notes.txt.x").exists()
+    assert (target / "notes.txt").read_bytes() == b"notes"
+    assert "notes.txt" in [file.name for file in client.image("two/b").files]
+
+
 def test_the_copiers_names_resolve_for_a_while_and_are_not_listed(source: Path, mount: Mount) -> None:
     target = mount.path / "two" / "b"
     run("cp", "-r", source, target)
@@ -239,6 +269,13 @@ def test_nobody_else_writes_into_what_a_copier_makes_until_it_left(source: Path,
         assert maker.stdout.readline() == "made\n"
         assert message_of("cp", source / "a-flat.vmdk", target) == "Device or resource busy"
         assert message_of("cp", source / "a.vmdk", target) == "Device or resource busy"
+        assert message_of("cp", "-f", source / "a.vmdk", target) == "Device or resource busy"
+        assert message_of("rm", target / "a.vmdk") == "Device or resource busy"
+        assert message_of("mv", target / "a.vmdk", target / "c.vmdk") == "Device or resource busy"
+        assert message_of("rmdir", target) == "Device or resource busy"
+        with pytest.raises(OSError, match="Device or resource busy"):
+            os.truncate(target / "a.vmdk", 1)
+        assert names(target) == {"a.vmdk"}
         maker.communicate("")
     run("cp", source / "a-flat.vmdk", source / "a.vmdk", target)
     assert_same_disk(source / "a.vmdk", wait_listed(mount, "two/b") / "b.vmdk")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_it_is_restored_under_its_own_name_only_and_nothing_is_purged(datastore:
 
 
 @pytest.mark.parametrize(
-    "command", [["rm", "-r"], ["rmdir"], ["busybox", "rm", "-r"], ["sh", "-c", 'find "$0" -delete']], ids=" ".join
+    "command", [["rm", "-r"], ["busybox", "rm", "-r"], ["sh", "-c", 'find "$0" -delete']], ids=" ".join
 )
 def test_rm_purges(command: list[str], datastore: Path, client: SidecarClient) -> None:
     run("rm", "-r", datastore / "a")
@@ -74,11 +75,19 @@ def test_all_are_purged_at_once(datastore: Path, client: SidecarClient) -> None:
     assert [state_of(client, datastore / name) for name in "ab"] == [None, None]
 
 
+def test_rm_of_the_whole_directory_empties_it_and_says_so(datastore: Path, client: SidecarClient) -> None:
+    """It freed all and ended with "not permitted", which reads as if nothing had been done."""
+    run("rm", "-r", datastore / "a")
+    run("rm", "-r", datastore / ".deleted")
+    assert state_of(client, datastore / "a") is None
+    assert names(datastore / ".deleted") == set()
+
+
 def test_one_that_is_in_use_is_not_purged(datastore: Path, client: SidecarClient) -> None:
     run("rm", "-r", datastore / "a")
     image = datastore / ".deleted" / "a"
     with (image / "a-flat.vmdk").open("rb"):
-        assert message_of("rmdir", image) == "Device or resource busy"
+        assert message_of("rm", image / "a.vmdk") == "Device or resource busy"
         assert "Device or resource busy" in run("rm", "-r", image, check=False).stderr
         assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
     run("rm", "-r", image)
@@ -106,7 +115,7 @@ def test_nothing_is_written_there(datastore: Path) -> None:
     deleted = datastore / ".deleted"
     assert message_of("mkdir", deleted / "b") == "Operation not permitted"
     assert message_of("touch", deleted / "b") == "Operation not permitted"
-    assert message_of("rmdir", deleted) == "Operation not permitted"
+    assert message_of("rmdir", deleted) == "Directory not empty"
     assert message_of("mkdir", deleted) == "File exists"
     assert message_of("sh", "-c", 'echo x >"$0"', deleted / "a" / "a.vmdk") == "Read-only file system"
     assert message_of("ls", deleted / "b") == "No such file or directory"
@@ -131,3 +140,67 @@ def test_rmtree_purges(datastore: Path, client: SidecarClient) -> None:
     shutil.rmtree(datastore / "a")
     shutil.rmtree(datastore / ".deleted" / "a")
     assert state_of(client, datastore / "a") is None
+
+
+def test_rmdir_alone_purges_nothing(datastore: Path, client: SidecarClient) -> None:
+    """It may be the end of an rm -r that began with another directory of that name."""
+    run("rm", "-r", datastore / "a")
+    assert message_of("rmdir", datastore / ".deleted" / "a") == "Directory not empty"
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+
+
+def test_who_is_purging_an_image_does_not_delete_it_again_when_it_is_restored(
+    datastore: Path, mount: Mount, client: SidecarClient
+) -> None:
+    """A restore renames the directory that an rm -r is in: it goes on there, in the image that is there again."""
+    before = tree_digest(datastore / "a")
+    run("rm", "-r", datastore / "a")
+    deleted = datastore / ".deleted" / "a"
+    inside = os.open(deleted, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        run("mv", deleted, datastore / "a")
+        for name in ("a.ecv", "a-flat.vmdk", "a.vmdk"):
+            with pytest.raises(FileNotFoundError):
+                os.unlink(name, dir_fd=inside)
+        with pytest.raises(FileNotFoundError):
+            deleted.rmdir()
+    finally:
+        os.close(inside)
+    assert tree_digest(datastore / "a") == before
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_VALID
+    run("rm", "-r", datastore / "a")  # whoever means it
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+
+
+def test_of_a_purge_and_a_restore_at_once_one_fails(datastore: Path, client: SidecarClient) -> None:
+    deleted = datastore / ".deleted" / "a"
+    for _ in range(8):  # how they meet is chance
+        run("rm", "-r", datastore / "a")
+        rm = subprocess.Popen(["rm", "-r", deleted], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        mv = subprocess.Popen(["mv", deleted, datastore / "a"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        purged, restored = rm.wait(30) == 0, mv.wait(30) == 0
+        assert not (purged and restored)
+        left = state_of(client, datastore / "a")
+        assert (left is None) == purged
+        if left != ImageState.IMAGE_STATE_VALID:
+            return
+
+
+@pytest.mark.parametrize("name", ["a.vmdk", "a-flat.vmdk"])
+def test_rm_of_a_file_of_the_disk_is_undone_as_rm_of_the_image_is(name: str, datastore: Path) -> None:
+    before = tree_digest(datastore / "a")
+    run("rm", datastore / "a" / name)
+    run("mv", datastore / ".deleted" / "a", datastore / "a")
+    assert names(datastore) == {"a"}
+    assert names(datastore / ".deleted") == set()
+    assert tree_digest(datastore / "a") == before
+
+
+def test_a_deleted_image_is_moved_into_no_other_one(datastore: Path, client: SidecarClient) -> None:
+    run("cp", "-r", datastore / "a", datastore / "b")
+    run("rm", datastore / "a" / "a.vmdk")
+    assert message_of("mv", datastore / ".deleted" / "a", datastore / "b") == "Operation not permitted"
+    run("mv", datastore / ".deleted" / "a", datastore / "a")
+    run("rm", "-r", datastore / "b")
+    assert message_of("mv", datastore / ".deleted" / "b", datastore / "a") == "Operation not permitted"
+    assert state_of(client, datastore / "b") == ImageState.IMAGE_STATE_TOMBSTONED

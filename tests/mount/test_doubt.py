@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.client import SidecarClient
 from tests.crash.stopping import held_back
-from tests.mount.harness import import_sparse, log_of, names, published_as, wait_listed
+from tests.mount.harness import import_sparse, log_of, message_of, names, published_as, wait_listed
 from tests.mount.relay import Relay
 from tests.support.disks import MIB, assert_same_disk, make_disk
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
@@ -119,6 +119,30 @@ def test_a_publish_that_nobody_knows_of_is_done_again(outside: Path, tmp_path: P
     image = wait_listed(mount, "one/new")
     assert_same_disk(outside / "x.vmdk", image / "new.vmdk")
     assert "published image=one/new copied_from= seconds=" in log_of(mount)
+
+
+@pytest.mark.parametrize("then", ["removed", "mended"])
+def test_an_import_that_is_refused_for_any_reason_is_as_it_was(
+    then: str, mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    """A file of somebody else has the place of the image: there is none, for sure."""
+    import_sparse(client, "one/a", make_disk(tmp_path / "source"))
+    source, target, obstacle = wait_listed(mount, "one/a"), mount.path / "one" / "new", tmp_path / "one" / "image_new"
+    target.mkdir()
+    obstacle.write_text("x")
+    run("cp", source / "a-flat.vmdk", target)
+    assert message_of("cp", source / "a.vmdk", target) == "Invalid argument"
+    if then == "removed":
+        run("rm", "-r", target)
+        obstacle.unlink()
+        assert not target.exists()
+        assert not list((tmp_path / "one").glob("tmp_image_*"))
+    else:
+        obstacle.unlink()
+        (target / "notes.txt").write_text("n")
+        run("sync", target)
+        assert names(target) == {"new.vmdk", "new-flat.vmdk", "notes.txt"}
+    assert "not known whether published" not in log_of(mount)
 
 
 def test_a_copy_that_sync_publishes_keeps_what_it_was_copied_from(mount: Mount, client: SidecarClient) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import ImageState, SidecarClient
-from tests.mount.harness import import_sparse
-from tests.support.disks import MIB, assert_same_disk, make_disk
+from tests.mount.harness import hanging, import_sparse
+from tests.support.disks import MIB, assert_same_disk, import_image, make_disk
 from tests.support.processes import BIN, Sidecar, background, run, wait_until
 
 Inside = Callable[..., subprocess.CompletedProcess[str]]
@@ -65,3 +65,31 @@ def test_a_copy_becomes_an_image(
     assert_same_disk(descriptor, tmp_path / "two" / image.directory / "b.vmdk")
     source_state = client.image("one/a").state
     assert (source_state == ImageState.IMAGE_STATE_TOMBSTONED) == (command == "mv")
+
+
+def test_a_copy_that_somebody_was_faster_than_fails(
+    inside: Inside, client: SidecarClient, mountpoint: Path, tmp_path: Path
+) -> None:
+    """The other one's image is whole, and not what was written: cp must not say that it is."""
+    import_sparse(client, "one/a", make_disk(tmp_path / "source", data=((0, 8 * MIB),)))
+    wait_until(lambda: inside("test", "-d", mountpoint / "one" / "a").returncode == 0, "the source is seen")
+    source, target = mountpoint / "one" / "a", mountpoint / "two" / "b"
+    assert inside("mkdir", target).returncode == 0
+    assert inside("cp", source / "a-flat.vmdk", target).returncode == 0
+    other = make_disk(tmp_path / "other", seed=99)
+    import_image(client, "two/b", other)
+    result = inside("cp", source / "a.vmdk", target)
+    assert result.returncode == 1
+    assert "File exists" in result.stderr
+    assert_same_disk(other, tmp_path / "two" / client.image("two/b").directory / "b.vmdk")
+
+
+def test_a_new_file_does_not_wait_for_a_sidecar_that_hangs(
+    inside: Inside, sidecar: Sidecar, mountpoint: Path, tmp_path: Path
+) -> None:
+    assert inside("mkdir", mountpoint / "two" / "b").returncode == 0
+    (tmp_path / "small").write_text("x")
+    with hanging(sidecar):
+        result = inside("timeout", "--signal=KILL", "15", "cp", tmp_path / "small", mountpoint / "two" / "b")
+    assert result.returncode == 1, result
+    assert "Host is down" in result.stderr

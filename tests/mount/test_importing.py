@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,15 @@ def test_waits_for_every_file_and_for_quiet(outside: Path, mount: Mount) -> None
     assert_same_disk(outside / "x.vmdk", wait_listed(mount, "one/new") / "new.vmdk")
 
 
+def is_forgotten(path: Path) -> bool:
+    """By the kernel too, which does not ask the mount about a name that it has, only about its attributes."""
+    try:
+        os.close(os.open(path, os.O_PATH))
+    except FileNotFoundError:
+        return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("subformat", ["monolithicFlat", "monolithicSparse"])
 def test_an_interrupted_import_publishes_nothing_and_can_be_repeated(
@@ -134,7 +144,7 @@ def test_an_interrupted_import_publishes_nothing_and_can_be_repeated(
     wait_until(lambda: sum(path.stat().st_size for path in target.glob("*")) > MIB, "the copy has begun")
     copy.send_signal(signal.SIGINT)
     assert copy.wait(30) == -signal.SIGINT
-    wait_until(lambda: not target.exists(), f"nothing is left:\n{log_of(mount)}")
+    wait_until(lambda: is_forgotten(target), f"nothing is left:\n{log_of(mount)}")
     assert names(mount.path / "one") == set()
     assert "published" not in log_of(mount)
     run("cp", "-r", outside, target)
@@ -153,6 +163,19 @@ def test_half_a_copy_with_its_full_size_is_not_published(mount: Mount, client: S
     with pytest.raises(AssertionError):
         wait_until(lambda: "published image=two/b" in log_of(mount), "", 5)
     assert names(mount.path / "two") == set()
+
+
+def test_a_changed_disk_is_published_though_somebody_just_read_what_it_was_made_from(
+    mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    """Its guest freed a range: that is a hole now, and all else is as in the image."""
+    import_sparse(client, "one/a", make_disk(tmp_path / "source"))
+    out = tmp_path / "out"
+    run("cp", "-r", wait_listed(mount, "one/a"), out)
+    run("fallocate", "--punch-hole", "-o", str(4 * MIB), "-l", str(MIB), out / "a-flat.vmdk")
+    run("cp", "-r", out, mount.path / "one" / "b")
+    assert_same_disk(out / "a.vmdk", wait_listed(mount, "one/b") / "b.vmdk")
+    assert published_as(mount, "one/b") == ""
 
 
 def test_rm_r_of_a_staged_directory_drops_it(outside: Path, mount: Mount, tmp_path: Path) -> None:
@@ -174,3 +197,17 @@ def test_what_was_synced_stays_when_the_mount_ends(outside: Path, mount: Mount, 
     run("cp", outside / "x.vmdk", mount.path / "one" / "half")
     assert mount.stop() == 0
     assert [image.ref.image_id for image in client.images("one")] == ["new"]
+
+
+def test_a_time_that_is_not_set_stays(mount: Mount, tmp_path: Path) -> None:
+    staged = mount.path / "one" / "new"
+    staged.mkdir()
+    file = staged / "x.txt"
+    file.write_bytes(b"x")
+    (real,) = (tmp_path / "one").glob("tmp_image_*/x.txt")
+    run("touch", "-m", "-d", "@1500000000", file)
+    assert real.stat().st_mtime == 1_500_000_000
+    run("touch", "-a", "-d", "@1400000000", file)
+    assert real.stat().st_mtime == 1_500_000_000
+    run("touch", file)
+    assert abs(real.stat().st_mtime - time.time()) < 60

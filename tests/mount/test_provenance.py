@@ -75,6 +75,22 @@ def test_the_same_path_at_another_time_is_another_source() -> None:
     assert not is_whole(provenance, later, DATA)
 
 
+def test_equal_bytes_of_what_somebody_else_read_are_no_promise() -> None:
+    provenance = Provenance()
+    provenance.learn(SOURCE, lambda: DATA, borrowed=True)
+    provenance.wrote(0, 100, SOURCE)
+    assert provenance.sources == (SOURCE,)
+    assert not provenance.meant
+    provenance.learn(SOURCE, lambda: DATA)
+    assert provenance.meant == (SOURCE,)
+    provenance.learn(SOURCE, lambda: DATA, borrowed=True)
+    assert provenance.meant == (SOURCE,)
+    provenance.truncated(0)
+    provenance.learn(SOURCE, lambda: DATA, borrowed=True)
+    provenance.wrote(0, 100, SOURCE)
+    assert not provenance.meant
+
+
 def test_a_source_of_holes_only_is_whole_without_a_write() -> None:
     assert is_whole(Provenance(), SOURCE, [])
 

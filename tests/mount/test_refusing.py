@@ -75,7 +75,12 @@ def test_touch_is_a_touch(image: Path, client: SidecarClient) -> None:
     before = client.image("one/a").touch_time.ToNanoseconds()
     run("touch", image)
     assert client.image("one/a").touch_time.ToNanoseconds() > before
-    assert message_of("touch", "-d", "2001-01-01", image) == "Read-only file system"
+    for which in ("-a", "-m", "-am"):
+        assert message_of("touch", which, "-d", "2001-01-01", image) == "Read-only file system"
+    for which in ("-a", "-m"):
+        before = client.image("one/a").touch_time.ToNanoseconds()
+        run("touch", which, image)
+        assert client.image("one/a").touch_time.ToNanoseconds() > before
 
 
 def test_a_sidecar_that_is_away(image: Path, sidecar: Sidecar, mount: Mount) -> None:
@@ -135,6 +140,23 @@ def test_a_sidecar_that_hangs_is_down_within_seconds_and_hides_nothing(
     run("cp", "-r", image, mount.path / "two" / "b")
     run("rm", "-r", image)
     assert names(mount.path / "two") == {"b"}
+
+
+@pytest.mark.slow
+def test_images_of_which_only_the_names_are_known_are_not_waited_for_one_by_one(
+    make_image: MakeImage, sidecar: Sidecar, mount: Mount
+) -> None:
+    for number in range(4):
+        make_image(f"three/a{number}")  # of this layout, files are asked for when somebody looks
+    wait_listed(mount, "three/a3")
+    with hanging(sidecar):
+        begun = time.monotonic()
+        run("ls", "-l", mount.path / "three")
+        assert time.monotonic() - begun < 1
+        message, seconds = seconds_of("ls", "-lR", mount.path / "three")
+        assert message == "Host is down"
+        assert seconds < 5  # as long as for one
+    wait_until(lambda: run("ls", "-lR", mount.path / "three", check=False).returncode == 0, "it is back", 10)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The client against a real gRPC server that answers as each test says."""
 
 import contextlib
+import faulthandler
 import itertools
 import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from protos.images.v1 import datastore_service_pb2, image_service_pb2, staging_s
 from sidecar import client_calls, errors
 from sidecar.client import Datastore, Hole, Image, ImageRef, SidecarClient, default_address, parse_ref
 from sidecar.services.errors import to_status
+from tests.support.processes import run
 
 ONE = ImageRef(datastore="one", image_id="a")
 Behavior = Callable[[Any, grpc.ServicerContext], Any]
@@ -648,6 +651,81 @@ def test_a_staging_directory_that_is_being_made_when_all_is_cancelled_is_aborted
     with pytest.raises(errors.OperationCancelled), client.create_staging(ONE) as staging:
         staging.write_file("disk.vmdk", ())  # the answer may be as fast as the cancelling
     assert area.aborted == ["s1"]
+
+
+class Begun:
+    """A call, as far as it can be cancelled."""
+
+    ended = False
+
+    def cancel(self) -> None:
+        self.ended = True
+
+
+def test_a_signal_handler_may_cancel_whatever_it_interrupts(address: str) -> None:
+    caller = client_calls.Caller(address, 10)
+
+    def make() -> Begun:
+        signal.raise_signal(signal.SIGUSR1)
+        return Begun()
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: caller.cancel_calls())
+    # A deadlock of the main thread is ended by nothing else.
+    faulthandler.dump_traceback_later(20, exit=True)
+    try:
+        assert caller.begin(make).ended
+    finally:
+        caller.close()
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_takes_back_pauses_between_its_tries_also_when_all_is_cancelled(
+    client: SidecarClient, area: StagingArea, scripted: Scripted
+) -> None:
+    tries: list[float] = []
+    refuse = raising(errors.DatastoreUnavailable("busy"))
+
+    def behave(request: Any, context: grpc.ServicerContext) -> Any:
+        tries.append(time.monotonic())
+        return refuse(request, context)
+
+    scripted.behaviors["AbortStaging"] = behave
+    staging = client.create_staging(ONE)
+    client.cancel_calls()
+    with pytest.raises(errors.DatastoreUnavailable):
+        staging.abort()
+    assert len(tries) == 3
+    assert min(later - earlier for earlier, later in itertools.pairwise(tries)) > 0.15
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "client.image('one/a')",
+        "client.copy('one/a', 'one/b')",
+        "client.watch()",
+        "client.wait_ready(1)",
+        "client.create_staging('one/x')",
+        "next(client.read_file('one/x', 'f'))",
+        "staging.renew()",
+        "staging.write_file('f', ())",
+        "staging.abort()",
+    ],
+)
+def test_a_closed_client_says_so_and_does_not_take_the_process_down(call: str, address: str, area: StagingArea) -> None:
+    # In a process of its own: gRPC may end it with SIGSEGV.
+    script = (
+        "from sidecar.client import SidecarClient, errors\n"
+        f"client = SidecarClient({address!r})\n"
+        "staging = client.create_staging('one/a')\n"
+        "client.close()\n"
+        f"try: {call}\n"
+        "except errors.ImagesError as error: print(error)\n"
+    )
+    said = f"the client of the sidecar at {address} is closed: make a new one\n"
+    result = run(sys.executable, "-c", script, check=False)
+    assert (result.returncode, result.stdout) == (0, said), result.stderr
 
 
 def test_a_sidecar_that_takes_nothing_more_is_given_up(

@@ -25,7 +25,14 @@ from protos.images.v1 import image_service_pb2 as images
 from protos.images.v1 import image_service_pb2_grpc as images_grpc
 from protos.images.v1 import types_pb2
 from sidecar.config import DatastoreConfig, Limits, SidecarConfig
-from sidecar.errors import ImageNotFound, ImagesError, InternalError, error_classes
+from sidecar.errors import (
+    DatastoreUnavailable,
+    ImageNotFound,
+    ImagesError,
+    InternalError,
+    OperationCancelled,
+    error_classes,
+)
 from sidecar.listening import ListenError
 from sidecar.server import MAX_REFLECTIONS, Service, SidecarServer
 from sidecar.services.interceptors import subject
@@ -420,6 +427,28 @@ def test_a_defect_is_logged_and_its_inside_is_not_told(
     assert [record.levelname for record in logged] == ["ERROR"]
     assert logged[0].exc_info is not None
     assert logged[0].exc_info[1] is error
+
+
+@pytest.mark.parametrize("kind", [OperationCancelled, DatastoreUnavailable])
+def test_a_caller_who_left_is_no_defect(path: Path, caplog: pytest.LogCaptureFixture, kind: type[ImagesError]) -> None:
+    started, gone = threading.Event(), threading.Event()
+
+    def deed(context: grpc.ServicerContext) -> None:
+        context.add_callback(gone.set)
+        started.set()
+        assert gone.wait(LIMIT)
+        raise kind("nobody waits any more")
+
+    caplog.set_level(logging.DEBUG)
+    with serving(f"unix:{path}") as running:
+        running.datastores.deeds["one"] = deed
+        call: Any = running.stub.GetDatastore.future(datastores.GetDatastoreRequest(name="one"), timeout=LIMIT)
+        assert started.wait(LIMIT)
+        call.cancel()
+        assert gone.wait(LIMIT)
+    assert [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR] == []
+    told = "CANCELLED" if kind is OperationCancelled else kind.reason
+    assert [record for record in caplog.records if f"outcome={told}" in record.getMessage()]
 
 
 def test_a_method_that_nobody_serves_is_unimplemented(running: Running) -> None:

@@ -115,14 +115,19 @@ class StagingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitStaging(self, request, context):
-        """Checks the staged disk, gives the files the image's names, makes them durable, and publishes.
+        """Checks the staged disk, gives the files the image's names, makes them durable, and publishes. It goes on when its
+        caller is gone. While it runs, another call for the same staging directory waits for it within its deadline, and gets
+        the same answer or error, whatever its request_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbortStaging(self, request, context):
-        """Drops a staging directory. Aborting one that is gone already is no error.
+        """Drops a staging directory. Aborting one that is gone already is no error: OK means that it is not published, and
+        will not be. One that is being committed is dropped if that can be stopped, and the call waits for what comes of it:
+        FAILED_PRECONDITION with reason STAGING_PUBLISHED when it became the image, DEADLINE_EXCEEDED when that is not known
+        in time; it is dropped later then, if it can be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,9 +48,16 @@ class StagingServiceStub:
     CloneDisk: _grpc.UnaryStreamMultiCallable[_staging_service_pb2.CloneDiskRequest, _staging_service_pb2.CloneDiskResponse]
     """Copies a whole disk of an image into a staging directory."""
     CommitStaging: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.CommitStagingRequest, _staging_service_pb2.CommitStagingResponse]
-    """Checks the staged disk, gives the files the image's names, makes them durable, and publishes."""
+    """Checks the staged disk, gives the files the image's names, makes them durable, and publishes. It goes on when its
+    caller is gone. While it runs, another call for the same staging directory waits for it within its deadline, and gets
+    the same answer or error, whatever its request_id.
+    """
     AbortStaging: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.AbortStagingRequest, _staging_service_pb2.AbortStagingResponse]
-    """Drops a staging directory. Aborting one that is gone already is no error."""
+    """Drops a staging directory. Aborting one that is gone already is no error: OK means that it is not published, and
+    will not be. One that is being committed is dropped if that can be stopped, and the call waits for what comes of it:
+    FAILED_PRECONDITION with reason STAGING_PUBLISHED when it became the image, DEADLINE_EXCEEDED when that is not known
+    in time; it is dropped later then, if it can be.
+    """
 
 @_typing.type_check_only
 class StagingServiceAsyncStub(StagingServiceStub):
@@ -72,9 +79,16 @@ class StagingServiceAsyncStub(StagingServiceStub):
     CloneDisk: _aio.UnaryStreamMultiCallable[_staging_service_pb2.CloneDiskRequest, _staging_service_pb2.CloneDiskResponse]  # type: ignore[assignment]
     """Copies a whole disk of an image into a staging directory."""
     CommitStaging: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.CommitStagingRequest, _staging_service_pb2.CommitStagingResponse]  # type: ignore[assignment]
-    """Checks the staged disk, gives the files the image's names, makes them durable, and publishes."""
+    """Checks the staged disk, gives the files the image's names, makes them durable, and publishes. It goes on when its
+    caller is gone. While it runs, another call for the same staging directory waits for it within its deadline, and gets
+    the same answer or error, whatever its request_id.
+    """
     AbortStaging: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.AbortStagingRequest, _staging_service_pb2.AbortStagingResponse]  # type: ignore[assignment]
-    """Drops a staging directory. Aborting one that is gone already is no error."""
+    """Drops a staging directory. Aborting one that is gone already is no error: OK means that it is not published, and
+    will not be. One that is being committed is dropped if that can be stopped, and the call waits for what comes of it:
+    FAILED_PRECONDITION with reason STAGING_PUBLISHED when it became the image, DEADLINE_EXCEEDED when that is not known
+    in time; it is dropped later then, if it can be.
+    """
 
 class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
@@ -129,7 +143,10 @@ class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _staging_service_pb2.CommitStagingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_staging_service_pb2.CommitStagingResponse, _abc.Awaitable[_staging_service_pb2.CommitStagingResponse]]:
-        """Checks the staged disk, gives the files the image's names, makes them durable, and publishes."""
+        """Checks the staged disk, gives the files the image's names, makes them durable, and publishes. It goes on when its
+        caller is gone. While it runs, another call for the same staging directory waits for it within its deadline, and gets
+        the same answer or error, whatever its request_id.
+        """
 
     @_abc_1.abstractmethod
     def AbortStaging(
@@ -137,6 +154,10 @@ class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _staging_service_pb2.AbortStagingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_staging_service_pb2.AbortStagingResponse, _abc.Awaitable[_staging_service_pb2.AbortStagingResponse]]:
-        """Drops a staging directory. Aborting one that is gone already is no error."""
+        """Drops a staging directory. Aborting one that is gone already is no error: OK means that it is not published, and
+        will not be. One that is being committed is dropped if that can be stopped, and the call waits for what comes of it:
+        FAILED_PRECONDITION with reason STAGING_PUBLISHED when it became the image, DEADLINE_EXCEEDED when that is not known
+        in time; it is dropped later then, if it can be.
+        """
 
 def add_StagingServiceServicer_to_server(servicer: StagingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

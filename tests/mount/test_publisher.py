@@ -1,0 +1,266 @@
+"""What is published, dropped or asked for again, by whom and when: one image's trouble is no other one's."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fusefs.contents import Content, LocalContent, LocalPlace, RemotePlace
+from fusefs.deleting import Deletions
+from fusefs.provenance import SourceFile
+from fusefs.publisher import ABANDONED_SECONDS, Publisher
+from fusefs.pulse import Pulse
+from fusefs.reading import Reader
+from fusefs.rules import Rules
+from fusefs.staged import Commit, StagedDirectory, State
+from fusefs.staging import StagingArea
+from fusefs.tree import IndexedDatastore, Tree
+from fusefs.watching import Watcher
+from fusefs.workers import Workers
+from sidecar.client import ImageRef, SidecarClient, Staging
+from sidecar.errors import ImageAlreadyExists, ImagesError, SidecarUnavailable
+from tests.crash.stopping import held_back
+from tests.mount.relay import Relay
+from tests.support.disks import import_image, make_disk
+from tests.support.processes import Mount, Sidecar, run, wait_until
+
+SETTLE_SECONDS = 2.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def not_asked(source: SourceFile) -> Reader:
+    raise AssertionError(f"{source} is no file of an image")
+
+
+class Making:
+    """What a mount makes images with, without the mount; the datastores are on another host when they are `hidden`."""
+
+    def __init__(self, client: SidecarClient, stack: ExitStack, *, hidden: bool = False) -> None:
+        self.clock = Clock()
+        tree = Tree()
+        watcher = Watcher(client, tree)
+        watcher.start()
+        stack.callback(watcher.stop)
+        assert tree.wait_complete(20)
+        rules, pulse = Rules(tree, not_asked), Pulse(client)
+        self.area = StagingArea(client, pulse, tree, rules, clock=self.clock)
+        deletions = Deletions(client, pulse, tree, SETTLE_SECONDS, clock=self.clock)
+        self.publisher = Publisher(self.area, rules, deletions, SETTLE_SECONDS, clock=self.clock)
+        found = tree.datastore("one")
+        assert found is not None
+        self.datastore: IndexedDatastore = found
+        self.root = Path(found.info.root_path)
+        if hidden:
+            self.datastore.info.ClearField("root_path")
+
+    def stage(self, *files: Path) -> StagedDirectory:
+        directory = self.area.make(self.datastore, "new", 0)
+        for path in files:
+            file = directory.create(path.name)
+            file.content.write(memoryview(path.read_bytes()), 0)
+            directory.released(file, writable=True)
+        return directory
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    workers = Workers(lambda: None)
+    yield workers
+    workers.stop()
+
+
+def test_a_lock_of_one_datastore_holds_up_no_other_ones_import(mount: Mount, tmp_path: Path) -> None:
+    outside = make_disk(tmp_path / "outside", "x.vmdk").parent
+    with held_back(tmp_path / "one", "compound", "new"):
+        run("cp", "-r", outside, mount.path / "one" / "new")
+        (staging,) = (path for path in (tmp_path / "one").glob("tmp_image_*") if path.is_dir())
+        wait_until((staging / "image_timestamp.txt").exists, "it waits for its lock")
+        run("cp", "-r", outside, mount.path / "two" / "new")
+        wait_until(
+            lambda: "new" in [path.name for path in (mount.path / "two").iterdir()], "the other one is there", 15
+        )
+        assert not (tmp_path / "one" / "image_new").exists()
+
+
+def test_work_that_hangs_holds_up_no_other_groups_and_is_begun_once(workers: Workers) -> None:
+    release, begun, done = threading.Event(), list[int](), threading.Event()
+
+    def hang(number: int) -> None:
+        begun.append(number)
+        release.wait(60)
+
+    try:
+        for number in range(8):
+            workers.begin("hangs", number, partial(hang, number))
+            workers.begin("hangs", number, partial(hang, -1))
+        workers.begin("other", "other", done.set)
+        assert done.wait(20)
+        assert workers.is_running(0)
+    finally:
+        release.set()
+    wait_until(lambda: not any(map(workers.is_running, range(8))), "all of it is done")
+    assert sorted(begun) == list(range(8))
+
+
+def test_what_nobody_goes_on_with_is_dropped_and_named(
+    client: SidecarClient, stack: ExitStack, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    making = Making(client, stack)
+    (tmp_path / "notes.txt").write_text("n")
+    directory = making.stage(tmp_path / "notes.txt")
+    making.clock.now += SETTLE_SECONDS
+    act(making, directory)
+    assert making.publisher.due(directory) is None
+    making.clock.now += ABANDONED_SECONDS
+    act(making, directory)
+    assert directory.state is State.GONE
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "dropped image=one/new reason=nobody went on with it for 600 s: no file named *.vmdk yet",
+    ]
+
+
+def test_what_became_of_a_publish_is_asked_for_less_and_less_often(
+    sidecar: Sidecar, stack: ExitStack, tmp_path: Path
+) -> None:
+    client = stack.enter_context(sidecar.client())
+    making = Making(client, stack)
+    directory = making.stage()
+    with directory.publishing(closing=False):
+        directory.doubt(Commit("lost", None), "the answer was lost")
+    client.cancel_calls()  # no answer any more
+    pauses = []
+    for _ in range(7):
+        act(making, directory)
+        assert directory.state is State.UNCERTAIN
+        assert making.publisher.due(directory) is None
+        pauses.append(directory.retry_at - making.clock.now)
+        making.clock.now = directory.retry_at
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+
+
+@pytest.fixture
+def relayed(tmp_path: Path, stack: ExitStack) -> tuple[Relay, SidecarClient, SidecarClient]:
+    """A connection to a sidecar that can be cut, a client by way of it, and one beside it."""
+    (tmp_path / "one").mkdir()
+    limits = "[limits]\nlock_timeout_seconds = 3\n"
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={tmp_path / 'one'}", config=limits))
+    relay = stack.enter_context(Relay(sidecar.address, tmp_path / "run" / "relay.sock"))
+    client = stack.enter_context(SidecarClient(relay.address))
+    return relay, client, stack.enter_context(sidecar.client())
+
+
+def lose_the_answer(relay: Relay, making: Making, directory: StagedDirectory) -> None:
+    """Publishes while somebody has the image's lock, and cuts the connection."""
+    errors: list[ImagesError] = []
+
+    def publish() -> None:
+        try:
+            making.area.publish(directory)
+        except ImagesError as error:
+            errors.append(error)
+
+    publishing = threading.Thread(target=publish)
+    publishing.start()
+    try:
+        staging = making.root / directory.staging.directory
+        wait_until((staging / "image_timestamp.txt").exists, "it is being published")
+        relay.cut()
+    finally:
+        publishing.join(60)
+    assert [type(error) for error in errors] == [SidecarUnavailable]
+    assert directory.state is State.UNCERTAIN
+
+
+def test_an_answer_that_was_lost_is_got_where_no_file_of_the_datastore_can_be_seen(
+    relayed: tuple[Relay, SidecarClient, SidecarClient], disk: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    relay, client, _ = relayed
+    making = Making(client, stack, hidden=True)
+    directory = making.stage(disk, disk.with_name("disk-flat.vmdk"))
+    assert isinstance(directory.place, RemotePlace)
+    with held_back(tmp_path / "one", "compound", "new"):
+        lose_the_answer(relay, making, directory)
+    relay.join_again()
+    making.area.resolve(directory)
+    assert directory.state is State.PUBLISHED
+    recent = making.area.recent(("one", "new"))
+    assert recent is not None
+    assert recent.renamed["disk-flat.vmdk"] == "new-flat.vmdk"
+
+
+def test_anothers_image_is_not_taken_for_what_was_written(
+    relayed: tuple[Relay, SidecarClient, SidecarClient], disk: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    """The answer was lost, and said that it was refused; then somebody else made an image of that name."""
+    relay, client, other = relayed
+    making = Making(client, stack, hidden=True)
+    directory = making.stage(disk, disk.with_name("disk-flat.vmdk"))
+    with held_back(tmp_path / "one", "compound", "new"):
+        lose_the_answer(relay, making, directory)
+        log = tmp_path / "run" / "sidecar.log"
+        wait_until(lambda: "LOCK_TIMEOUT" in log.read_text(), "it was refused")
+    import_image(other, "one/new", make_disk(tmp_path / "others", seed=99))
+    relay.join_again()
+    with pytest.raises(ImageAlreadyExists):
+        making.area.resolve(directory)
+    assert directory.state is State.GONE
+
+
+class SlowPlace(LocalPlace):
+    """A place where a file is made as late as the test likes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lambda fd: True)
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+
+    def create(self, name: str) -> Content:
+        self.asked.set()
+        self.goes_on.wait(60)
+        return super().create(name)
+
+
+def test_who_looks_into_a_staged_directory_does_not_wait_for_a_file_that_is_being_made(tmp_path: Path) -> None:
+    place = SlowPlace(tmp_path)
+    ref = ImageRef(datastore="one", image_id="new")
+    directory = StagedDirectory(ref, cast(Staging, None), place, number=1, maker=0, clock=lambda: 0.0)
+    looked = threading.Event()
+
+    def look() -> None:
+        directory.wait_published()
+        if not directory.files and directory.file("a.vmdk") is None:
+            looked.set()
+
+    threads = [threading.Thread(target=directory.create, args=("a.vmdk",)), threading.Thread(target=look)]
+    try:
+        threads[0].start()
+        assert place.asked.wait(20)
+        threads[1].start()
+        assert looked.wait(20)
+    finally:
+        place.goes_on.set()
+        for thread in threads:
+            thread.join(20)
+    [file] = directory.files
+    assert isinstance(file.content, LocalContent)
+    file.content.close()
+    place.close()
+
+
+def act(making: Making, directory: StagedDirectory) -> None:
+    """Does what is due."""
+    action = making.publisher.due(directory)
+    assert action is not None
+    action()
