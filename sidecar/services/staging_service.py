@@ -24,7 +24,7 @@ from sidecar.services.requests import Requests, fingerprint
 
 MESSAGE_DATA_BYTES = 1 << 20
 CLONE_SECONDS = 1.0
-CLONE_PIECE = 64 << 20  # bytes between two looks at the clock
+CLONE_PIECE = 8 << 20  # bytes between two looks at the clock: no call is much longer on a slow datastore
 LARGEST_FILE = 64 << 40
 SPACE_CHECK_BYTES = 256 << 20  # written between two looks at the reserve
 
