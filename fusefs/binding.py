@@ -7,6 +7,7 @@ process serves one mount with one of them.
 import contextlib
 import ctypes
 import ctypes.util
+import errno
 import importlib
 import logging
 import os
@@ -42,6 +43,8 @@ class Session:
         self._library = library
         self._fuse = ctypes.c_void_p(library.fuse_get_context().contents.fuse)
         self._invalidate: Any = getattr(library, "fuse_invalidate_path", None)
+        library.fuse_get_session.restype = ctypes.c_void_p
+        self._channel = ctypes.c_void_p(library.fuse_get_session(self._fuse))
         self._condition = threading.Condition()  # guards what follows
         self._over = False
         self._calls = 0
@@ -58,6 +61,21 @@ class Session:
             with self._call() as allowed:
                 if allowed:
                     self._invalidate(self._fuse, os.fsencode(path))
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Makes the kernel look up a name again, in the directory of this number; not to be called in a callback.
+
+        OSError when it could not; that the kernel does not know the name is none.
+        """
+        if self._invalidate is None:
+            return  # libfuse 2: the kernel is told to keep names for a moment only
+        with self._call() as allowed:
+            if not allowed:
+                return
+            forget = self._library.fuse_lowlevel_notify_inval_entry
+            result = forget(self._channel, ctypes.c_uint64(parent), name, ctypes.c_size_t(len(name)))
+        if result not in {0, -errno.ENOENT}:
+            raise OSError(-result, os.strerror(-result), os.fsdecode(name))
 
     def end(self) -> None:
         """Lets no further call of libfuse begin. Its session must not be freed before `wait_unused`."""

@@ -58,6 +58,10 @@ class FileSystem:
         """For the log: the path that is among a call's arguments, or that of the handle."""
         return self.files.path_of(*arguments)
 
+    def is_there(self, path: str) -> bool:
+        """Whether a path leads to something."""
+        return self._resolver.find(path) is not None
+
     @operation
     def getattr(self, path: str | None, handle: int | None = None) -> Attributes:
         match self._handles.find(handle):

@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fusefs import binding, mountpoints, nodes
 from fusefs.binding import BindingError, Session
@@ -14,6 +14,7 @@ from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
 from fusefs.filesystem import FileSystem
+from fusefs.kernel import KernelMemory
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
 from fusefs.provenance import Generation, SourceFile
@@ -73,10 +74,11 @@ class _Mount:
         self._session: Session | None = None
         self._finishing = False
         self._tree = Tree()
+        self._kernel = KernelMemory(path)
         self._watcher = Watcher(client, self._tree, on_change=self._forget)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
-        self._area = StagingArea(client, pulse, self._tree, rules, invalidate=self._invalidate)
+        self._area = StagingArea(client, pulse, self._tree, rules, changed=self._kernel.changed, gone=self._kernel.gone)
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)
@@ -92,6 +94,8 @@ class _Mount:
                 raise MountError(f"the sidecar at {self._client.address} did not list its images: see its log")
             # The index stays: whoever looks for garbage need not go through a hundred thousand images each time.
             gc.freeze()
+            self._kernel.start(self._filesystem.is_there)
+            running.callback(self._kernel.stop)
             self._publisher.start()
             running.callback(self._finish)
             signals.call(self._end)
@@ -111,6 +115,7 @@ class _Mount:
     def _ready(self, session: Session, on_ready: Callable[[], None]) -> None:
         """In a thread of libfuse, before the kernel has its answer: what asks the mount has to wait for that."""
         self._session = session
+        self._kernel.serve(session)
 
         def probe() -> None:
             try:
@@ -148,20 +153,14 @@ class _Mount:
         self._deletions.run_due(everything=True)
         self._area.end()
 
-    def _invalidate(self, paths: Iterable[str]) -> None:
-        session = self._session
-        if session is not None:
-            session.invalidate(paths)
-
     def _forget(self, changes: Changes) -> None:
-        outdated = []
         for datastore, image in changes:
             if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
                 self._deletions.lay((datastore, image.image_id))  # purged
             path = f"/{datastore}/{nodes.DELETED}/" if image.is_tombstoned else f"/{datastore}/"
             path += image.image_id
-            outdated += [path, *(f"{path}/{file.name}" for file in image.files)]
-        self._invalidate(outdated)
+            self._kernel.changed([path, *(f"{path}/{file.name}" for file in image.files)])
+            self._kernel.gone(path)
 
     def _open_source(self, source: SourceFile) -> Reader:
         datastore = self._tree.datastore(source.datastore)

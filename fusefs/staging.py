@@ -105,7 +105,10 @@ class Recent:
 
 
 class StagingArea:
-    """The staged images of a mount by key. `invalidate` makes the kernel forget what it knows of paths."""
+    """The staged images of a mount by key.
+
+    `changed` makes the kernel ask again about paths, `gone` makes it forget a name.
+    """
 
     def __init__(
         self,
@@ -115,14 +118,16 @@ class StagingArea:
         rules: Rules,
         *,
         clock: Callable[[], float] = time.monotonic,
-        invalidate: Callable[[Iterable[str]], None] = lambda paths: None,
+        changed: Callable[[Iterable[str]], None] = lambda paths: None,
+        gone: Callable[[str], None] = lambda path: None,
     ) -> None:
         self._client = client
         self._pulse = pulse
         self._tree = tree
         self._rules = rules
         self._clock = clock
-        self.invalidate = invalidate
+        self._changed = changed
+        self._gone = gone
         self._lock = threading.Lock()  # guards the dictionaries
         self._directories: dict[Key, StagedDirectory] = {}
         self._recent: dict[Key, Recent] = {}
@@ -356,7 +361,7 @@ class StagingArea:
         directory.end(State.PUBLISHED)
         self._tree.expect(key, None)
         path = f"/{key[0]}/{key[1]}"
-        self.invalidate([*(f"{path}/{name}" for name in {*names, *names.values()}), path])
+        self._changed([*(f"{path}/{name}" for name in {*names, *names.values()}), path])
 
     def _drop(self, directory: StagedDirectory, reason: str) -> None:
         key = _key(directory)
@@ -365,7 +370,8 @@ class StagingArea:
             if self._directories.get(key) is directory:
                 del self._directories[key]
         path = f"/{key[0]}/{key[1]}"
-        self.invalidate([*(f"{path}/{file.name}" for file in directory.files), path])
+        self._changed([*(f"{path}/{file.name}" for file in directory.files), path])
+        self._gone(path)
         try:
             self._pulse.require()
             directory.staging.abort()

@@ -23,6 +23,15 @@ def names(directory: Path) -> set[str]:
     return set(os.listdir(directory))
 
 
+def is_name(path: Path) -> bool:
+    """Whether the kernel knows the name, which it asks the mount about only when it does not."""
+    try:
+        os.close(os.open(path, os.O_PATH))
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def wait_listed(mount: Mount, ref: str) -> Path:
     """Waits until the image is in its datastore's listing; its directory."""
     datastore, _, image_id = ref.partition("/")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import import_sparse, log_of, message_of, names, published_as, wait_listed
+from tests.mount.harness import import_sparse, is_name, log_of, message_of, names, published_as, wait_listed
 from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
 from tests.support.processes import Mount, run, wait_until
 
@@ -281,15 +281,6 @@ def test_nobody_else_writes_into_what_a_copier_makes_until_it_left(source: Path,
     assert_same_disk(source / "a.vmdk", wait_listed(mount, "two/b") / "b.vmdk")
 
 
-def is_name(path: Path) -> bool:
-    """Whether the kernel knows the name, without asking for what it leads to."""
-    try:
-        os.close(os.open(path, os.O_PATH))
-    except FileNotFoundError:
-        return False
-    return True
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("copier", [["cp", "-r"], ["busybox", "cp", "-r"]])
 def test_an_interrupted_cp_publishes_nothing_and_leaves_nothing(
@@ -309,7 +300,7 @@ def test_an_interrupted_cp_publishes_nothing_and_leaves_nothing(
     wait_until(is_dropped, f"nothing is left:\n{log_of(mount)}", 20)
     wait_until(lambda: not target.exists(), "the kernel shows it no longer", 1)
     assert names(mount.path / "two") == set()
-    # And it can be done again: the kernel goes on knowing the name, without attributes, for the entry timeout.
+    # And it can be done again.
     wait_until(lambda: not is_name(target), "the name is gone", 10)
     run(*copier, source, target)
     assert_same_disk(source / "big.vmdk", wait_listed(mount, "two/b") / "b.vmdk")

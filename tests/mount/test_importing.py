@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import import_sparse, log_of, message_of, names, published_as, wait_listed
+from tests.mount.harness import import_sparse, is_name, log_of, message_of, names, published_as, wait_listed
 from tests.support.disks import MIB, assert_same_disk, make_disk
 from tests.support.processes import Mount, run, wait_until
 
@@ -123,15 +123,6 @@ def test_waits_for_every_file_and_for_quiet(outside: Path, mount: Mount) -> None
     assert_same_disk(outside / "x.vmdk", wait_listed(mount, "one/new") / "new.vmdk")
 
 
-def is_forgotten(path: Path) -> bool:
-    """By the kernel too, which does not ask the mount about a name that it has, only about its attributes."""
-    try:
-        os.close(os.open(path, os.O_PATH))
-    except FileNotFoundError:
-        return True
-    return False
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("subformat", ["monolithicFlat", "monolithicSparse"])
 def test_an_interrupted_import_publishes_nothing_and_can_be_repeated(
@@ -144,7 +135,7 @@ def test_an_interrupted_import_publishes_nothing_and_can_be_repeated(
     wait_until(lambda: sum(path.stat().st_size for path in target.glob("*")) > MIB, "the copy has begun")
     copy.send_signal(signal.SIGINT)
     assert copy.wait(30) == -signal.SIGINT
-    wait_until(lambda: is_forgotten(target), f"nothing is left:\n{log_of(mount)}")
+    wait_until(lambda: not is_name(target), f"nothing is left:\n{log_of(mount)}")
     assert names(mount.path / "one") == set()
     assert "published" not in log_of(mount)
     run("cp", "-r", outside, target)

@@ -1,0 +1,97 @@
+"""What the kernel remembers of the mount, and is made to forget.
+
+It keeps a name for `entry_timeout` seconds after the lookup that found it. A name that goes without the kernel's doing,
+because another host deleted the image or because what was staged is dropped, would be taken for a directory until then.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import queue
+import struct
+import threading
+from collections.abc import Callable, Iterable
+
+from fusefs.binding import Session
+
+_log = logging.getLogger(__name__)
+
+_AT_FDCWD = -100
+_AT_HANDLE_FID = 0x200  # a handle to know the inode by, where one to open it with is not given
+_FUSE_HANDLE = 0x81  # of type FILEID_INO64_GEN: libfuse's number of the node, and a generation
+_MOST_HANDLE_BYTES = 128
+
+
+class _FileHandle(ctypes.Structure):
+    """struct file_handle"""
+
+    _fields_ = (("size", ctypes.c_uint), ("type", ctypes.c_int), ("content", ctypes.c_ubyte * _MOST_HANDLE_BYTES))
+
+
+class KernelMemory:
+    """Owns a thread: `start`, then `stop`, which joins it. Does nothing while there is no session."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint
+        self._session: Session | None = None
+        self._gone: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, is_there: Callable[[str], bool]) -> None:
+        """`is_there` tells of a path in the mount whether it leads to something now."""
+        self._thread = threading.Thread(target=self._run, args=(is_there,), name="forget", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the session has ended, so that nothing waits for it any more."""
+        self._session = None
+        self._gone.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def serve(self, session: Session) -> None:
+        """The mount answers."""
+        self._session = session
+
+    def changed(self, paths: Iterable[str]) -> None:
+        """Makes the kernel ask again what is at the paths."""
+        if (session := self._session) is not None:
+            session.invalidate(paths)
+
+    def gone(self, path: str) -> None:
+        """Makes the kernel forget the name, soon: whoever calls may be answering a request in the same directory.
+
+        The kernel holds that directory until the answer, and could not forget a name in it before.
+        """
+        if self._session is not None:
+            self._gone.put(path)
+
+    def _run(self, is_there: Callable[[str], bool]) -> None:
+        while (path := self._gone.get()) is not None:
+            session = self._session
+            if session is None or is_there(path):
+                continue
+            try:
+                parent, _, name = path.rpartition("/")
+                session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
+            except OSError as error:
+                # It is forgotten by itself when its time is over.
+                _log.info("name not forgotten at once path=%s cause=%s", path, error)
+
+
+def node_number(path: str) -> int:
+    """The number by which libfuse and the kernel know the directory at an absolute path; OSError when it has none."""
+    library = ctypes.CDLL(None, use_errno=True)
+    handle, mount = _FileHandle(), ctypes.c_int()
+    handle.size = _MOST_HANDLE_BYTES
+    for flags in (0, _AT_HANDLE_FID):
+        arguments = (ctypes.byref(handle), ctypes.byref(mount), flags)
+        if library.name_to_handle_at(_AT_FDCWD, os.fsencode(path), *arguments) == 0:
+            break
+        if (number := ctypes.get_errno()) != errno.EOPNOTSUPP or flags:
+            raise OSError(number, os.strerror(number), path)
+    if handle.type != _FUSE_HANDLE:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), path)  # something else is mounted there
+    high, low = struct.unpack_from("=II", bytes(handle.content))
+    return int(high << 32 | low)
