@@ -75,10 +75,10 @@ class _Mount:
         self._finishing = False
         self._tree = Tree()
         self._kernel = KernelMemory(path)
-        self._watcher = Watcher(client, self._tree, on_change=self._forget)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
         self._area = StagingArea(client, pulse, self._tree, rules, changed=self._kernel.changed, gone=self._kernel.gone)
+        self._watcher = Watcher(client, self._tree, on_change=self._forget, on_lost=self._area.doubt_leases)
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)

@@ -16,7 +16,7 @@ from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.staging import StagingArea
 from fusefs.workers import Workers
-from sidecar.errors import ImageAlreadyExists, ImagesError, StagingNotFound
+from sidecar.errors import ImagesError
 
 _log = logging.getLogger(__name__)
 
@@ -193,9 +193,7 @@ class Publisher:
         for directory in self._area.directories:
             if directory.ref.datastore == datastore and not self._stop.is_set():
                 try:
-                    directory.staging.renew()
-                except (StagingNotFound, ImageAlreadyExists) as error:
-                    self._area.lost(directory, error.message)
+                    self._area.renew(directory)
                 except ImagesError as error:
                     _log.warning("lease not renewed image=%s cause=%s", directory, error.message)
 

@@ -112,6 +112,7 @@ class StagedDirectory:
         self.unanswered: Commit | None = None  # nobody knows what became of it
         self.resolve_pause = 0.0  # since the last question what became of its publish, in seconds
         self.reason = ""  # why it is not published
+        self.lease_in_doubt = False  # whether the sidecar may have been restarted since it was asked last
         self.maker_was_killed = False
 
     @property

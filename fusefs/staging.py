@@ -190,8 +190,14 @@ class StagingArea:
     def closing(self, directory: StagedDirectory) -> None:
         """A file that was open for writing is being closed: publishes what is wholly a copy of one image.
 
-        Raises what went wrong, so that the close reports it.
+        Raises what went wrong, so that the close reports it: also that what is staged is gone, which nothing else
+        would tell a copier whose last write is behind it.
         """
+        if directory.state is State.OPEN and directory.lease_in_doubt:
+            self._pulse.require()
+            self.renew(directory)
+        if directory.state is State.GONE:
+            fail(errno.ESTALE, f"{directory} is gone: {directory.reason}")
         if directory.state is State.OPEN and directory.writers == 1:
             self._publish_copy(directory, closing=True)
 
@@ -303,8 +309,23 @@ class StagingArea:
                 fail(errno.EBUSY, f"{directory} has a file open for writing")
             self._drop(directory, reason)
 
-    def lost(self, directory: StagedDirectory, reason: str) -> None:
-        """The sidecar dropped the staging directory, or was restarted: what was written is gone."""
+    def doubt_leases(self) -> None:
+        """The sidecar was away: if it was restarted, it knows of nothing that was staged before."""
+        for directory in self.directories:
+            directory.lease_in_doubt = True
+
+    def renew(self, directory: StagedDirectory) -> None:
+        """Renews its lease; an image whose sidecar dropped it, or was restarted, is dropped here, too."""
+        directory.lease_in_doubt = False  # before the question: it may become true again meanwhile
+        try:
+            directory.staging.renew()
+        except (StagingNotFound, ImageAlreadyExists) as error:
+            self._lost(directory, error.message)
+        except ImagesError:
+            directory.lease_in_doubt = True
+            raise
+
+    def _lost(self, directory: StagedDirectory, reason: str) -> None:
         if directory.state is State.OPEN:  # one that is being published, or may be, ends otherwise
             _log.warning("staging lost image=%s reason=%s", directory, reason)
             self._drop(directory, reason)

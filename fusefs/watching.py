@@ -31,15 +31,17 @@ class Watcher:
         tree: Tree,
         *,
         on_change: Callable[[Changes], None] = lambda changes: None,
+        on_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`on_change` is called with the images that changed or went, as they were, and their datastores.
 
-        `clock` is the time of day.
+        `on_lost` is called when the stream ends, before it is tried again. `clock` is the time of day.
         """
         self._client = client
         self._tree = tree
         self._on_change = on_change
+        self._on_lost = on_lost
         self._clock = clock
         self._stop = threading.Event()
         self._lock = threading.Lock()  # guards _call
@@ -135,6 +137,7 @@ class Watcher:
             self._on_change(changes)
 
     def _note_stale(self, cause: str) -> None:
+        self._on_lost()
         if self.stale_since is None and not self._stop.is_set():
             self.stale_since = self._clock()
             _log.warning("sidecar is away: serving from the index address=%s cause=%s", self._client.address, cause)

@@ -1,6 +1,7 @@
 """The daemon: how it starts, what stops it, what it survives, and both bindings."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -200,6 +201,24 @@ def test_a_staged_directory_does_not_survive_it_and_says_so(sidecar: Sidecar, mo
     run("cp", outside / "disk-flat.vmdk", target, check=False)
     wait_until(lambda: not target.exists(), f"it is gone:\n{log_of(mount)}", 60)
     assert names(mount.path / "one") == set()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["restarted", "away"])
+def test_the_close_says_that_what_was_written_is_gone_with_its_sidecar(
+    again: bool, sidecar: Sidecar, mount: Mount, tmp_path: Path
+) -> None:
+    """The last write had succeeded: without it a copier would end with 0."""
+    target = mount.path / "one" / "new"
+    target.mkdir()
+    file = (target / "a.vmdk").open("xb", buffering=0)
+    file.write(b"x" * 4096)
+    sidecar.kill()
+    wait_until(lambda: "sidecar is away" in log_of(mount), "the mount noticed")
+    if again:
+        sidecar.start()
+    with pytest.raises(OSError) as caught:
+        file.close()
+    assert caught.value.errno == (errno.ESTALE if again else errno.EHOSTDOWN)
 
 
 def test_fusepy_on_libfuse_2(
