@@ -216,6 +216,7 @@ def test_the_close_says_that_what_was_written_is_gone_with_its_sidecar(
     wait_until(lambda: "sidecar is away" in log_of(mount), "the mount noticed")
     if again:
         sidecar.start()
+        wait_until(lambda: "sidecar is back" in log_of(mount), "the mount noticed that too")
     with pytest.raises(OSError) as caught:
         file.close()
     assert caught.value.errno == (errno.ESTALE if again else errno.EHOSTDOWN)
