@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from fusefs.doubts import Key
 from fusefs.errors import fail, is_transient
+from fusefs.patience import LOCK_SECONDS, Patience
 from fusefs.provenance import Generation
 from fusefs.pulse import Pulse
 from fusefs.tree import IndexedFile, IndexedImage, Tree
@@ -82,6 +83,7 @@ class Deletions:
         self._lock = threading.Lock()  # guards the dictionaries; never held over a call to the sidecar
         self._ghosts: dict[Key, Ghost] = {}
         self._removals: dict[Key, _Removal] = {}
+        self._patience = Patience(clock=clock)
         self._turns = Turns()  # of whoever deletes or restores an image, or removes companion files of it
 
     def ghost(self, key: Key) -> Ghost | None:
@@ -117,11 +119,17 @@ class Deletions:
 
     def _delete(self, key: Key, image: IndexedImage, *, leave_ghost: bool) -> None:
         ref = ImageRef(datastore=key[0], image_id=key[1])
-        self._pulse.require()
         try:
-            self._client.delete(ref)
+            self._pulse.require()
+            with self._patience.waiting(key) as seconds:
+                self._client.delete(ref, lock_timeout=seconds)
         except (ImageNotFound, ImageTombstoned) as error:
             _log.info("tombstone was there already image=%s/%s cause=%s", *key, error.message)
+        except ImagesError:
+            # An rm -r that is refused takes nothing from the image: not the companion files either that it began with.
+            with self._lock:
+                self._removals.pop(key, None)
+            raise
         else:
             _log.info("tombstoned image=%s/%s", *key)
         with self._lock:
@@ -139,8 +147,9 @@ class Deletions:
         """Takes an image's tombstone away: it is there again."""
         with self._turns.take(key):
             self._pulse.require()
-            with self._tree.changing(key):
-                self._tree.changed(self._client.restore(ImageRef(datastore=key[0], image_id=key[1])))
+            with self._tree.changing(key), self._patience.waiting(key) as seconds:
+                ref = ImageRef(datastore=key[0], image_id=key[1])
+                self._tree.changed(self._client.restore(ref, lock_timeout=seconds))
         self.lay(key)
         _log.info("restored image=%s/%s", *key)
 
@@ -153,7 +162,8 @@ class Deletions:
                 self._pulse.require()
                 with self._tree.changing(key):
                     try:
-                        freed = self._client.purge(ref)
+                        with self._patience.waiting(key) as seconds:
+                            freed = self._client.purge(ref, lock_timeout=seconds)
                     except ImageNotFound as error:
                         _log.info("purged already image=%s/%s cause=%s", *key, error.message)
                     else:
@@ -194,6 +204,7 @@ class Deletions:
         """Removes the companion files whose time has come; not those of an image that is being deleted.
 
         The delete may wait for the image's lock: a removal that got it first would take them from the tombstone.
+        `everything`: those whose time has not come, too, as the mount ends.
         """
         now = self._clock()
         with self._lock:
@@ -203,9 +214,10 @@ class Deletions:
                 removal.due = now + _RETRY_SECONDS
                 continue
             with self._turns.take(key):
-                self._run(key, removal, now)
+                # Short, as a request may wait for its turn meanwhile; at the end there is none, and no other try.
+                self._run(key, removal, now, None if everything else LOCK_SECONDS)
 
-    def _run(self, key: Key, removal: _Removal, now: float) -> None:
+    def _run(self, key: Key, removal: _Removal, now: float, lock_timeout: float | None) -> None:
         files = dict(removal.files)
         image = self._tree.image(*key)
         names = sorted(removal.names_in(image)) if image is not None else []
@@ -214,7 +226,8 @@ class Deletions:
                 ref = ImageRef(datastore=key[0], image_id=key[1])
                 self._pulse.require()
                 with self._tree.changing(key):
-                    self._tree.changed(self._client.update_metadata(ref, remove=names))
+                    changed = self._client.update_metadata(ref, remove=names, lock_timeout=lock_timeout)
+                    self._tree.changed(changed)
                 _log.info("companion files removed image=%s/%s names=%s", *key, names)
         except ImagesError as error:
             trying_again = is_transient(error)

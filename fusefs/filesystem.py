@@ -15,6 +15,7 @@ from fusefs.documents import Documents
 from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
+from fusefs.patience import LOCK_SECONDS
 from fusefs.processes import thread_group
 from fusefs.pulse import Pulse
 from fusefs.sources import Sources
@@ -279,7 +280,8 @@ class FileSystem:
                 if told is not None and abs(told - now) > _NOW_NS:
                     fail(errno.EROFS, "an image's time is that of its last use")
                 self._pulse.require()
-                self._client.touch(ImageRef(datastore=node.key[0], image_id=node.key[1]))
+                ref = ImageRef(datastore=node.key[0], image_id=node.key[1])
+                self._client.touch(ref, lock_timeout=LOCK_SECONDS)
             case nodes.ImageFileNode(parent=nodes.ImageNode(recent=None)):
                 fail(errno.EROFS)
             case _:

@@ -1,7 +1,7 @@
 """Looks after staged images: renews their leases, and publishes or drops them when it is time.
 
 One thread finds out what is due, another when leases are; what asks the sidecar is done by workers of each datastore,
-since a lock that is held, or a disk that hangs, may take half a minute of one of them.
+since a disk that hangs may take half a minute of one of them.
 """
 
 import logging
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 
 from fusefs.deleting import Deletions
-from fusefs.errors import is_transient
 from fusefs.rules import Rules
 from fusefs.staged import StagedDirectory, State
 from fusefs.staging import StagingArea
@@ -22,7 +21,6 @@ _log = logging.getLogger(__name__)
 
 # A staged image that nobody goes on with is dropped; its lease alone would keep it for ever.
 ABANDONED_SECONDS = 600.0
-_RETRY_SECONDS = 5.0
 # Between two questions what became of a publish: at first, and at most. Each of them may have it published.
 _RESOLVE_SECONDS = 1.0
 _MOST_RESOLVE_SECONDS = 30.0
@@ -154,8 +152,6 @@ class Publisher:
         try:
             self._area.publish(directory)
         except ImagesError as error:
-            if is_transient(error):
-                directory.retry_at = self._clock() + _RETRY_SECONDS
             _log.warning("not published image=%s reason=%s cause=%s", directory, error.reason, error.message)
         except OSError as error:
             _log.info("not published image=%s cause=%s", directory, error)

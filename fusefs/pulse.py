@@ -1,8 +1,7 @@
 """Does the sidecar answer? Asked before every change, so that one that hangs is told from one that is busy.
 
-The deadlines of changes do not tell: one may wait half a minute for its image's lock, a commit longer for the disk. And
-a sidecar that hangs does what it was sent when it wakes, long after the tool was told that nothing was done: so nothing
-is sent to it.
+The deadlines of changes do not tell: a commit or a purge may wait long for the disk. And a sidecar that hangs does what
+it was sent when it wakes, long after the tool was told that nothing was done: so nothing is sent to it.
 """
 
 import threading

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from fusefs.contents import RemotePlace, open_place
 from fusefs.doubts import Key
-from fusefs.errors import fail
+from fusefs.errors import fail, is_transient
+from fusefs.patience import LOCK_SECONDS
 from fusefs.processes import thread_group
 from fusefs.pulse import Pulse
 from fusefs.rules import Rules
@@ -44,6 +45,8 @@ _MOST_RECENT_SECONDS = 60.0
 # How long the end of the mount waits for a sidecar that does not answer.
 _END_SECONDS = 10.0
 MAX_COMPANION_BYTES = 1 << 20
+# Until a publish that failed by what may pass is tried again.
+_RETRY_SECONDS = 5.0
 # With these it may be an image. With any other error of a commit the sidecar says that it did not publish, and that
 # what is staged is as it was.
 _NO_ANSWERS = (SidecarUnavailable, DeadlineExceeded, OperationCancelled, InternalError)
@@ -108,6 +111,8 @@ class StagingArea:
     """The staged images of a mount by key.
 
     `changed` makes the kernel ask again about paths, `gone` makes it forget a name.
+
+    `lock_timeout`: seconds that a change waits for the lock of its image, until `end`.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class StagingArea:
         tree: Tree,
         rules: Rules,
         *,
+        lock_timeout: float = LOCK_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[Iterable[str]], None] = lambda paths: None,
         gone: Callable[[str], None] = lambda path: None,
@@ -132,6 +138,7 @@ class StagingArea:
         self._directories: dict[Key, StagedDirectory] = {}
         self._recent: dict[Key, Recent] = {}
         self._settled: set[StagedDirectory] = set()
+        self._lock_timeout: float | None = lock_timeout
         self.work = threading.Condition()  # notified when there may be something to publish
 
     @property
@@ -210,8 +217,8 @@ class StagingArea:
         """Publishes, whatever the rules say of completeness: the sidecar checks the disk.
 
         EIO for a file whose writer failed or was killed. EBUSY while a file is open for writing. After another
-        error the directory is still there, unless the image exists already; `reason` says why. It is UNCERTAIN when
-        the error does not say whether it was published.
+        error the directory is still there, unless the image exists already; `reason` says why, and `retry_at` when it
+        is tried again, if it is. It is UNCERTAIN when the error does not say whether it was published.
         """
         with directory.publishing(closing) as allowed:
             if not allowed:
@@ -219,6 +226,7 @@ class StagingArea:
                     return
                 fail(errno.EBUSY, f"{directory} has a file open for writing")
             directory.tried_version = directory.version
+            directory.retry_at = 0.0
             try:
                 if isinstance(directory.place, RemotePlace) and directory.place.left_over:
                     fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
@@ -229,18 +237,29 @@ class StagingArea:
             except OSError as error:
                 directory.reason = str(error)
                 raise
-            with self._tree.changing(_key(directory)):
-                self._commit(directory)
+            self._commit(directory)
 
     def resolve(self, directory: StagedDirectory) -> None:
         """Gets the answer to a publish that was lost, and publishes when it was not begun."""
         with directory.publishing(closing=False, resolving=True) as allowed:
             if allowed:
-                with self._tree.changing(_key(directory)):
-                    self._commit(directory)
+                self._commit(directory)
 
     def _commit(self, directory: StagedDirectory) -> None:
-        """While publishing: published, or dropped, or uncertain, or an error that left everything as it was."""
+        """While publishing: published, or dropped, or uncertain, or an error that left everything as it was.
+
+        In the last case it is tried again when that may help, whether or not a tool was told of the error.
+        """
+        try:
+            with self._tree.changing(_key(directory)):
+                self._ask_to_publish(directory)
+        except ImagesError as error:
+            if is_transient(error) and directory.unanswered is None:
+                directory.retry_at = self._clock() + _RETRY_SECONDS
+                self.wake()
+            raise
+
+    def _ask_to_publish(self, directory: StagedDirectory) -> None:
         try:
             self._pulse.require()
         except SidecarUnavailable as error:
@@ -253,7 +272,9 @@ class StagingArea:
         copied_from = commit.copied_from
         self._tree.expect(key, directory.number)
         try:
-            answer = directory.staging.commit(copied_from=copied_from, request_id=commit.request_id)
+            answer = directory.staging.commit(
+                copied_from=copied_from, request_id=commit.request_id, lock_timeout=self._lock_timeout
+            )
         except (ImageAlreadyExists, StagingNotFound) as error:
             # Another's image; or this one, and the sidecar that made it was restarted.
             directory.doubt(commit, error.message)
@@ -335,8 +356,15 @@ class StagingArea:
         final = recent.final_name(companion.name)
         self._pulse.require()
         companion.changed = False
-        with self._tree.changing((recent.ref.datastore, recent.ref.image_id)):
-            self._tree.changed(self._client.update_metadata(recent.ref, files={final: bytes(companion.data)}))
+        files = {final: bytes(companion.data)}
+        try:
+            with self._tree.changing((recent.ref.datastore, recent.ref.image_id)):
+                self._tree.changed(
+                    self._client.update_metadata(recent.ref, files=files, lock_timeout=self._lock_timeout)
+                )
+        except BaseException:
+            companion.changed = True  # for whoever else closes it
+            raise
         recent.renamed[companion.name] = final
 
     def serving_ended(self, settle_seconds: float) -> None:
@@ -345,6 +373,7 @@ class StagingArea:
 
     def end(self) -> None:
         """The mount is gone: publishes what is complete, drops the rest."""
+        self._lock_timeout = None  # nobody waits in a request any more, and nothing is tried again
         if self.directories:
             with contextlib.suppress(ImagesError):
                 self._pulse.require(_END_SECONDS)

@@ -27,7 +27,7 @@ from protos.images.v1.staging_service_pb2 import (
 from protos.images.v1.types_pb2 import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState
 from sidecar import errors
 from sidecar.client_calls import AnswerStream, Caller, default_address, new_request_id
-from sidecar.client_staging import Hole, Part, Staging, as_ref, parse_ref, read_file
+from sidecar.client_staging import Hole, Part, Staging, as_duration, as_ref, parse_ref, read_file
 
 __all__ = [
     "CloneDiskResponse",
@@ -107,6 +107,9 @@ class SidecarClient:
     `address`: unix:PATH or HOST:PORT; `default_address()` when None. Nothing is connected before the first call.
     `timeout`: seconds that one call may take, retries included. Calls that wait for a lock or for a disk may take
     longer: they have their own, and at least this one. Streams have none.
+
+    Changes take a `lock_timeout`: how many seconds they may wait for the lock of an image that another process is
+    changing, before LockTimeout; as long as the sidecar is configured to when None, and never longer.
     """
 
     def __init__(self, address: str | None = None, *, timeout: float = 30.0) -> None:
@@ -186,51 +189,82 @@ class SidecarClient:
         """One image, read from its datastore, with its metadata and its users; raises ImageNotFound."""
         return self._caller.unary(self._caller.images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
 
-    def validate(self, ref: ImageRef | str, *, repair: bool = False) -> ValidateImageResponse:
+    def validate(
+        self, ref: ImageRef | str, *, repair: bool = False, lock_timeout: float | None = None
+    ) -> ValidateImageResponse:
         """Checks that the image is whole; raises ImageIncomplete with what is missing.
 
         `repair`: an image that only lost its timestamp file gets a new one.
         """
-        request = wire.ValidateImageRequest(ref=as_ref(ref), repair=repair, request_id=new_request_id())
+        request = wire.ValidateImageRequest(
+            ref=as_ref(ref), repair=repair, request_id=new_request_id(), lock_timeout=as_duration(lock_timeout)
+        )
         return self._caller.unary(self._caller.images.ValidateImage, request, timeout=self._at_least(LOCK_SECONDS))
 
-    def touch(self, ref: ImageRef | str) -> datetime:
+    def touch(self, ref: ImageRef | str, *, lock_timeout: float | None = None) -> datetime:
         """Notes that the image is in use now; returns the time that was noted, in UTC."""
-        request = wire.TouchImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        request = wire.TouchImageRequest(
+            ref=as_ref(ref), request_id=new_request_id(), lock_timeout=as_duration(lock_timeout)
+        )
         answer = self._caller.unary(self._caller.images.TouchImage, request, timeout=self._at_least(LOCK_SECONDS))
         return answer.touch_time.ToDatetime(tzinfo=UTC)
 
-    def copy(self, source: ImageRef | str, destination: ImageRef | str, *, request_id: str | None = None) -> CopyCall:
+    def copy(
+        self,
+        source: ImageRef | str,
+        destination: ImageRef | str,
+        *,
+        request_id: str | None = None,
+        lock_timeout: float | None = None,
+    ) -> CopyCall:
         """Starts a copy. A second one of the same `request_id` finds the first instead of starting another."""
         request = wire.CopyImageRequest(
-            source=as_ref(source), destination=as_ref(destination), request_id=request_id or new_request_id()
+            source=as_ref(source),
+            destination=as_ref(destination),
+            request_id=request_id or new_request_id(),
+            lock_timeout=as_duration(lock_timeout),
         )
         return CopyCall(self._caller, self._caller.start(self._caller.images.CopyImage, request))
 
-    def delete(self, ref: ImageRef | str, *, force: bool = False) -> None:
+    def delete(self, ref: ImageRef | str, *, force: bool = False, lock_timeout: float | None = None) -> None:
         """Tombstones the image; with `force`, purges it at once, or raises ImageInUse with what uses it."""
-        request = wire.DeleteImageRequest(ref=as_ref(ref), force=force, request_id=new_request_id())
+        request = wire.DeleteImageRequest(
+            ref=as_ref(ref), force=force, request_id=new_request_id(), lock_timeout=as_duration(lock_timeout)
+        )
         timeout = self._at_least(PURGE_SECONDS if force else LOCK_SECONDS)
         self._caller.unary(self._caller.images.DeleteImage, request, timeout=timeout)
 
-    def restore(self, ref: ImageRef | str) -> Image:
+    def restore(self, ref: ImageRef | str, *, lock_timeout: float | None = None) -> Image:
         """Takes the tombstone away; returns the image as it is then."""
-        request = wire.RestoreImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        request = wire.RestoreImageRequest(
+            ref=as_ref(ref), request_id=new_request_id(), lock_timeout=as_duration(lock_timeout)
+        )
         return self._caller.unary(self._caller.images.RestoreImage, request, timeout=self._at_least(LOCK_SECONDS)).image
 
-    def purge(self, ref: ImageRef | str) -> int:
+    def purge(self, ref: ImageRef | str, *, lock_timeout: float | None = None) -> int:
         """Frees a tombstoned image; returns the bytes that its files had allocated."""
-        request = wire.PurgeImageRequest(ref=as_ref(ref), request_id=new_request_id())
+        request = wire.PurgeImageRequest(
+            ref=as_ref(ref), request_id=new_request_id(), lock_timeout=as_duration(lock_timeout)
+        )
         return self._caller.unary(
             self._caller.images.PurgeImage, request, timeout=self._at_least(PURGE_SECONDS)
         ).freed_bytes
 
     def update_metadata(
-        self, ref: ImageRef | str, *, files: Mapping[str, bytes] | None = None, remove: Iterable[str] = ()
+        self,
+        ref: ImageRef | str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        remove: Iterable[str] = (),
+        lock_timeout: float | None = None,
     ) -> Image:
         """Writes and removes companion files of an image, by name; returns the image as it is then."""
         request = wire.UpdateMetadataRequest(
-            ref=as_ref(ref), files=files or {}, remove_files=remove, request_id=new_request_id()
+            ref=as_ref(ref),
+            files=files or {},
+            remove_files=remove,
+            request_id=new_request_id(),
+            lock_timeout=as_duration(lock_timeout),
         )
         return self._caller.unary(
             self._caller.images.UpdateMetadata, request, timeout=self._at_least(LOCK_SECONDS)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from google.protobuf.duration_pb2 import Duration
+
 from protos.images.v1 import staging_service_pb2 as wire
 from protos.images.v1.types_pb2 import ImageRef
 from sidecar import errors
@@ -118,11 +120,16 @@ class Staging:
         return closing(AnswerStream(self._caller, self._caller.start(self._caller.staging.CloneDisk, request)))
 
     def commit(
-        self, *, copied_from: ImageRef | str | None = None, request_id: str | None = None
+        self,
+        *,
+        copied_from: ImageRef | str | None = None,
+        request_id: str | None = None,
+        lock_timeout: float | None = None,
     ) -> wire.CommitStagingResponse:
         """Checks the disk and publishes it as the image; afterwards the image is there, durable and complete.
 
         A second call of the same `request_id` has the answer of the first one, which may have been lost.
+        `lock_timeout`: as of the changes of SidecarClient.
 
         After an error the staging directory is as it was, to be mended and committed again, or aborted. Gone is it
         after ImageAlreadyExists, and when its files could not be moved into the image's place.
@@ -131,6 +138,7 @@ class Staging:
             staging_id=self.id,
             copied_from=as_ref(copied_from) if copied_from is not None else None,
             request_id=request_id or new_request_id(),
+            lock_timeout=as_duration(lock_timeout),
         )
         answer = self._caller.unary(
             self._caller.staging.CommitStaging, request, timeout=max(COMMIT_SECONDS, self._caller.timeout)
@@ -193,6 +201,18 @@ def closing(stream: AnswerStream[Answer]) -> Iterator[Answer]:
 def as_ref(ref: ImageRef | str) -> ImageRef:
     """The ref itself, or what "DATASTORE/IMAGE" names."""
     return parse_ref(ref) if isinstance(ref, str) else ref
+
+
+def as_duration(seconds: float | None) -> Duration | None:
+    """As a message; raises InvalidRequest for what is no length of time."""
+    if seconds is None:
+        return None
+    duration = Duration()
+    try:
+        duration.FromNanoseconds(round(seconds * 1e9))
+    except (OverflowError, ValueError):
+        raise errors.InvalidRequest(f"{seconds} s cannot be waited") from None
+    return duration
 
 
 def parse_ref(text: str) -> ImageRef:

@@ -96,7 +96,9 @@ class InvalidMetadata(ImagesError):
 
 
 class LockTimeout(ImagesError):
-    reason, code, errno, exit_code = "LOCK_TIMEOUT", "ABORTED", errno.EAGAIN, 1
+    """Another process changes the image, and did so for as long as the caller waited."""
+
+    reason, code, errno, exit_code = "LOCK_TIMEOUT", "ABORTED", errno.EBUSY, 1
 
 
 class NoSpace(ImagesError):

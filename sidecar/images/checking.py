@@ -22,7 +22,9 @@ def check_whole(store: ImageStore, image: Image) -> vmdk.Disk:
     return disk
 
 
-def validate_image(store: ImageStore, image_id: str, *, repair: bool) -> tuple[Image, bool]:
+def validate_image(
+    store: ImageStore, image_id: str, *, repair: bool, lock_timeout: float | None = None
+) -> tuple[Image, bool]:
     """The image, when it is valid and whole, and whether that took a repair.
 
     ImageTombstoned, ImageIncomplete and InvalidMetadata say what it is not.
@@ -31,7 +33,7 @@ def validate_image(store: ImageStore, image_id: str, *, repair: bool) -> tuple[I
     repaired = False
     if repair and image.state is ImageState.INCOMPLETE:
         try:
-            with store.lock(image_id, "repair"):
+            with store.lock(image_id, "repair", timeout=lock_timeout):
                 image = store.read(image_id)
                 repaired = restore_timestamp(store, image)
         except FileNotFoundError:
@@ -64,13 +66,13 @@ def restore_timestamp(store: ImageStore, image: Image) -> bool:
     return True
 
 
-def touch_image(store: ImageStore, image_id: str) -> int:
+def touch_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> int:
     """Notes that the image is in use now; returns the time, in nanoseconds since the epoch.
 
     Under the lock, so that a sweep that is deciding about the image is over, and what it decided is seen.
     """
     try:
-        with store.lock(image_id, "touch"):
+        with store.lock(image_id, "touch", timeout=lock_timeout):
             image = store.read_valid(image_id)
             now = store.clock()
             store.datastore.set_modified(image.path(TIMESTAMP), now)

@@ -34,7 +34,13 @@ class StagedDisk:
             raise InvalidDisk(f"{staging.image_id}: two staged files would get the same name: {sorted(self.renames)}")
 
 
-def commit(staging: StagingDirectory, staged: StagedDisk, check: Callable[[], None] = lambda: None) -> Image:
+def commit(
+    staging: StagingDirectory,
+    staged: StagedDisk,
+    check: Callable[[], None] = lambda: None,
+    *,
+    lock_timeout: float | None = None,
+) -> Image:
     """Gives the files the image's names and publishes. Until the last moment, what `check` raises ends it.
 
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
@@ -50,7 +56,7 @@ def commit(staging: StagingDirectory, staged: StagedDisk, check: Callable[[], No
             renamed.append((old, new))
         rewriting = True
         rewrite_staged_descriptor(staging, disk, staged.renames, raw)
-        return publish(staging, check)
+        return publish(staging, check, lock_timeout=lock_timeout)
     except BaseException:
         if staging.held:
             _undo(staging, staged, renamed, raw if rewriting else None)

@@ -71,7 +71,13 @@ class OpenImage:
 
 
 def copy_image(
-    source: ImageStore, source_id: str, destination: ImageStore, destination_id: str, progress: Progress
+    source: ImageStore,
+    source_id: str,
+    destination: ImageStore,
+    destination_id: str,
+    progress: Progress,
+    *,
+    lock_timeout: float | None = None,
 ) -> Image:
     """Copies an image; the destination is published complete or not at all. Returns it.
 
@@ -83,7 +89,7 @@ def copy_image(
         require_space_for_copy(opened, destination)
         with StagingDirectory(destination, destination_id, f"copy {opened.image.key} to") as staging:
             clone_files(opened, staging, progress, disk_only=False)
-            return publish(staging, progress.check)
+            return publish(staging, progress.check, lock_timeout=lock_timeout)
 
 
 def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:

@@ -11,10 +11,10 @@ from sidecar.images.store import ImageStore
 _log = logging.getLogger(__name__)
 
 
-def delete_image(store: ImageStore, image_id: str) -> None:
+def delete_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> None:
     """Tombstones an image; ImageTombstoned when it was."""
     try:
-        with store.lock(image_id, "delete"):
+        with store.lock(image_id, "delete", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is ImageState.TOMBSTONED:
                 raise ImageTombstoned(f"{image.key} is deleted (tombstoned) already")
@@ -24,10 +24,10 @@ def delete_image(store: ImageStore, image_id: str) -> None:
     store.changed(image_id)
 
 
-def restore_image(store: ImageStore, image_id: str) -> Image:
+def restore_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> Image:
     """Takes the tombstone away; ImageIncomplete, and no change, when a purge had begun to take the image apart."""
     try:
-        with store.lock(image_id, "restore"):
+        with store.lock(image_id, "restore", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED:
                 raise ImageNotTombstoned(f"{image.key} is not deleted: there is nothing to restore")
@@ -43,13 +43,13 @@ def restore_image(store: ImageStore, image_id: str) -> Image:
     return replace(image, state=ImageState.VALID, tombstoned_ns=None)
 
 
-def purge_image(store: ImageStore, image_id: str, *, force: bool = False) -> int:
+def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_timeout: float | None = None) -> int:
     """Frees a tombstoned image, with `force` also one that is not; returns the allocated bytes of its files.
 
     ImageInUse, and no change, when somebody has one of its files open.
     """
     try:
-        with store.lock(image_id, "purge"):
+        with store.lock(image_id, "purge", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED and not force:
                 raise ImageNotTombstoned(

@@ -12,6 +12,7 @@ from sidecar.images.discovery import Discovery
 from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
 from sidecar.images.operations import Operation, Operations
+from sidecar.images.progress import Progress
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
 
@@ -69,13 +70,21 @@ class Library:
         with store.admission.call(wanted):
             yield store
 
-    def start_copy(self, source: ImageKey, destination: ImageKey, request_id: str) -> Operation[Image]:
+    def start_copy(
+        self, source: ImageKey, destination: ImageKey, request_id: str, *, lock_timeout: float | None = None
+    ) -> Operation[Image]:
         """Starts a copy, or finds the one that this request id started."""
         from_store, to_store = self.store(source.datastore), self.store(destination.datastore)
+
+        def work(progress: Progress) -> Image:
+            return copy_image(
+                from_store, source.image_id, to_store, destination.image_id, progress, lock_timeout=lock_timeout
+            )
+
         return self.copies.start(
             request_id,
             f"copy {source} to {destination}",
-            lambda progress: copy_image(from_store, source.image_id, to_store, destination.image_id, progress),
+            work,
             lambda: from_store.admission.copy_to(to_store.admission),
         )
 

@@ -53,7 +53,14 @@ def read_metadata(datastore: Datastore, image: Image, name: str) -> str:
     return content.decode()
 
 
-def update_companions(store: ImageStore, image_id: str, files: Mapping[str, bytes], remove: Iterable[str]) -> Image:
+def update_companions(
+    store: ImageStore,
+    image_id: str,
+    files: Mapping[str, bytes],
+    remove: Iterable[str],
+    *,
+    lock_timeout: float | None = None,
+) -> Image:
     """Writes and removes companion files of a valid image; all is checked before the first change."""
     removed = dict.fromkeys(remove)
     for name in (*files, *removed):
@@ -68,7 +75,7 @@ def update_companions(store: ImageStore, image_id: str, files: Mapping[str, byte
         if has_meaning(name, image_id):
             parse_metadata(name, content)
     try:
-        with store.lock(image_id, "update metadata of"):
+        with store.lock(image_id, "update metadata of", timeout=lock_timeout):
             image = store.read_valid(image_id)
             kinds = {file.name: file.kind for file in image.files}
             for name in (*files, *removed):

@@ -15,7 +15,9 @@ from sidecar.images.store import ImageStore, already_exists
 _log = logging.getLogger(__name__)
 
 
-def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None) -> Image:
+def publish(
+    staging: StagingDirectory, check: Callable[[], None] = lambda: None, *, lock_timeout: float | None = None
+) -> Image:
     """Makes a staged image durable and publishes it. Once it is published, nothing is an error any more.
 
     Until the last moment, what `check` raises ends it. After an error before the files are moved the staging directory
@@ -30,7 +32,7 @@ def publish(staging: StagingDirectory, check: Callable[[], None] = lambda: None)
     try:
         store.datastore.create_file(staging.path(TIMESTAMP), now)
         staging.sync()
-        with store.lock(image_id, "publish", new=True, check=check):
+        with store.lock(image_id, "publish", timeout=lock_timeout, new=True, check=check):
             trash = _clear_the_way(store, image_id)
             check()
             staging.begin_publishing()

@@ -146,7 +146,7 @@ class StagingSessions:
                 session.expires = self._monotonic() + self.lease_seconds
                 self._changed.notify_all()
 
-    def commit(self, staging_id: str, timeout: float | None = None) -> Published:
+    def commit(self, staging_id: str, timeout: float | None = None, *, lock_timeout: float | None = None) -> Published:
         """Publishes; while it is being published by another call, waits for that one and answers the same.
 
         After an error the staging directory is as it was: it can be mended, and committed again. Gone is it after
@@ -163,7 +163,7 @@ class StagingSessions:
         if waiting:
             return self._outcome(staging_id, running, timeout)
         try:
-            published = self._commit(session)
+            published = self._commit(session, lock_timeout)
         except BaseException as error:
             self._end_commit(session, error)
             running.set_exception(error)
@@ -208,7 +208,7 @@ class StagingSessions:
             return
         raise _published(staging_id, image.key)
 
-    def _commit(self, session: StagingSession) -> Published:
+    def _commit(self, session: StagingSession, lock_timeout: float | None) -> Published:
         def check() -> None:
             if session.abandoned:
                 raise _gone(session.id)
@@ -218,7 +218,7 @@ class StagingSessions:
         check()
         try:
             staged = StagedDisk(session.staging)
-            image = commit(session.staging, staged, check)
+            image = commit(session.staging, staged, check, lock_timeout=lock_timeout)
         except FileNotFoundError as error:
             raise _gone(session.id) from error
         with self._changed:

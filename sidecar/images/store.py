@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 class ImageStore:
     """One datastore with its layout. Safe for use by several threads.
 
-    `clock` gives nanoseconds since the epoch, `new_token` a name that nobody else has.
+    `clock` gives nanoseconds since the epoch, `new_token` a name that nobody else has. `lock_timeout`: seconds that a
+    change waits for an image's lock. What changes images takes one of its own, which can only be shorter; None: this.
     """
 
     def __init__(
@@ -97,38 +98,48 @@ class ImageStore:
 
     @contextmanager
     def lock(
-        self, image_id: str, operation: str, *, new: bool = False, check: Callable[[], None] = lambda: None
+        self,
+        image_id: str,
+        operation: str,
+        *,
+        timeout: float | None = None,
+        new: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
         """Holds the image's lock; LockTimeout names its holder.
 
-        What `check` raises ends the waiting. With `new`, also when nothing of the image is there yet; else a missing
-        image may be a FileNotFoundError.
+        Waits for at most `timeout` seconds, and no longer than the store was told to. What `check` raises ends the
+        waiting. With `new`, also when nothing of the image is there yet; else a missing image may be a
+        FileNotFoundError.
         """
         check_image_id(image_id)
         path = self.layout.image_lock(image_id)
+        left = self._lock_timeout if timeout is None else min(timeout, self._lock_timeout)
+        until = time.monotonic() + left
         for _ in range(_LOCK_TRIES):
             if new:
                 self.layout.make_lockable(self.datastore, image_id)
             try:
-                held = self._take(path, f"{operation} {image_id}", check)
+                held = self._take(path, f"{operation} {image_id}", left, check)
                 break
             except FileNotFoundError:
                 # Whoever just removed the image may take away the directory that was made for the lock.
                 if not new:
                     raise
+                left = max(until - time.monotonic(), 0.0)
         else:
             raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
         with held:
             yield
 
-    def _take(self, path: str, operation: str, check: Callable[[], None]) -> HeldLock:
+    def _take(self, path: str, operation: str, timeout: float, check: Callable[[], None]) -> HeldLock:
         with self.admission.stepping_aside() as step:
 
             def look() -> None:
                 check()
                 step()
 
-            return self.datastore.lock(path, operation, self._lock_timeout, look)
+            return self.datastore.lock(path, operation, timeout, look)
 
 
 def require_valid(image: Image) -> None:

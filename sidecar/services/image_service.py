@@ -25,6 +25,7 @@ from sidecar.services.messages import (
     image_message,
     image_ref,
     image_states,
+    lock_timeout,
     timestamp,
 )
 from sidecar.services.requests import Requests, fingerprint
@@ -103,10 +104,10 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
     def ValidateImage(
         self, request: pb.ValidateImageRequest, context: grpc.ServicerContext
     ) -> pb.ValidateImageResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.ValidateImageResponse:
-            image, repaired = validate_image(store, key.image_id, repair=request.repair)
+            image, repaired = validate_image(store, key.image_id, repair=request.repair, lock_timeout=timeout)
             return pb.ValidateImageResponse(image=image_message(image), repaired=repaired)
 
         if request.repair:
@@ -115,16 +116,19 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
             return work(store)
 
     def TouchImage(self, request: pb.TouchImageRequest, context: grpc.ServicerContext) -> pb.TouchImageResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.TouchImageResponse:
-            return pb.TouchImageResponse(touch_time=timestamp(touch_image(store, key.image_id)))
+            return pb.TouchImageResponse(touch_time=timestamp(touch_image(store, key.image_id, lock_timeout=timeout)))
 
         return self._once("TouchImage", request, context, work)
 
     def CopyImage(self, request: pb.CopyImageRequest, context: grpc.ServicerContext) -> Iterator[pb.CopyImageResponse]:
         operation = self._library.start_copy(
-            image_key(request.source), image_key(request.destination), request.request_id
+            image_key(request.source),
+            image_key(request.destination),
+            request.request_id,
+            lock_timeout=lock_timeout(request),
         )
         with operation.attend() as leave:
             if not context.add_callback(leave):
@@ -143,40 +147,44 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
             )
 
     def DeleteImage(self, request: pb.DeleteImageRequest, context: grpc.ServicerContext) -> pb.DeleteImageResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.DeleteImageResponse:
             if request.force:
-                purge_image(store, key.image_id, force=True)
+                purge_image(store, key.image_id, force=True, lock_timeout=timeout)
             else:
-                delete_image(store, key.image_id)
+                delete_image(store, key.image_id, lock_timeout=timeout)
             return pb.DeleteImageResponse()
 
         return self._once("DeleteImage", request, context, work)
 
     def RestoreImage(self, request: pb.RestoreImageRequest, context: grpc.ServicerContext) -> pb.RestoreImageResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.RestoreImageResponse:
-            return pb.RestoreImageResponse(image=image_message(restore_image(store, key.image_id)))
+            return pb.RestoreImageResponse(
+                image=image_message(restore_image(store, key.image_id, lock_timeout=timeout))
+            )
 
         return self._once("RestoreImage", request, context, work)
 
     def PurgeImage(self, request: pb.PurgeImageRequest, context: grpc.ServicerContext) -> pb.PurgeImageResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.PurgeImageResponse:
-            return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id))
+            return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id, lock_timeout=timeout))
 
         return self._once("PurgeImage", request, context, work)
 
     def UpdateMetadata(
         self, request: pb.UpdateMetadataRequest, context: grpc.ServicerContext
     ) -> pb.UpdateMetadataResponse:
-        key = image_key(request.ref)
+        key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.UpdateMetadataResponse:
-            image: Image = update_companions(store, key.image_id, request.files, request.remove_files)
+            image: Image = update_companions(
+                store, key.image_id, request.files, request.remove_files, lock_timeout=timeout
+            )
             return pb.UpdateMetadataResponse(image=image_message(image))
 
         return self._once("UpdateMetadata", request, context, work)

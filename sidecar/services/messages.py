@@ -1,7 +1,9 @@
 """The domain's values as messages, and back."""
 
 from collections.abc import Iterable
+from typing import Literal, Protocol
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.images.v1 import types_pb2 as pb
@@ -22,6 +24,7 @@ _KINDS = {
     FileKind.COMPANION: pb.FILE_KIND_COMPANION,
 }
 
+_LONGEST_SECONDS = 315_576_000_000  # of a Duration, as its definition says: 10,000 years
 _MAX_FILES = 10_000  # of one image: 3 MiB of a message at most
 
 # The years 1 to 9999.
@@ -38,6 +41,27 @@ def image_key(ref: pb.ImageRef) -> ImageKey:
 
 def image_ref(key: ImageKey) -> pb.ImageRef:
     return pb.ImageRef(datastore=key.datastore, image_id=key.image_id)
+
+
+class TakesLock(Protocol):
+    """A request that says how long it waits for an image's lock."""
+
+    @property
+    def lock_timeout(self) -> Duration: ...
+
+    def HasField(self, field_name: Literal["lock_timeout"], /) -> bool: ...
+
+
+def lock_timeout(request: TakesLock) -> float | None:
+    """Seconds; None when the caller leaves it to the sidecar. InvalidRequest for what is no length of time."""
+    if not request.HasField("lock_timeout"):
+        return None
+    seconds, nanos = request.lock_timeout.seconds, request.lock_timeout.nanos
+    if not (0 <= seconds <= _LONGEST_SECONDS and 0 <= nanos < 10**9):
+        raise InvalidRequest(
+            f"lock_timeout is {seconds} s and {nanos} ns; it is a google.protobuf.Duration, and not negative"
+        )
+    return seconds + nanos / 1e9
 
 
 def image_states(states: Iterable[int]) -> frozenset[ImageState]:

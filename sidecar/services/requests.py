@@ -24,10 +24,11 @@ MAX_WAIT_SECONDS = 3600.0
 
 
 def fingerprint(method: str, request: Message) -> bytes:
-    """Tells one change from another: the method, and the request but for its request_id."""
+    """Tells one change from another: the method, and the request but for its request_id and the caller's patience."""
     bare = type(request)()
     bare.CopyFrom(request)
     bare.ClearField("request_id")
+    bare.ClearField("lock_timeout")
     return hashlib.sha256(method.encode() + b"\0" + bare.SerializeToString(deterministic=True)).digest()
 
 

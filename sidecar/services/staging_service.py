@@ -19,7 +19,7 @@ from sidecar.images.operations import Operation
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
 from sidecar.services.image_service import PROGRESS_SECONDS
-from sidecar.services.messages import image_key, image_message, timestamp
+from sidecar.services.messages import image_key, image_message, lock_timeout, timestamp
 from sidecar.services.requests import Requests, fingerprint
 
 MESSAGE_DATA_BYTES = 1 << 20
@@ -165,8 +165,12 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
     def CommitStaging(
         self, request: pb.CommitStagingRequest, context: grpc.ServicerContext
     ) -> pb.CommitStagingResponse:
+        wait = lock_timeout(request)
+
         def work() -> pb.CommitStagingResponse:
-            image, renames = self._library.sessions.commit(request.staging_id, context.time_remaining())
+            image, renames = self._library.sessions.commit(
+                request.staging_id, context.time_remaining(), lock_timeout=wait
+            )
             source = request.copied_from
             copied_from = f"{source.datastore}/{source.image_id}"[:300] if request.HasField("copied_from") else "-"
             _log.info("published image=%s copied_from=%s", image.key, copied_from)

@@ -6,28 +6,38 @@ from collections.abc import Callable
 import pytest
 
 from sidecar import errors
-from tests.support.places import TOMBSTONE, Place, flat_files, write_flat_disk
+from sidecar.client import SidecarClient
+from tests.support.places import MIB, TOMBSTONE, Place, flat_descriptor, flat_files
 from tests.support.processes import wait_until
 from tests.support.world import World
 
 CONFIG = "[limits]\nlock_timeout_seconds = 0.3\n"
 
 
-def commit(world: World, place: Place) -> None:
-    with world.client.create_staging(f"{place.name}/new") as staging:
-        write_flat_disk(place.root / staging.directory, "disk")
-        staging.commit()
+# Of an image by its id: a change, and how long it is ready to wait for the lock.
+Change = tuple[str, Callable[[SidecarClient, str, float | None], object]]
 
 
-CHANGES: dict[str, tuple[str, Callable[[World, Place], object]]] = {
-    "touch": ("a", lambda world, place: world.client.touch(f"{place.name}/a")),
-    "delete": ("a", lambda world, place: world.client.delete(f"{place.name}/a")),
-    "force": ("a", lambda world, place: world.client.delete(f"{place.name}/a", force=True)),
-    "update": ("a", lambda world, place: world.client.update_metadata(f"{place.name}/a", files={"x": b"x"})),
-    "restore": ("dead", lambda world, place: world.client.restore(f"{place.name}/dead")),
-    "purge": ("dead", lambda world, place: world.client.purge(f"{place.name}/dead")),
-    "repair": ("lost", lambda world, place: world.client.validate(f"{place.name}/lost", repair=True)),
-    "copy": ("new", lambda world, place: world.client.copy(f"{place.name}/a", f"{place.name}/new").wait()),
+def commit(client: SidecarClient, ref: str, wait: float | None) -> None:
+    with client.create_staging(ref) as staging:
+        staging.write_file("disk.vmdk", [(0, flat_descriptor("disk-flat.vmdk", MIB).encode())])
+        staging.write_file("disk-flat.vmdk", [], size=MIB)
+        staging.commit(lock_timeout=wait)
+
+
+def copy(client: SidecarClient, ref: str, wait: float | None) -> None:
+    client.copy(ref.replace("/new", "/a"), ref, lock_timeout=wait).wait()
+
+
+CHANGES: dict[str, Change] = {
+    "touch": ("a", lambda client, ref, wait: client.touch(ref, lock_timeout=wait)),
+    "delete": ("a", lambda client, ref, wait: client.delete(ref, lock_timeout=wait)),
+    "force": ("a", lambda client, ref, wait: client.delete(ref, force=True, lock_timeout=wait)),
+    "update": ("a", lambda client, ref, wait: client.update_metadata(ref, files={"x": b"x"}, lock_timeout=wait)),
+    "restore": ("dead", lambda client, ref, wait: client.restore(ref, lock_timeout=wait)),
+    "purge": ("dead", lambda client, ref, wait: client.purge(ref, lock_timeout=wait)),
+    "repair": ("lost", lambda client, ref, wait: client.validate(ref, repair=True, lock_timeout=wait)),
+    "copy": ("new", copy),
     "commit": ("new", commit),
 }
 
@@ -41,23 +51,28 @@ def plant_all(place: Place) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_nothing_changes_an_image_whose_lock_somebody_else_holds(
-    world: World, place: Place, change: tuple[str, Callable[[World, Place], object]]
-) -> None:
+def test_nothing_changes_an_image_whose_lock_somebody_else_holds(world: World, place: Place, change: Change) -> None:
     # The harms in the origin: a directory that was removed after its lock was given back; locks that were not taken.
     image_id, call = change
+    ref = f"{place.name}/{image_id}"
     there = plant_all(place)
     with place.locked(image_id):
         before = place.snapshot()
         with pytest.raises(errors.LockTimeout, match="is held by a process that left no name") as refused:
-            call(world, place)
+            call(world.client, ref, None)
         assert str(place.lock_file(image_id)) in refused.value.message
         # Of a copy or an import that could not be published there is nothing left either.
         after = {path: found for path, found in place.snapshot().items() if not path.endswith(".ec_lock")}
         assert after == {path: found for path, found in before.items() if not path.endswith(".ec_lock")}
     place.assert_holds(there)
-    call(world, place)
+    call(world.client, ref, None)
     assert place.snapshot() != before
+
+
+def test_nobody_waits_longer_than_the_sidecar_is_told_to(world: World, place: Place) -> None:
+    place.plant("a")
+    with place.locked("a"), pytest.raises(errors.LockTimeout, match=r"gave up after 0\.3 s"):
+        world.client.touch(f"{place.name}/a", lock_timeout=3600)
 
 
 def test_who_waits_is_told_which_operation_it_waits_for(world: World, place: Place) -> None:

@@ -1,19 +1,22 @@
 """rm, in each of its forms: a tombstone, exactly one, and the command succeeds."""
 
-import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from sidecar.client import ImageState, SidecarClient
+from fusefs.deleting import Deletions
+from fusefs.pulse import Pulse
+from fusefs.tree import Tree
+from fusefs.watching import Watcher
+from sidecar.client import ImageRef, ImageState, SidecarClient
 from tests.mount.harness import import_sparse, log_of, names, wait_listed
 from tests.support.disks import make_disk, tree_digest
-from tests.support.processes import Mount, Sidecar, background, run, wait_until
+from tests.support.processes import Mount, Sidecar, run, wait_until
 
 
 @pytest.fixture(params=["one", "three"])
@@ -139,35 +142,40 @@ def test_a_name_can_be_used_again_after_purge(image: Path, client: SidecarClient
     assert names(wait_listed(mount, f"{image.parent.name}/a")) == {"a.vmdk", "a-flat.vmdk"}
 
 
-@contextlib.contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Another host holds an image's lock."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink()
-
-
 def test_a_delete_that_waits_for_the_images_lock_deletes_it_whole(
-    make_image: Callable[[str], Path], mount: Mount, client: SidecarClient, tmp_path: Path, stack: ExitStack
+    make_image: Callable[[str], Path], client: SidecarClient, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its companion file is unlinked already, and due to be removed before the delete gets the lock."""
-    for ref in ("one/a", "one/b"):
-        make_image(ref)
-        client.update_metadata(ref, files={f"{ref[-1]}.ecv": b"{}"})
-    image, other = wait_listed(mount, "one/a"), wait_listed(mount, "one/b")
-    wait_until(lambda: "a.ecv" in names(image) and "b.ecv" in names(other), "the companion files are there")
-    before = tree_digest(image)
-    with held(tmp_path / "one" / "image_a.ec_lock"):
-        (image / "a.ecv").unlink()
-        rm = stack.enter_context(background("rm", "-r", image))
-        (other / "b.ecv").unlink()  # due later
-        wait_until(lambda: "companion files removed image=one/b" in log_of(mount), "the time has come")
-        assert "image=one/a" not in log_of(mount)
-    assert rm.wait(30) == 0
-    assert is_tombstoned(client, image)
-    client.restore("one/a")
-    wait_listed(mount, "one/a")
-    assert tree_digest(image) == before
+    make_image("one/a")
+    client.update_metadata("one/a", files={"a.ecv": b"{}"})
+    tree, key, now = Tree(), ("one", "a"), 1000.0
+    watcher = Watcher(client, tree)
+    watcher.start()
+    stack.callback(watcher.stop)
+    assert tree.wait_complete(20)
+    image = tree.image(*key)
+    assert image is not None
+    companion = image.file("a.ecv")
+    assert companion is not None
+    deletions = Deletions(client, Pulse(client), tree, 2.0, clock=lambda: now)
+    waits, goes_on, delete = threading.Event(), threading.Event(), client.delete
+
+    def wait_and_delete(ref: ImageRef, *, lock_timeout: float) -> None:
+        waits.set()
+        goes_on.wait(20)
+        delete(ref, lock_timeout=lock_timeout)
+
+    monkeypatch.setattr(client, "delete", wait_and_delete)
+    deletions.remove_later(key, image, companion)
+    deleting = threading.Thread(target=deletions.tombstone, args=(key, image))
+    try:
+        deleting.start()
+        assert waits.wait(20)
+        now += 3
+        deletions.run_due()
+    finally:
+        goes_on.set()
+        deleting.join(20)
+    deleted = client.image("one/a")
+    assert deleted.state == ImageState.IMAGE_STATE_TOMBSTONED
+    assert [file.name for file in deleted.files] == ["a.ecv", "a-flat.vmdk", "a.vmdk"]

@@ -23,13 +23,15 @@ from fusefs.tree import IndexedDatastore, Tree
 from fusefs.watching import Watcher
 from fusefs.workers import Workers
 from sidecar.client import ImageRef, SidecarClient, Staging
-from sidecar.errors import ImageAlreadyExists, ImagesError, SidecarUnavailable
+from sidecar.errors import ImageAlreadyExists, ImagesError, LockTimeout, SidecarUnavailable
 from tests.crash.stopping import held_back
 from tests.mount.relay import Relay
 from tests.support.disks import import_image, make_disk
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
 SETTLE_SECONDS = 2.0
+# For a test to find a publish that waits: longer than a mount has it wait.
+LOCK_SECONDS = 30.0
 
 
 class Clock:
@@ -55,7 +57,7 @@ class Making:
         stack.callback(watcher.stop)
         assert tree.wait_complete(20)
         rules, pulse = Rules(tree, not_asked), Pulse(client)
-        self.area = StagingArea(client, pulse, tree, rules, clock=self.clock)
+        self.area = StagingArea(client, pulse, tree, rules, lock_timeout=LOCK_SECONDS, clock=self.clock)
         deletions = Deletions(client, pulse, tree, SETTLE_SECONDS, clock=self.clock)
         self.publisher = Publisher(self.area, rules, deletions, SETTLE_SECONDS, clock=self.clock)
         found = tree.datastore("one")
@@ -217,6 +219,28 @@ def test_anothers_image_is_not_taken_for_what_was_written(
     with pytest.raises(ImageAlreadyExists):
         making.area.resolve(directory)
     assert directory.state is State.GONE
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["answered", "answer lost"])
+def test_a_publish_that_was_refused_for_a_lock_is_tried_again_whoever_asked_for_it(
+    lost: bool, relayed: tuple[Relay, SidecarClient, SidecarClient], disk: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    relay, client, _ = relayed
+    making = Making(client, stack)
+    directory = making.stage(disk, disk.with_name("disk-flat.vmdk"))
+    with held_back(tmp_path / "one", "compound", "new"):
+        if lost:
+            lose_the_answer(relay, making, directory)
+            relay.join_again()
+        with pytest.raises(LockTimeout):
+            making.area.resolve(directory) if lost else making.area.publish(directory)
+    assert directory.unanswered is None
+    assert "is held by" in directory.reason
+    making.clock.now += SETTLE_SECONDS
+    assert making.publisher.due(directory) is None
+    making.clock.now = directory.retry_at
+    act(making, directory)
+    assert directory.state is State.PUBLISHED
 
 
 class SlowPlace(LocalPlace):

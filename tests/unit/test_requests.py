@@ -229,7 +229,7 @@ def test_a_remembered_error_does_not_keep_alive_what_its_call_worked_with() -> N
     assert gone[0]() is None
 
 
-def test_the_fingerprint_tells_changes_apart_but_not_their_ids() -> None:
+def test_the_fingerprint_tells_changes_apart_but_not_their_ids_nor_how_long_they_wait() -> None:
     def request(image_id: str, request_id: str) -> pb.TouchImageRequest:
         return pb.TouchImageRequest(ref=types_pb2.ImageRef(datastore="one", image_id=image_id), request_id=request_id)
 
@@ -237,6 +237,9 @@ def test_the_fingerprint_tells_changes_apart_but_not_their_ids() -> None:
     known = fingerprint("TouchImage", sample)
     assert known == fingerprint("TouchImage", request("a", "2"))
     assert known != fingerprint("TouchImage", request("b", "1"))
+    patient = request("a", "1")
+    patient.lock_timeout.FromSeconds(1)
+    assert known == fingerprint("TouchImage", patient)
     assert known != fingerprint("RestoreImage", sample)
     assert sample.request_id == "1"
 

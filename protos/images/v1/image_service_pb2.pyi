@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -138,21 +139,27 @@ class ValidateImageRequest(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     repair: _builtins.bool
     """Give a complete image that lost its timestamp file a new one."""
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration:
+        """Of a repair."""
+
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
         repair: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "repair", b"repair", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref", "repair", b"repair", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,18 +194,22 @@ class TouchImageRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,21 +242,27 @@ class CopyImageRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DESTINATION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def source(self) -> _types_pb2.ImageRef: ...
     @_builtins.property
     def destination(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration:
+        """For the lock of the destination, once the bytes are copied."""
+
     def __init__(
         self,
         *,
         source: _types_pb2.ImageRef | None = ...,
         destination: _types_pb2.ImageRef | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "lock_timeout", b"lock_timeout", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "lock_timeout", b"lock_timeout", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,21 +308,25 @@ class DeleteImageRequest(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     force: _builtins.bool
     """Purge at once instead of leaving a tombstone."""
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
         force: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "lock_timeout", b"lock_timeout", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,18 +353,22 @@ class RestoreImageRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -375,18 +400,22 @@ class PurgeImageRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,6 +469,7 @@ class UpdateMetadataRequest(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     REMOVE_FILES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
@@ -451,6 +481,8 @@ class UpdateMetadataRequest(_message.Message):
     def remove_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Companion files to remove, by name."""
 
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -458,10 +490,11 @@ class UpdateMetadataRequest(_message.Message):
         files: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
         remove_files: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock_timeout", b"lock_timeout", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "ref", b"ref", "remove_files", b"remove_files", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "lock_timeout", b"lock_timeout", "ref", b"ref", "remove_files", b"remove_files", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

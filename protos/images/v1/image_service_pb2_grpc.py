@@ -30,6 +30,10 @@ class ImageServiceStub:
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     def __init__(self, channel):
@@ -95,6 +99,10 @@ class ImageServiceServicer:
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     def ListImages(self, request, context):
@@ -233,6 +241,10 @@ class ImageService:
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     @staticmethod

@@ -31,6 +31,10 @@ class ImageServiceStub:
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     @_typing.overload
@@ -64,6 +68,10 @@ class ImageServiceAsyncStub(ImageServiceStub):
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -93,6 +101,10 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors are gRPC codes with a google.rpc.ErrorInfo of domain `images.v1` and one of the reasons of docs/api.md.
     Changes take a request_id: repeating a call with the same request_id gives the first one's answer and does nothing again.
+
+    They also take a lock_timeout: how long the call may wait for the image's lock, which another process may hold. After
+    that it fails with LOCK_TIMEOUT, and nothing is changed. 0: not at all. Not set, or longer than what the sidecar is
+    configured to wait: as long as that. A call that joins another one waits for as long as that one does.
     """
 
     @_abc_1.abstractmethod

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -322,11 +323,16 @@ class CommitStagingRequest(_message.Message):
     STAGING_ID_FIELD_NUMBER: _builtins.int
     COPIED_FROM_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOCK_TIMEOUT_FIELD_NUMBER: _builtins.int
     staging_id: _builtins.str
     request_id: _builtins.str
     @_builtins.property
     def copied_from(self) -> _types_pb2.ImageRef:
         """The image that the whole disk was copied from, for the log; empty for an import."""
+
+    @_builtins.property
+    def lock_timeout(self) -> _duration_pb2.Duration:
+        """As of the changes of ImageService, for the lock of the image to be."""
 
     def __init__(
         self,
@@ -334,10 +340,11 @@ class CommitStagingRequest(_message.Message):
         staging_id: _builtins.str = ...,
         copied_from: _types_pb2.ImageRef | None = ...,
         request_id: _builtins.str = ...,
+        lock_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copied_from", b"copied_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copied_from", b"copied_from", "lock_timeout", b"lock_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied_from", b"copied_from", "request_id", b"request_id", "staging_id", b"staging_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied_from", b"copied_from", "lock_timeout", b"lock_timeout", "request_id", b"request_id", "staging_id", b"staging_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
