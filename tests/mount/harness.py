@@ -14,6 +14,23 @@ from tests.support.processes import Mount, Sidecar, run, wait_until
 # Within what the mount promises, on a machine that is busy with other tests.
 SETTLED_SECONDS = 20.0
 
+# How tools copy a directory: `$0` to `$1`, which is not there yet.
+_EACH = 'mkdir "$1" && for file in "$0"/*; do {} done'
+_PIPED = 'mkdir "$1" && tar -C "$0" {} - . | tar -C "$1" -xf -'
+COPIERS = {
+    "cp": 'cp -r "$0" "$1"',
+    "cp -a": 'cp -a "$0" "$1"',
+    "cp --sparse=never": 'cp -r --sparse=never "$0" "$1"',
+    "busybox cp": 'busybox cp -r "$0" "$1"',
+    "shutil": 'python3 -c "import shutil, sys; shutil.copytree(*sys.argv[1:])" "$0" "$1"',
+    "rsync": 'rsync -a "$0/" "$1"',
+    "rsync --sparse": 'rsync -a --sparse "$0/" "$1"',
+    "tar": _PIPED.format("-cf"),
+    "tar --sparse": _PIPED.format("-cSf"),
+    "dd": _EACH.format('dd if="$file" of="$1/${file##*/}" bs=100k status=none;'),
+    "cat": _EACH.format('cat "$file" >"$1/${file##*/}";'),
+}
+
 
 def log_of(mount: Mount) -> str:
     return mount.log.read_text()
