@@ -9,7 +9,7 @@ import pytest
 
 from sidecar.client import SidecarClient
 from tests.mount.harness import import_sparse, names, wait_listed
-from tests.support.disks import MIB, assert_same_disk, digest, import_image, make_disk
+from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
 MakeImage = Callable[[str], Path]
@@ -45,6 +45,54 @@ def test_stat_shows_what_the_datastore_has(mount: Mount, client: SidecarClient, 
         os.stat(path).st_ino for path in (mount.path, mount.path / "one", image, *sorted(image.iterdir()))
     ]
     assert (image / "a-flat.vmdk").stat().st_blocks * 512 < 8 * MIB
+
+
+def disk_usage(directory: Path) -> int:
+    return int(run("du", "--summarize", "--block-size=1", directory).stdout.split()[0])
+
+
+def test_du_shows_what_images_take_however_they_came(mount: Mount, client: SidecarClient, tmp_path: Path) -> None:
+    """With holes: what they have of them is the datastore's to say."""
+    descriptor = make_disk(tmp_path / "source", "x.vmdk")
+    import_sparse(client, "one/a", descriptor)
+    run("cp", "-r", wait_listed(mount, "one/a"), mount.path / "one" / "copied")
+    run("cp", "-r", descriptor.parent, mount.path / "one" / "imported")
+    run("sync", mount.path / "one" / "imported")
+    for name in ("a", "copied", "imported"):
+        image, real = mount.path / "one" / name, tmp_path / "one" / f"image_{name}"
+        assert disk_usage(image) == sum(allocated(real / file) for file in names(image)) < 3 * MIB
+    staged = mount.path / "one" / "staged"
+    staged.mkdir()
+    run("cp", descriptor.with_name("x-flat.vmdk"), staged)
+    run("sync", staged / "x-flat.vmdk")
+    assert disk_usage(staged) == 2 * MIB
+
+
+def test_inode_numbers_are_the_same_for_the_life_of_the_mount(mount: Mount, client: SidecarClient, disk: Path) -> None:
+    """Who follows a directory, a backup or `find`, takes one with another number for another one."""
+    image = mount.path / "one" / "new"
+    image.mkdir()
+    inode = image.stat().st_ino
+    for path in disk.parent.iterdir():
+        run("cp", path, image / ".part")
+        file_inode = (image / ".part").stat().st_ino
+        run("mv", image / ".part", image / path.name)
+        assert (image / path.name).stat().st_ino == file_inode
+    assert len({path.stat().st_ino for path in image.iterdir()}) == 2
+    run("sync", image)
+    assert names(mount.path / "one") == {"new"}
+    assert image.stat().st_ino == inode
+    files = {name: (image / name).stat().st_ino for name in names(image)}
+    run("rm", "-r", image)
+    assert (mount.path / "one" / ".deleted" / "new").stat().st_ino == inode
+    run("mv", mount.path / "one" / ".deleted" / "new", mount.path / "one")
+    client.touch("one/new")
+    client.delete("one/new")
+    wait_until(lambda: names(mount.path / "one") == set(), "its deletion by another client is seen")
+    client.restore("one/new")
+    wait_listed(mount, "one/new")
+    assert image.stat().st_ino == inode
+    assert {name: (image / name).stat().st_ino for name in names(image)} == files
 
 
 def test_df_shows_the_datastores_capacity(mount: Mount, client: SidecarClient) -> None:
