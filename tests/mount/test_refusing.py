@@ -44,6 +44,7 @@ def test_a_published_image_is_read_only(image: Path, tmp_path: Path, mount: Moun
     assert message_of("chown", "1", image / "a.vmdk") == read_only
     assert message_of("chmod", "600", image) == read_only
     assert message_of("touch", image / "a.vmdk") == read_only
+    assert message_of("setfattr", "-n", "user.k", "-v", "v", image / "a.vmdk") == read_only
     assert message_of("touch", image / "new") == read_only
     assert message_of("mkdir", image / "sub") == read_only
     assert message_of("mv", image / "a.vmdk", image / "b.vmdk") == read_only
