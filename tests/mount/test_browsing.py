@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from sidecar.client import SidecarClient
 from tests.mount.harness import import_sparse, names, wait_listed
 from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
-from tests.support.processes import Mount, Sidecar, run, wait_until
+from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
 MakeImage = Callable[[str], Path]
 
@@ -105,6 +106,21 @@ def test_df_shows_the_datastores_capacity(mount: Mount, client: SidecarClient) -
     assert abs(int(free) - (datastore.free_bytes - datastore.reserve_bytes)) < 1 << 30  # others write there, too
 
 
+def test_df_of_each_datastore_follows_what_others_write_there(tmp_path: Path, stack: ExitStack) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "small", 64 * MIB, ("mkfs.ext4", "-q")))
+    (tmp_path / "large").mkdir()
+    datastores = (f"small={root},reserve=0", f"large={tmp_path / 'large'}")
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", *datastores))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+
+    def free(path: Path) -> int:
+        return int(run("df", "-B1", "--output=avail", path).stdout.split()[1])
+
+    assert free(mount.path / "small") == free(root) < free(mount.path / "large")
+    run("fallocate", "--length", str(30 * MIB), root / "other")
+    wait_until(lambda: free(mount.path / "small") == free(root), "df follows")
+
+
 def test_reads_the_same_bytes_by_every_way(mount: Mount, make_image: MakeImage, tmp_path: Path) -> None:
     source = make_image("two/a")
     image = wait_listed(mount, "two/a")
@@ -113,6 +129,24 @@ def test_reads_the_same_bytes_by_every_way(mount: Mount, make_image: MakeImage, 
     run("cp", "-r", image, tmp_path / "out")
     assert digest(tmp_path / "out" / "a-flat.vmdk") == digest(source.with_name("disk-flat.vmdk"))
     run("cmp", tmp_path / "out" / "a-flat.vmdk", image / "a-flat.vmdk")
+
+
+# Boot code that says "up" on the serial line and ends the machine, with exit code 1.
+BOOT_SECTOR = bytes.fromhex("ba f803 b075 ee b070 ee ba f400 30c0 ee f4").ljust(510, b"\0") + b"\x55\xaa"
+
+
+def test_a_machine_boots_from_it(mount: Mount, client: SidecarClient, tmp_path: Path) -> None:
+    """With what it writes in a file of its own, as a VM has its base image."""
+    descriptor = make_disk(tmp_path / "source")
+    with descriptor.with_name("disk-flat.vmdk").open("r+b") as file:
+        file.write(BOOT_SECTOR)
+    import_sparse(client, "one/a", descriptor)
+    base, overlay = wait_listed(mount, "one/a") / "a.vmdk", tmp_path / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "vmdk", "-b", base, overlay)
+    machine = ("-accel", "tcg", "-nodefaults", "-display", "none", "-serial", "stdio")
+    ended = ("-device", "isa-debug-exit,iobase=0xf4", "-drive", f"file={overlay},format=qcow2,if=virtio")
+    booted = run("qemu-system-x86_64", *machine, *ended, check=False)
+    assert (booted.returncode, booted.stdout) == (1, "up"), booted.stderr
 
 
 def test_several_readers_at_once(mount: Mount, make_image: MakeImage) -> None:
