@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from sidecar.client import Part, SidecarClient
 from sidecar.holes import data_ranges, seek_in
 from tests.support.processes import Mount, Sidecar, run, wait_until
@@ -93,6 +95,37 @@ def hanging(sidecar: Sidecar) -> Iterator[None]:
         yield
     finally:
         sidecar.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def slowed(sidecar: Sidecar, root: Path, bytes_per_second: int) -> Iterator[None]:
+    """For the block, the sidecar writes no faster to that file system; skips where nothing can see to that."""
+    groups = Path("/sys/fs/cgroup")
+    device = os.stat(root).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if (groups / "blkio").is_dir():
+        controller, groups = "blkio", groups / "blkio"
+        limit, text = "blkio.throttle.write_bps_device", f"{number} {bytes_per_second}"
+    else:
+        controller, limit, text = "", "io.max", f"{number} wbps={bytes_per_second}"
+    lines = [line.split(":") for line in Path(f"/proc/{sidecar.pid}/cgroup").read_text().splitlines()]
+    home = next((groups / path.lstrip("/") for _, names, path in lines if controller in names.split(",")), groups)
+    group = groups / f"slowed-{sidecar.pid}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        try:
+            (group / limit).write_text(text)
+            (group / "cgroup.procs").write_text(str(sidecar.pid))
+        except OSError as error:
+            pytest.skip(f"no control group slows a device here: {error}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it has ended
+            (home / "cgroup.procs").write_text(str(sidecar.pid))
+        group.rmdir()
 
 
 def shell(script: str, **variables: Path | str) -> subprocess.CompletedProcess[str]:

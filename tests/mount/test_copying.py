@@ -4,15 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import COPIERS, import_sparse, log_of, message_of, names, published_as, wait_listed
+from tests.crash.support import write_image
+from tests.mount.harness import COPIERS, import_sparse, log_of, message_of, names, published_as, slowed, wait_listed
 from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
-from tests.support.processes import Mount, run, wait_until
+from tests.support.processes import Mount, Sidecar, background, loop_mount, run, wait_until
 
 MakeImage = Callable[[str], Path]
 DENSE = ((0, 8 * MIB),)
@@ -274,6 +277,26 @@ def is_name(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_an_interrupted_cp_ends_at_once_however_slow_the_datastore_is(tmp_path: Path, stack: ExitStack) -> None:
+    """cp asks for the whole file; it ends when its request is answered."""
+    root = stack.enter_context(loop_mount(tmp_path / "slow", 600 * MIB, ("mkfs.xfs", "-q", "-m", "reflink=0")))
+    write_image(root, "compound", "a", size=200 * MIB, dense=True)
+    os.sync()
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},reserve=0"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    target = mount.path / "one" / "b"
+    with slowed(sidecar, root, 10 * MIB):  # 20 s for all of it
+        copy = stack.enter_context(background("cp", "-r", mount.path / "one" / "a", target))
+        wait_until(lambda: any(path.stat().st_size for path in target.glob("*")), "the copy has begun")
+        begun = time.monotonic()
+        copy.send_signal(signal.SIGINT)
+        assert copy.wait(30) == -signal.SIGINT
+        assert time.monotonic() - begun < 4  # one request is about a second long
+        wait_until(lambda: not list(root.glob("tmp_image_*")), f"nothing is left:\n{log_of(mount)}")
+    assert names(mount.path / "one") == {"a"}
 
 
 @pytest.mark.slow
