@@ -160,6 +160,9 @@ def _set_up(connection: Any, config: Any, options: Options) -> str:
     if connection is not None:
         # Spliced data is put into new memory for each write; read, it is in the buffer of the thread that serves it.
         connection.want &= ~(_CAP_READDIRPLUS_AUTO | _CAP_SPLICE_READ)
+        if "max_read" in options:
+            # The kernel has it as an option of the mount, and libfuse wants to be told the same once more.
+            connection.max_read = int(options["max_read"])
     if config is not None:
         for name in ("entry_timeout", "attr_timeout"):
             # They were given as options, which libfuse parses itself. Reading them back shows that they took effect,

@@ -13,8 +13,8 @@ from fusefs.filesystem import FileSystem
 class Callbacks:
     """The file system in the form in which both bindings call it: with paths, and file infos instead of handles.
 
-    What is not here is answered with ENOSYS by libfuse: extended attributes among it, which the kernel then stops
-    asking for.
+    What is not here is answered with ENOSYS by libfuse: asking for extended attributes among it, which the kernel then
+    stops to do. Setting them is accepted where a copier does it, as permissions are, and changes nothing.
     """
 
     use_ns = True
@@ -144,6 +144,14 @@ class Callbacks:
 
     def chown(self, path: str | None, uid: int, gid: int, fi: Any = None) -> int:
         self.filesystem.chmod(path, _handle(fi))
+        return 0
+
+    def setxattr(self, path: str, name: str, value: bytes, options: int, position: int = 0) -> int:
+        self.filesystem.setxattr(path)
+        return 0
+
+    def removexattr(self, path: str, name: str) -> int:
+        self.filesystem.setxattr(path)
         return 0
 
     def utimens(self, path: str | None, times: tuple[int, int] | None, fi: Any = None) -> int:

@@ -92,7 +92,8 @@ class Copying:
     def _take(self, file: StagedFile, equal: _Equal, data: memoryview, offset: int) -> None:
         """Shares the whole blocks that the data makes equal to the source, and writes what is beside them."""
         end = offset + len(data)
-        start, stop = file.provenance.equal_blocks(equal.source, offset, end, file.content.block_size)
+        begin = self._with_zeroes_before(file, equal, offset)
+        start, stop = file.provenance.equal_blocks(equal.source, begin, end, file.content.block_size)
         if stop > end and stop > file.content.status().size:
             stop -= file.content.block_size  # the file ends in its last block, where the source goes on
         if start < stop and file.content.share(equal.reader, start, stop - start):
@@ -102,6 +103,20 @@ class Copying:
                 file.content.write(data[stop - offset :], stop)
         else:
             file.content.write(data, offset)
+
+    def _with_zeroes_before(self, file: StagedFile, equal: _Equal, offset: int) -> int:
+        """Where what is equal begins: before the data when the source has zeroes there, which the writer skipped.
+
+        `rsync --sparse` leaves out each zero that a piece of it begins or ends with: a block with one in it would never
+        be written as a whole. Looked for beyond the end of the file only, and no further back than one block.
+        """
+        size, block = file.content.status().size, file.content.block_size
+        begin = max(size, (offset - 1) // block * block)
+        if begin >= offset or (size < begin and offset % block == 0):
+            return offset
+        if not equal.reader.equals(memoryview(bytes(offset - begin)), begin):
+            return offset
+        return begin if file.provenance.skipped(begin, offset, equal.source) else offset
 
     def _equal_source(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> "_Equal | None":
         """The file of an image with the same bytes at the same offset, when the writer may have read it from there."""

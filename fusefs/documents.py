@@ -4,6 +4,7 @@ An image's document is asked of the sidecar when it is opened, with metadata and
 what the index knows, and says since when that may be old.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -33,6 +34,9 @@ class Documents:
         """The document, as its file has it."""
         match node.about:
             case nodes.DatastoreNode(datastore):
+                if self._stale_since() is None:  # the stream of a sidecar that hangs is up
+                    with contextlib.suppress(ImagesError):
+                        self._pulse.require()
                 document = {**datastore_document(datastore.info), "stale_since": self._staleness()}
             case nodes.StagedNode(directory):
                 document = _of_staged(directory)
@@ -66,7 +70,7 @@ class Documents:
             return {**known, "stale_since": self._staleness(), "stale_because": error.message}
 
     def _staleness(self) -> str | None:
-        since = self._stale_since()
+        since = self._stale_since() or self._pulse.silent_since
         return None if since is None else ns_text(int(since * 1e9))
 
 

@@ -258,6 +258,14 @@ class FileSystem:
     @operation
     def chmod(self, path: str | None, handle: int | None = None) -> None:
         """chmod and chown: permissions are the mount's own; accepted where a copier sets them."""
+        self._accept(path, handle)
+
+    @operation
+    def setxattr(self, path: str) -> None:
+        """No image has extended attributes or ACLs; accepted where a copier sets them, or it would fail."""
+        self._accept(path, None)
+
+    def _accept(self, path: str | None, handle: int | None) -> None:
         match self._of_copier(path, handle):
             case nodes.ImageNode(recent=None) | nodes.ImageFileNode(parent=nodes.ImageNode(recent=None)):
                 fail(errno.EROFS)

@@ -11,12 +11,15 @@ FILE_SYSTEM_NAME = "image-mount"
 # Of mount(8), fusermount3 and libfuse: passed on as they are.
 _PASSED_FLAGS = {
     "allow_other", "allow_root", "auto_unmount", "debug", "default_permissions", "ro", "rw", "suid", "nosuid", "dev",
-    "nodev", "exec", "noexec", "async", "sync", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime",
-    "dirsync",
+    "nodev", "exec", "noexec", "async", "sync", "atime", "noatime", "dirsync",
 }  # fmt: skip
 _PASSED_VALUES = {"fsname", "max_read", "max_idle_threads"}
-# Of fstab: for mount(8) and for systemd, not for us.
-_IGNORED_FLAGS = {"defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail"}
+# Of fstab: for mount(8) and for systemd, not for us. And when a look changes the time of access: here it never does,
+# and libfuse refuses these.
+_IGNORED_FLAGS = {
+    "defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail",
+    "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime",
+}  # fmt: skip
 _OWN = "settle=, attr_timeout=, entry_timeout=, uid=, gid=, umask=, xattr, ro, allow_other"
 _IGNORED_PREFIXES = ("x-", "comment=")
 

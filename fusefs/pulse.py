@@ -18,13 +18,21 @@ _SECOND_LOOK_SECONDS = 0.2
 
 
 class Pulse:
-    """`clock` is monotonic. Safe to share between threads."""
+    """`clock` is monotonic, `wall_clock` the time of day. Safe to share between threads."""
 
-    def __init__(self, client: SidecarClient, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        client: SidecarClient,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._client = client
         self._clock = clock
-        self._lock = threading.Lock()  # guards _silent_until
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()  # guards what follows
         self._silent_until = 0.0
+        self.silent_since: float | None = None  # seconds since the epoch; None when it answered the last time
 
     def require(self, seconds: float = ANSWER_SECONDS) -> None:
         """Returns when the sidecar answers; SidecarUnavailable when it does not within so many seconds, or less."""
@@ -33,7 +41,11 @@ class Pulse:
         try:
             self._client.wait_ready(_SECOND_LOOK_SECONDS if known_silent else seconds)
         except SidecarUnavailable:
-            if not known_silent:
-                with self._lock:
+            with self._lock:
+                if not known_silent:
                     self._silent_until = self._clock() + _REMEMBERED_SECONDS
+                if self.silent_since is None:
+                    self.silent_since = self._wall_clock()
             raise
+        with self._lock:
+            self.silent_since = None

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import errno
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from fusefs.contents import Content, Place
 from fusefs.errors import fail
 from fusefs.processes import descends_from, runs_a_program
 from fusefs.provenance import Provenance
-from fusefs.tree import directory_inode, file_inode
+from fusefs.tree import directory_inode, staged_inode
 from sidecar.client import ImageRef, Staging
 from sidecar.errors import ImagesError
 
@@ -52,8 +53,9 @@ class Commit(NamedTuple):
 class StagedFile:
     """A file that is being written. `lock` guards its provenance, and keeps a write and its record together."""
 
-    def __init__(self, name: str, content: Content) -> None:
+    def __init__(self, name: str, content: Content, inode: int) -> None:
         self.name = name
+        self.inode = inode  # as the mount shows it
         self.content = content
         self.lock = threading.Lock()
         self.provenance = Provenance()
@@ -71,10 +73,9 @@ class StagedFile:
                 self.given_up = f"a change of it failed: {error}"
             raise
 
-    def attributes(self, number: int, owner: Owner) -> Attributes:
+    def attributes(self, owner: Owner) -> Attributes:
         status = self.content.status()
-        inode = file_inode(number, self.name)
-        return owner.file(inode, status.size, status.allocated, status.modified_ns, writable=True)
+        return owner.file(self.inode, status.size, status.allocated, status.modified_ns, writable=True)
 
 
 class StagedDirectory:
@@ -101,6 +102,7 @@ class StagedDirectory:
         self._condition = threading.Condition()
         self._naming = threading.Lock()
         self._files: dict[str, StagedFile] = {}
+        self._serials = itertools.count()
         self._changes_running = 0
         self.state = State.OPEN
         self.writers = 0  # open handles that may write
@@ -217,7 +219,7 @@ class StagedDirectory:
         with self.change(), self._naming:
             if name in self._files:
                 fail(errno.EEXIST)
-            file = StagedFile(name, self.place.create(name))
+            file = StagedFile(name, self.place.create(name), staged_inode(self.number, next(self._serials)))
             with self._condition:
                 self._files[name] = file
                 self.opened(file, writable=True)

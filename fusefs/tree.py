@@ -27,6 +27,7 @@ ROOT_INODE = 1
 _FILE = Struct("<BqqqQ")
 _ID_MARK = "\0"  # stands for the image id where names are stored; no name has it
 
+_STAGED_FROM = 1 << 4  # in rank 0, above the directory and what belongs to it
 _RANKS: dict[int, int] = {
     FileKind.FILE_KIND_UNSPECIFIED: 1,
     FileKind.FILE_KIND_COMPANION: 1,
@@ -363,6 +364,11 @@ def deleted_inode(number: int) -> int:
 def document_inode(number: int) -> int:
     """Of the document about a directory of this number."""
     return (number << 32) | 3
+
+
+def staged_inode(number: int, serial: int) -> int:
+    """Of a file that is being made in a directory of this number, the `serial`-th there: whatever it is renamed to."""
+    return (number << 32) | (_STAGED_FROM + serial)
 
 
 def file_inode(number: int, name: str, kind: int = FileKind.FILE_KIND_COMPANION) -> int:

@@ -73,7 +73,7 @@ class Views:
             case nodes.StagedNode(directory):
                 return self._owner.directory(directory.inode, modified_ns=directory.modified_ns)
             case nodes.StagedFileNode(directory, file):
-                return file.attributes(directory.number, self._owner)
+                return file.attributes(self._owner)
 
     def entries(self, node: nodes.Node) -> list[Entry]:
         """What readdir lists; files of an image in the order that completes a copy with its last file."""
@@ -93,7 +93,7 @@ class Views:
                 return own + self._files(ghost.image, ghost.removed)
             case nodes.StagedNode(directory):
                 staged = directory.files
-                return own + [(file.name, partial(file.attributes, directory.number, self._owner)) for file in staged]
+                return own + [(file.name, partial(file.attributes, self._owner)) for file in staged]
             case _:
                 fail(errno.ENOTDIR)
 

@@ -7,12 +7,31 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from sidecar.client import Part, SidecarClient
 from sidecar.holes import data_ranges, seek_in
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
 # Within what the mount promises, on a machine that is busy with other tests.
 SETTLED_SECONDS = 20.0
+
+# How tools copy a directory: `$0` to `$1`, which is not there yet.
+_EACH = 'mkdir "$1" && for file in "$0"/*; do {} done'
+_PIPED = 'mkdir "$1" && tar -C "$0" {} - . | tar -C "$1" -xf -'
+COPIERS = {
+    "cp": 'cp -r "$0" "$1"',
+    "cp -a": 'cp -a "$0" "$1"',
+    "cp --sparse=never": 'cp -r --sparse=never "$0" "$1"',
+    "busybox cp": 'busybox cp -r "$0" "$1"',
+    "shutil": 'python3 -c "import shutil, sys; shutil.copytree(*sys.argv[1:])" "$0" "$1"',
+    "rsync": 'rsync -a "$0/" "$1"',
+    "rsync --sparse": 'rsync -a --sparse "$0/" "$1"',
+    "tar": _PIPED.format("-cf"),
+    "tar --sparse": _PIPED.format("-cSf"),
+    "dd": _EACH.format('dd if="$file" of="$1/${file##*/}" bs=100k status=none;'),
+    "cat": _EACH.format('cat "$file" >"$1/${file##*/}";'),
+}
 
 
 def log_of(mount: Mount) -> str:
@@ -85,6 +104,37 @@ def hanging(sidecar: Sidecar) -> Iterator[None]:
         yield
     finally:
         sidecar.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def slowed(sidecar: Sidecar, root: Path, bytes_per_second: int) -> Iterator[None]:
+    """For the block, the sidecar writes no faster to that file system; skips where nothing can see to that."""
+    groups = Path("/sys/fs/cgroup")
+    device = os.stat(root).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if (groups / "blkio").is_dir():
+        controller, groups = "blkio", groups / "blkio"
+        limit, text = "blkio.throttle.write_bps_device", f"{number} {bytes_per_second}"
+    else:
+        controller, limit, text = "", "io.max", f"{number} wbps={bytes_per_second}"
+    lines = [line.split(":") for line in Path(f"/proc/{sidecar.pid}/cgroup").read_text().splitlines()]
+    home = next((groups / path.lstrip("/") for _, names, path in lines if controller in names.split(",")), groups)
+    group = groups / f"slowed-{sidecar.pid}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        try:
+            (group / limit).write_text(text)
+            (group / "cgroup.procs").write_text(str(sidecar.pid))
+        except OSError as error:
+            pytest.skip(f"no control group slows a device here: {error}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it has ended
+            (home / "cgroup.procs").write_text(str(sidecar.pid))
+        group.rmdir()
 
 
 def shell(script: str, **variables: Path | str) -> subprocess.CompletedProcess[str]:

@@ -1,19 +1,31 @@
 """cp between images: an image copy, complete or not at all, whatever the tool sends."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import import_sparse, is_name, log_of, message_of, names, published_as, wait_listed
+from tests.crash.support import write_image
+from tests.mount.harness import (
+    COPIERS,
+    import_sparse,
+    is_name,
+    log_of,
+    message_of,
+    names,
+    published_as,
+    slowed,
+    wait_listed,
+)
 from tests.support.disks import MIB, allocated, assert_same_disk, digest, import_image, make_disk
-from tests.support.processes import Mount, run, wait_until
+from tests.support.processes import Mount, Sidecar, background, loop_mount, run, wait_until
 
 MakeImage = Callable[[str], Path]
 DENSE = ((0, 8 * MIB),)
@@ -94,32 +106,15 @@ def test_mv_inside_a_datastore(source: Path, mount: Mount) -> None:
     assert names(mount.path / "one" / "b") == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
 
 
-def test_a_copier_that_reads_and_writes_is_recognised(source: Path, mount: Mount) -> None:
-    shutil.copytree(source, mount.path / "two" / "b")
-    assert published_as(mount, "two/b") == "one/a"
-    assert_same_disk(source / "a.vmdk", mount.path / "two" / "b" / "b.vmdk")
-
-
 @pytest.mark.parametrize("kind", ["source", "dense"])
-@pytest.mark.parametrize(
-    "script",
-    [
-        'busybox cp -r "$0" "$1"',
-        'rsync -a "$0/" "$1"',
-        'rsync -a --sparse "$0/" "$1"',
-        'mkdir "$1" && tar -C "$0" -cf - . | tar -C "$1" -xf -',
-        'mkdir "$1" && tar -C "$0" -cSf - . | tar -C "$1" -xf -',
-        'mkdir "$1" && for file in "$0"/*; do dd if="$file" of="$1/${file##*/}" bs=100k status=none; done',
-        'mkdir "$1" && for file in "$0"/*; do cat "$file" >"$1/${file##*/}"; done',
-    ],
-)
+@pytest.mark.parametrize("tool", COPIERS)
 def test_a_copy_by_whatever_tool_is_known_to_be_one(
-    script: str, kind: str, mount: Mount, request: pytest.FixtureRequest
+    tool: str, kind: str, mount: Mount, request: pytest.FixtureRequest
 ) -> None:
     """Where one process reads and another one writes, too."""
     image: Path = request.getfixturevalue(kind)
     target = mount.path / "two" / "b"
-    run("sh", "-c", script, image, target)
+    run("sh", "-c", COPIERS[tool], image, target)
     wait_listed(mount, "two/b")
     assert published_as(mount, "two/b") == f"one/{image.name}"
     assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
@@ -224,8 +219,12 @@ def test_the_copiers_names_resolve_for_a_while_and_are_not_listed(source: Path, 
         os.utime(target / name, ns=(1, 1))
         (target / name).chmod(0o600)
         assert (target / name).stat().st_size == (target / name.replace("a", "b", 1)).stat().st_size
+    for path in (target / "a.vmdk", target / "b.vmdk", target):
+        run("chown", "1:1", path)
+        run("chmod", "700", path)
+        run("touch", "-d", "2001-01-01", path)
+        run("setfattr", "-n", "user.k", "-v", "v", path)
     os.utime(target)
-    target.chmod(0o700)
     assert names(target) == {"b.vmdk", "b-flat.vmdk", "b.ecv"}
 
 
@@ -279,6 +278,26 @@ def test_nobody_else_writes_into_what_a_copier_makes_until_it_left(source: Path,
         maker.communicate("")
     run("cp", source / "a-flat.vmdk", source / "a.vmdk", target)
     assert_same_disk(source / "a.vmdk", wait_listed(mount, "two/b") / "b.vmdk")
+
+
+@pytest.mark.slow
+def test_an_interrupted_cp_ends_at_once_however_slow_the_datastore_is(tmp_path: Path, stack: ExitStack) -> None:
+    """cp asks for the whole file; it ends when its request is answered."""
+    root = stack.enter_context(loop_mount(tmp_path / "slow", 600 * MIB, ("mkfs.xfs", "-q", "-m", "reflink=0")))
+    write_image(root, "compound", "a", size=200 * MIB, dense=True)
+    os.sync()
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},reserve=0"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    target = mount.path / "one" / "b"
+    with slowed(sidecar, root, 10 * MIB):  # 20 s for all of it
+        copy = stack.enter_context(background("cp", "-r", mount.path / "one" / "a", target))
+        wait_until(lambda: any(path.stat().st_size for path in target.glob("*")), "the copy has begun")
+        begun = time.monotonic()
+        copy.send_signal(signal.SIGINT)
+        assert copy.wait(30) == -signal.SIGINT
+        assert time.monotonic() - begun < 4  # one request is about a second long
+        wait_until(lambda: not list(root.glob("tmp_image_*")), f"nothing is left:\n{log_of(mount)}")
+    assert names(mount.path / "one") == {"a"}
 
 
 @pytest.mark.slow

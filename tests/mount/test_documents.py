@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import import_sparse, message_of, names, wait_listed
+from tests.mount.harness import hanging, import_sparse, message_of, names, wait_listed
 from tests.support.disks import make_disk
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
@@ -91,6 +91,27 @@ def test_a_datastore_tells_its_room_and_whether_it_is_followed(image: Path, side
     stale = document(image / ".image.json")
     assert stale["state"] == "VALID"
     assert stale["stale_because"]
+
+
+def test_a_datastore_tells_since_when_the_sidecar_hangs(image: Path, sidecar: Sidecar) -> None:
+    """Its stream is up, and silent."""
+    path = image.parent / ".datastore.json"
+    with hanging(sidecar):
+        since = document(path)["stale_since"]
+        assert since.endswith("Z")
+        assert document(image / ".image.json")["stale_since"] == since
+        assert document(path)["stale_since"] == since
+    wait_until(lambda: document(path)["stale_since"] is None, "it is back")
+
+
+def test_an_import_that_lacks_an_extent_says_so_once_it_was_left_alone(mount: Mount, disk: Path) -> None:
+    staged = mount.path / "one" / "new"
+    staged.mkdir()
+    run("cp", disk, staged)
+    wait_until(
+        lambda: "disk-flat.vmdk" in document(staged / ".image.json")["reason"], "the reason names what is missing"
+    )
+    assert document(staged / ".image.json")["state"] == "STAGED"
 
 
 def test_extended_attributes_are_there_when_asked_for(

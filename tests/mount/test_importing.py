@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from sidecar.client import SidecarClient
 from tests.mount.harness import import_sparse, is_name, log_of, message_of, names, published_as, wait_listed
 from tests.support.disks import MIB, assert_same_disk, make_disk
 from tests.support.processes import Mount, run, wait_until
+
+# As the kernel has it: the owner, user 1, the group and the mask may read and write, others may read.
+_ENTRIES = ((0x01, 6, 0xFFFFFFFF), (0x02, 6, 1), (0x04, 4, 0xFFFFFFFF), (0x10, 6, 0xFFFFFFFF), (0x20, 4, 0xFFFFFFFF))
+ACCESS_LIST = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in _ENTRIES)
 
 
 @pytest.fixture
@@ -188,6 +193,34 @@ def test_what_was_synced_stays_when_the_mount_ends(outside: Path, mount: Mount, 
     run("cp", outside / "x.vmdk", mount.path / "one" / "half")
     assert mount.stop() == 0
     assert [image.ref.image_id for image in client.images("one")] == ["new"]
+
+
+OWN_ATTRIBUTES = {
+    "cp -a": 'cp -a "$0" "$1"',
+    "cp --preserve=xattr": 'cp -r --preserve=xattr "$0" "$1"',
+    "busybox cp -a": 'busybox cp -a "$0" "$1"',
+    "rsync -aAX": 'rsync -aAX "$0/" "$1"',
+    "tar --xattrs": 'mkdir "$1" && tar -C "$0" --xattrs -cf - . | tar -C "$1" --xattrs -xpf -',
+    "mv": 'mv "$0" "$1"',
+}
+
+
+@pytest.mark.parametrize("tool", OWN_ATTRIBUTES)
+def test_owners_modes_times_and_attributes_that_a_tool_takes_along_stop_it_from_nothing(
+    tool: str, outside: Path, mount: Mount, tmp_path: Path
+) -> None:
+    """An image has none of them. Refused, the tool would fail, or leave out the rest."""
+    run("cp", "-r", outside, tmp_path / "kept")
+    for path in (*outside.iterdir(), outside):
+        os.setxattr(path, "user.note", b"kept")
+        os.setxattr(path, "system.posix_acl_access", ACCESS_LIST)
+        os.chown(path, 65534, 65534)
+        os.utime(path, ns=(10**18, 10**18))
+    done = run("sh", "-c", OWN_ATTRIBUTES[tool], outside, mount.path / "one" / "new")
+    assert done.stderr == ""
+    image = wait_listed(mount, "one/new")
+    assert_same_disk(tmp_path / "kept" / "x.vmdk", image / "new.vmdk")
+    assert image.stat().st_uid == os.getuid()
 
 
 def test_a_time_that_is_not_set_stays(mount: Mount, tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from configparser import ConfigParser
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import message_of, names, wait_listed
+from tests.mount.harness import log_of, message_of, names, wait_listed
 from tests.support.processes import BIN, Mount, Sidecar, is_mounted, run, wait_until
 
 UNITS = Path(__file__).parents[2] / "scripts" / "systemd"
@@ -59,7 +59,7 @@ def test_mount_by_type(image: str, sidecar: Sidecar, tmp_path: Path) -> None:
     with unmounted_after(tmp_path / "by type") as mountpoint:
         done = where_it_is_installed(
             """
-            mount -t fuse.image-mount "$0" "$1" -o settle=1,allow_other,noatime
+            mount -t fuse.image-mount "$0" "$1" -o settle=1,allow_other,relatime
             ls "$1/one"
             findmnt -no FSTYPE,SOURCE "$1"
             umount "$1"
@@ -161,6 +161,54 @@ def test_whom_it_belongs_to_may_write(image: str, sidecar: Sidecar, reachable: P
         assert done.returncode == 0, done.stderr
         wait_listed(mount, "one/b")
         assert as_nobody("rm", "-r", mount.path / "one" / "b").returncode == 0
+
+
+def test_its_group_reads_what_the_umask_leaves_it_and_nobody_else_does(
+    image: str, sidecar: Sidecar, reachable: Path
+) -> None:
+    with Mount(reachable, sidecar.address, options=f"allow_other,gid={NOBODY},umask=027") as mount:
+        assert as_nobody("cat", mount.path / "one" / "a" / "a.vmdk").stdout.startswith("# Disk DescriptorFile")
+        assert "Permission denied" in as_nobody("mkdir", mount.path / "one" / "b").stderr
+        other = ("setpriv", "--reuid=1", "--regid=1", "--clear-groups")
+        assert message_of(*other, "ls", mount.path / "one") == "Permission denied"
+
+
+def mounted_with(mountpoint: Path) -> tuple[str, set[str]]:
+    """The source and the options, as the kernel has them."""
+    [line] = [line for line in Path("/proc/self/mounts").read_text().splitlines() if line.split()[1] == str(mountpoint)]
+    return line.split()[0], set(line.split()[3].split(","))
+
+
+def test_options_of_the_kernel_and_of_libfuse_are_passed_on(sidecar: Sidecar, tmp_path: Path) -> None:
+    passed = "ro,suid,nodev,noexec,noatime,sync,dirsync,default_permissions,fsname=images"
+    own = "attr_timeout=1,entry_timeout=2.5,max_idle_threads=5"
+    ignored = "rw,relatime,nodiratime,lazytime,user,_netdev,nofail,x-systemd.automount,comment=none"
+    with Mount(tmp_path / "mnt", sidecar.address, options=f"{ignored},{passed},{own}") as mount:
+        source, options = mounted_with(mount.path)
+        assert source == "images"
+        assert options >= {"ro", "nodev", "noexec", "noatime", "sync", "dirsync", "default_permissions"}
+        assert not options & {"rw", "nosuid", "relatime", "allow_other"}
+
+
+def test_a_mount_that_is_to_unmount_itself_is_gone_when_its_daemon_was_killed(sidecar: Sidecar, tmp_path: Path) -> None:
+    with Mount(tmp_path / "mnt", sidecar.address, options="auto_unmount") as mount:
+        assert mount.process is not None
+        mount.process.kill()
+        mount.process.wait(10)
+        wait_until(lambda: not is_mounted(mount.path), "it is unmounted")
+
+
+def test_an_import_is_left_alone_for_as_long_as_the_option_says(
+    sidecar: Sidecar, disk: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    patient = stack.enter_context(Mount(tmp_path / "patient", sidecar.address, options="settle=3600"))
+    run("cp", "-r", disk.parent, patient.path / "one" / "patient")
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address, options="settle=3"))  # longer than by default
+    run("cp", "-r", disk.parent, mount.path / "one" / "new")
+    wait_listed(mount, "one/new")
+    assert "published" not in log_of(patient)
+    run("sync", patient.path / "one" / "patient")
+    assert names(patient.path / "one") >= {"patient"}
 
 
 def test_a_mount_to_read_from_only(image: str, sidecar: Sidecar, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_a_published_image_is_read_only(image: Path, tmp_path: Path, mount: Moun
     assert message_of("chown", "1", image / "a.vmdk") == read_only
     assert message_of("chmod", "600", image) == read_only
     assert message_of("touch", image / "a.vmdk") == read_only
+    assert message_of("setfattr", "-n", "user.k", "-v", "v", image / "a.vmdk") == read_only
     assert message_of("touch", image / "new") == read_only
     assert message_of("mkdir", image / "sub") == read_only
     assert message_of("mv", image / "a.vmdk", image / "b.vmdk") == read_only
@@ -200,6 +201,37 @@ def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
     assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 60 * MIB
 
 
+def test_a_datastore_without_room_says_so_before_anything_is_copied(tmp_path: Path, stack: ExitStack) -> None:
+    (tmp_path / "full").mkdir()
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"full={tmp_path / 'full'},reserve=1024TiB"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    assert message_of("mkdir", mount.path / "full" / "new") == "No space left on device"
+    assert run("df", "--output=avail", mount.path / "full").stdout.split()[1] == "0"
+    assert not list((tmp_path / "full").glob("tmp_image_*"))
+
+
+def test_whatever_fails_is_in_the_log_with_its_call_path_and_cause(
+    image: Path, make_image: MakeImage, sidecar: Sidecar, mount: Mount
+) -> None:
+    make_image("one/deleted")
+    run("rm", "-r", wait_listed(mount, "one/deleted"))
+    assert sidecar.stop() == 0
+    one = image.parent
+    failing: dict[str, tuple[str | Path, ...]] = {
+        "mkdir failed path=/one/new ": ("mkdir", one / "new"),
+        "rmdir failed path=/one/a ": ("rmdir", image),
+        "unlink failed path=/one/a/a.vmdk ": ("rm", image / "a.vmdk"),
+        "utimens failed path=/one/a ": ("touch", image),
+        "rename failed path=/one/.deleted/deleted ": ("mv", one / ".deleted" / "deleted", one),
+        "unlink failed path=/one/.deleted/deleted/deleted.vmdk ": ("rm", one / ".deleted/deleted/deleted.vmdk"),
+    }
+    for entry, command in failing.items():
+        assert entry not in log_of(mount)
+        assert message_of(*command) == "Host is down"
+        [line] = [line for line in log_of(mount).splitlines() if entry in line]
+        assert "reason=SIDECAR_UNAVAILABLE cause=the sidecar at unix:" in line
+
+
 def test_a_name_that_is_not_utf_8(make_image: MakeImage, mount: Mount) -> None:
     make_image("one/a")
     bad = os.fsdecode(b"\xff")
@@ -216,3 +248,4 @@ def test_a_datastore_of_which_nothing_is_known_is_not_an_empty_one(tmp_path: Pat
     mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
     with pytest.raises(OSError, match="Input/output error"):
         os.listdir(mount.path / "gone")
+    assert "opendir failed path=/gone cause=" in log_of(mount)

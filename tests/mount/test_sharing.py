@@ -1,26 +1,26 @@
 """On a reflinking file system a copy through the mount takes no space, by whatever way the tool copies."""
 
 import os
-import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.crash.support import image_directory, write_image
+from tests.mount.harness import COPIERS, published_as
 from tests.support.disks import MIB
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
 
 @pytest.fixture
 def xfs(tmp_path: Path, stack: ExitStack) -> Path:
-    """A datastore with the image `a`: a sparse disk of 512 MiB, with 64 MiB of data in it."""
+    """Two images. `a`: a sparse disk of 128 MiB, with 16 MiB of data in it; `dense`: 16 MiB of data."""
     root = stack.enter_context(loop_mount(tmp_path / "xfs", 400 * MIB, ("mkfs.xfs", "-q", "-m", "reflink=1")))
-    with write_image(root, "compound", "a", size=512 * MIB).open("r+b") as file:
-        for offset in range(0, 512 * MIB, 64 * MIB):
+    with write_image(root, "compound", "a", size=128 * MIB).open("r+b") as file:
+        for offset in range(0, 128 * MIB, 16 * MIB):
             file.seek(offset + 4096)
-            file.write(os.urandom(8 * MIB))
+            file.write(os.urandom(2 * MIB))
+    write_image(root, "compound", "dense", size=16 * MIB).write_bytes(os.urandom(16 * MIB))
     os.sync()
     return root
 
@@ -39,14 +39,6 @@ def free(root: Path) -> int:
     os.sync()
     status = os.statvfs(root)
     return status.f_bfree * status.f_frsize
-
-
-def gnu_cp(source: Path, target: Path) -> None:
-    run("cp", "-r", source, target)
-
-
-def copytree(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
 
 
 def in_odd_pieces(source: Path, target: Path) -> None:
@@ -69,37 +61,69 @@ def in_odd_pieces(source: Path, target: Path) -> None:
             copied.truncate(size)
 
 
-@pytest.mark.parametrize("copy", (gnu_cp, copytree, in_odd_pieces))
-def test_a_copy_by_any_tool_shares_its_extents(xfs: Path, mount: Mount, copy: Callable[[Path, Path], object]) -> None:
+@pytest.mark.parametrize("image", ["a", "dense"], ids=["sparse", "dense"])
+@pytest.mark.parametrize("tool", [*COPIERS, "mv"])
+def test_a_copy_by_any_tool_shares_its_extents_and_has_no_more_of_them(
+    tool: str, image: str, xfs: Path, mount: Mount
+) -> None:
+    """Holes stay holes, too, though some of these write them out as zeroes."""
     before = free(xfs)
-    copy(mount.path / "one" / "a", mount.path / "one" / "b")
-    original, copied = image_directory(xfs, "compound", "a"), image_directory(xfs, "compound", "b")
-    wait_until((copied / "b.vmdk").exists, "the copy is published")
-    assert run("cmp", original / "a-flat.vmdk", copied / "b-flat.vmdk").returncode == 0
-    shared = [line for line in extents(copied / "b-flat.vmdk") if "shared" in line]
-    assert len(shared) >= len(extents(original / "a-flat.vmdk"))
-    if copy is not copytree:  # which writes the holes out, as zeroes
-        assert before - free(xfs) < 2 * MIB, extents(copied / "b-flat.vmdk")
-        assert len(extents(copied / "b-flat.vmdk")) == len(extents(original / "a-flat.vmdk"))
+    run("sh", "-c", COPIERS.get(tool, 'mv "$0" "$1"'), mount.path / "one" / image, mount.path / "one" / "b")
+    assert_shared(xfs, image, before)
 
 
-def test_one_byte_changed_on_the_way_arrives_as_that_byte(xfs: Path, mount: Mount) -> None:
-    source, target = mount.path / "one" / "a", mount.path / "one" / "b"
-    target.mkdir()
-    place = 8 * MIB - 5
-    with (source / "a-flat.vmdk").open("rb") as original, (target / "a-flat.vmdk").open("wb", buffering=0) as copied:
-        while block := original.read(1 * MIB):
-            at = copied.tell()
-            if at <= place < at + len(block):
-                changed = bytearray(block)
-                changed[place - at] ^= 1
-                block = bytes(changed)
-            copied.write(block)
-    run("cp", source / "a.vmdk", target)
-    copied_path = image_directory(xfs, "compound", "b") / "b-flat.vmdk"
-    wait_until(copied_path.exists, "the import is published")
-    difference = run("cmp", "-l", image_directory(xfs, "compound", "a") / "a-flat.vmdk", copied_path, check=False)
+def test_a_copy_in_odd_pieces_shares_its_extents(xfs: Path, mount: Mount) -> None:
+    before = free(xfs)
+    in_odd_pieces(mount.path / "one" / "a", mount.path / "one" / "b")
+    assert_shared(xfs, "a", before)
+
+
+def assert_shared(xfs: Path, image: str, free_before: int) -> None:
+    """The image `b` is published, is the other one's copy, and takes none of its space again."""
+    original = image_directory(xfs, "compound", image) / f"{image}-flat.vmdk"
+    copied = image_directory(xfs, "compound", "b") / "b-flat.vmdk"
+    wait_until(copied.with_name("b.vmdk").exists, "the copy is published")
+    run("cmp", original, copied)
+    assert free_before - free(xfs) < 2 * MIB, extents(copied)
+    assert all("shared" in line for line in extents(copied)), extents(copied)
+    assert len(extents(copied)) <= len(extents(original)), extents(copied)
+
+
+@pytest.mark.parametrize("tool", COPIERS)
+def test_one_byte_changed_on_the_way_arrives_as_that_byte(tool: str, xfs: Path, mount: Mount, tmp_path: Path) -> None:
+    """Who writes has the file of an image open that has all but this byte, or another one of that name is open."""
+    changed, place = tmp_path / "changed", 16 * MIB + 4096 + MIB - 5
+    run("cp", "-r", mount.path / "one" / "a", changed)
+    with (changed / "a-flat.vmdk").open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, place)
+        os.pwrite(file.fileno(), bytes([byte[0] ^ 1]), place)
+    command = COPIERS[tool] if COPIERS[tool].startswith("mkdir") else f"exec {COPIERS[tool]}"
+    original = mount.path / "one" / "a" / "a-flat.vmdk"
+    run("sh", "-c", f'exec 3<"$2"; {command}', changed, mount.path / "one" / "b", original)
+    copied = image_directory(xfs, "compound", "b") / "b-flat.vmdk"
+    wait_until(copied.exists, "the import is published")
+    difference = run("cmp", "-l", original, copied, check=False)
     assert [line.split()[0] for line in difference.stdout.splitlines()] == [str(place + 1)]
+    assert published_as(mount, "one/b") == ""
+
+
+@pytest.mark.parametrize("tool", ["cp", "busybox cp", "tar"])
+def test_where_nothing_can_be_shared_bytes_are_written_once(tool: str, tmp_path: Path, stack: ExitStack) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "plain", 400 * MIB, ("mkfs.xfs", "-q", "-m", "reflink=0")))
+    write_image(root, "compound", "a", size=32 * MIB).write_bytes(os.urandom(32 * MIB))
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root}"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    before = bytes_written(root)
+    run("sh", "-c", COPIERS[tool], mount.path / "one" / "a", mount.path / "one" / "b")
+    assert published_as(mount, "one/b") == "one/a"
+    assert 32 * MIB <= bytes_written(root) - before < 40 * MIB
+
+
+def bytes_written(root: Path) -> int:
+    """What the file system has written to its device."""
+    os.sync()
+    device = Path(run("findmnt", "-no", "SOURCE", root).stdout.strip()).name
+    return int(Path(f"/sys/block/{device}/stat").read_text().split()[6]) * 512
 
 
 def test_a_file_that_ends_where_its_source_goes_on_does_not_grow(xfs: Path, mount: Mount, stack: ExitStack) -> None:
