@@ -181,12 +181,21 @@ def mounted_with(mountpoint: Path) -> tuple[str, set[str]]:
 
 def test_options_of_the_kernel_and_of_libfuse_are_passed_on(sidecar: Sidecar, tmp_path: Path) -> None:
     passed = "ro,suid,nodev,noexec,noatime,sync,dirsync,default_permissions,fsname=images"
-    own = "attr_timeout=1,entry_timeout=2.5,max_idle_threads=5"
+    own = "attr_timeout=1,entry_timeout=2.5,max_idle_threads=5,max_read=65536"
     ignored = "rw,relatime,nodiratime,lazytime,user,_netdev,nofail,x-systemd.automount,comment=none"
     with Mount(tmp_path / "mnt", sidecar.address, options=f"{ignored},{passed},{own}") as mount:
         source, options = mounted_with(mount.path)
         assert source == "images"
-        assert options >= {"ro", "nodev", "noexec", "noatime", "sync", "dirsync", "default_permissions"}
+        assert options >= {
+            "ro",
+            "nodev",
+            "noexec",
+            "noatime",
+            "sync",
+            "dirsync",
+            "default_permissions",
+            "max_read=65536",
+        }
         assert not options & {"rw", "nosuid", "relatime", "allow_other"}
 
 
