@@ -61,6 +61,7 @@ class Admission:
         self._copies_across = Slots(f"copies between datastore {datastore} and others", copies)
         self._transfers = Slots(f"transfers from or to datastore {datastore}", transfers)
         self._silence: Callable[[], str] = lambda: ""
+        self._fault: Callable[[], str] = lambda: ""
         self._calls = calls
         self._patience = patience
         self._monotonic = monotonic
@@ -70,17 +71,23 @@ class Admission:
         self._moved = monotonic()  # when a call last came or went
         self._thread = threading.local()  # has `inside` in the thread of a call that has a place
 
-    def ask(self, silence: Callable[[], str]) -> None:
-        """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used."""
-        self._silence = silence
+    def ask(self, silence: Callable[[], str], fault: Callable[[], str] = lambda: "") -> None:
+        """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used.
+
+        `fault`: why it cannot be used although it answers, as far as that is known.
+        """
+        self._silence, self._fault = silence, fault
 
     @contextlib.contextmanager
-    def call(self, wanted: Callable[[], bool] = lambda: True, *, frees: bool = False) -> Iterator[None]:
-        """A place for a call, while its caller wants it; DatastoreUnavailable when the datastore seems to hang.
+    def call(
+        self, wanted: Callable[[], bool] = lambda: True, *, frees: bool = False, looks: bool = False
+    ) -> Iterator[None]:
+        """A place for a call, while its caller wants it; DatastoreUnavailable when the datastore cannot be used.
 
-        `frees`: for one that gives back what others hold; it does not wait behind all of them.
+        `frees`: for one that gives back what others hold; it does not wait behind all of them. `looks`: for one that
+        finds out whether the datastore is well. Of these two, a known fault keeps none out.
         """
-        self._require_answering()
+        self._require_answering(well=not (frees or looks))
         places = self._calls + RESERVED if frees else self._calls
         with self._changed:
             while self._busy >= places:
@@ -191,9 +198,11 @@ class Admission:
         with self._transfers.take():
             yield
 
-    def _require_answering(self) -> None:
+    def _require_answering(self, *, well: bool = True) -> None:
         if silence := self._silence():
             raise DatastoreUnavailable(f"datastore {self._datastore}: {silence}; try again when it answers")
+        if well and (fault := self._fault()):
+            raise DatastoreUnavailable(f"datastore {self._datastore}: {fault}")
 
 
 def most_threads(calls: int) -> int:

@@ -30,7 +30,7 @@ class Library:
         self.clones: Operations[None] = Operations(max_copies, "clone")
         for discovery in discoveries:
             discovery.store.observe(discovery.refresh)
-            discovery.store.admission.ask(discovery.silence)
+            discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
@@ -64,10 +64,13 @@ class Library:
         return discovery
 
     @contextmanager
-    def using(self, datastore: str, wanted: Callable[[], bool]) -> Iterator[ImageStore]:
-        """The datastore's images for a call, while its caller wants it; DatastoreUnavailable when it seems to hang."""
+    def using(self, datastore: str, wanted: Callable[[], bool], *, looks: bool = False) -> Iterator[ImageStore]:
+        """The datastore's images for a call, while its caller wants it.
+
+        DatastoreUnavailable when it seems to hang, or has a known fault, unless the call `looks` whether it has.
+        """
         store = self.store(datastore)
-        with store.admission.call(wanted):
+        with store.admission.call(wanted, looks=looks):
             yield store
 
     def start_copy(

@@ -108,11 +108,15 @@ class ImageStore:
     ) -> Iterator[None]:
         """Holds the image's lock; LockTimeout names its holder.
 
+        DatastoreUnavailable when the datastore is hidden: every change of an image begins here.
+
         Waits for at most `timeout` seconds, and no longer than the store was told to. What `check` raises ends the
         waiting. With `new`, also when nothing of the image is there yet; else a missing image may be a
         FileNotFoundError.
         """
         check_image_id(image_id)
+        # What is changed where nobody sees it would be lost, or come back, with what hides it.
+        self.datastore.require_in_place()
         path = self.layout.image_lock(image_id)
         left = self._lock_timeout if timeout is None else min(timeout, self._lock_timeout)
         until = time.monotonic() + left
@@ -130,6 +134,7 @@ class ImageStore:
         else:
             raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
         with held:
+            self.datastore.require_in_place()  # the wait may have been long
             yield
 
     def _take(self, path: str, operation: str, timeout: float, check: Callable[[], None]) -> HeldLock:
