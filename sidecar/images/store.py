@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import ImageAlreadyExists, ImageIncomplete, ImageNotFound, ImageTombstoned, LockTimeout, NoSpace
 from sidecar.images.admission import Admission
-from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
+from sidecar.images.image import NO_TIMESTAMP, Image, ImageKey, ImageState, read_image, read_image_names
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import check_image_id
 from sidecar.locks.interface import HeldLock
@@ -151,10 +151,19 @@ def require_valid(image: Image) -> None:
     if image.state is ImageState.TOMBSTONED:
         raise ImageTombstoned(f"{image.key} is deleted (tombstoned); restore it first: imagectl restore {image.key}")
     if image.state is ImageState.INCOMPLETE:
-        what = "; ".join(image.problems) or "its timestamp file is not there"
-        raise ImageIncomplete(f"{image.key} is incomplete: {what}; try `imagectl validate --repair {image.key}`")
+        mendable = image.problems == (NO_TIMESTAMP,)
+        what_to_do = f"imagectl validate --repair {image.key} gives it a new one" if mendable else remedy(image)
+        raise ImageIncomplete(f"{image.key} is incomplete: {'; '.join(image.problems)}; {what_to_do}")
     if image.problems:
         raise ImageIncomplete(f"{image.key} is not whole: {'; '.join(image.problems)}")
+
+
+def remedy(image: Image) -> str:
+    """What can be done about an image whose disk is not whole: nothing here mends that."""
+    look = f"look at what is left of it, in {image.directory} on the datastore"
+    if image.state is ImageState.TOMBSTONED:
+        return f"{look}, or purge it: imagectl purge {image.key}"
+    return f"{look}, or free it: imagectl rm --force {image.key}"
 
 
 def already_exists(image: Image) -> ImageAlreadyExists:
