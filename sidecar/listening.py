@@ -93,6 +93,11 @@ class UnixSocket:
         except BaseException as error:
             self._release()
             if isinstance(error, OSError):
+                directory = os.path.dirname(os.path.abspath(self._path))
+                if not os.path.isdir(directory):
+                    raise ListenError(
+                        f"{self._path}: there is no directory {directory}: make it first, or listen elsewhere"
+                    ) from error
                 raise ListenError(f"{self._path}: {error.strerror}") from error
             raise
 

@@ -352,7 +352,7 @@ def test_the_address_is_free_when_a_server_has_ended(path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there_is_named(path: Path) -> None:
-    with pytest.raises(ListenError, match=r"missing/x\.sock: No such file or directory"):
+    with pytest.raises(ListenError, match=r"missing/x\.sock: there is no directory .*missing: make it first"):
         SidecarServer([], configured(f"unix:{path.parent}/missing/x.sock")).start()
 
 
