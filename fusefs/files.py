@@ -273,4 +273,4 @@ class Files:
     def fsync(self, handle: int) -> None:
         opened = self._handles.get(handle)
         if isinstance(opened, StagedHandle):
-            opened.file.content.sync()
+            opened.directory.sync(opened.file)

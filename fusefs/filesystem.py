@@ -88,7 +88,8 @@ class FileSystem:
                 pass
         # Whose it is, is asked of these alone: it takes as long as all the rest.
         process = thread_group(pid) if isinstance(node, nodes.DeletedImageNode) else 0
-        return self._handles.add(DirectoryHandle(path, self._views.entries(node), process))
+        staged = node.directory if isinstance(node, nodes.StagedNode) else None
+        return self._handles.add(DirectoryHandle(path, self._views.entries(node), staged, process))
 
     @operation
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[int, str, Attributes]]:
@@ -105,9 +106,9 @@ class FileSystem:
     @operation
     def fsyncdir(self, handle: int) -> None:
         """`sync DIRECTORY`: publishes at once, and says what is wrong."""
-        node = self._resolver.find(self._handles.get(handle).path)
-        if isinstance(node, nodes.StagedNode):
-            self._area.publish(node.directory)
+        opened = self._handles.get(handle)
+        if isinstance(opened, DirectoryHandle) and opened.staged is not None:
+            self._area.publish(opened.staged)
 
     @operation
     def statfs(self, path: str) -> Capacity:

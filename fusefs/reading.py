@@ -203,6 +203,11 @@ class RemoteReader:
         self._window = bytes(window[:got])
 
 
+# What tells that a path is another host's, or another image's by now. Whatever else keeps a file from being opened here
+# makes reading slow, and the image is not seen to be in use: somebody should know.
+NOT_FROM_HERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE}
+
+
 def open_image_file(
     client: SidecarClient,
     datastore: IndexedDatastore,
@@ -221,7 +226,8 @@ def open_image_file(
             return LocalReader(path, file.generation)
         except OSError as error:
             # Another host's path, or not ours to read; a purged image's file is not there for the sidecar either.
-            _log.debug("not opened locally path=%s cause=%s", path, error)
+            level = logging.DEBUG if error.errno in NOT_FROM_HERE else logging.WARNING
+            _log.log(level, "not opened locally, reading by way of the sidecar path=%s cause=%s", path, error)
 
     def check() -> None:
         if current() != file.generation:

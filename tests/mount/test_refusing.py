@@ -173,7 +173,11 @@ def test_a_copy_ends_within_seconds_when_the_sidecar_hangs_in_its_middle(
             with pytest.raises(OSError, match="Host is down"):
                 os.copy_file_range(source.fileno(), copied.fileno(), 65536)
             assert time.monotonic() - begun < 8
-    run("rm", "-r", target)
+    # That copy may still come over whatever is written to the same place: only another directory is safe from it.
+    assert message_of("cp", image / "a-flat.vmdk", target) == "Input/output error"
+    assert message_of("cp", image / "a.vmdk", target) == "Input/output error"
+    wait_until(lambda: not target.exists(), "nobody can complete it, so it is dropped")
+    run("cp", "-r", image, target)
 
 
 @pytest.mark.slow
@@ -199,6 +203,16 @@ def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
     target.mkdir()
     assert message_of("fallocate", "--length", str(60 * MIB), target / "x") == "No space left on device"
     assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 60 * MIB
+
+
+def test_the_reserve_of_a_small_datastore_is_kept_too(tmp_path: Path, stack: ExitStack) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "loop", 24 * MIB, ("mkfs.ext4", "-q")))
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"small={root},reserve=8MiB"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    outside = tmp_path / "outside"
+    make_disk(outside, "x.vmdk", size=20 * MIB, data=((0, 20 * MIB),))
+    assert message_of("cp", "-r", outside, mount.path / "small" / "new") == "No space left on device"
+    assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize >= 7 * MIB  # but for the file system's own
 
 
 def test_a_datastore_without_room_says_so_before_anything_is_copied(tmp_path: Path, stack: ExitStack) -> None:
