@@ -193,6 +193,7 @@ class Caller:
         the answer, the answer is waited for and undone. `takes_back`: as for `begin`.
         """
         deadline = _Deadline(self.timeout if timeout is None else timeout)
+        lost: list[errors.ImagesError] = []
 
         def attempt() -> Answer:
             call = self.begin(
@@ -202,8 +203,20 @@ class Caller:
             )
             try:
                 return self.result(call)
+            except errors.SidecarUnavailable as error:
+                lost.append(error)
+                raise
             finally:
                 call.cancel()
+
+        def ask() -> Answer:
+            try:
+                return retrying(attempt)
+            except (errors.TooManyCalls, errors.DatastoreUnavailable) as refusal:
+                # Of this attempt, which was not begun. One before it may have been, and may still do its work.
+                if lost:
+                    raise lost[0] from refusal
+                raise
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_unavailable),
@@ -213,7 +226,7 @@ class Caller:
             sleep=time.sleep if takes_back else self._pause,
             reraise=True,
         )
-        return retrying(attempt) if undo is None else self._undone_when_interrupted(lambda: retrying(attempt), undo)
+        return ask() if undo is None else self._undone_when_interrupted(ask, undo)
 
     def result(self, call: CallFuture[Answer], timeout: float | None = None) -> Answer:
         """The answer of a call, which has ended afterwards; TimeoutError when it has not within `timeout` seconds."""
