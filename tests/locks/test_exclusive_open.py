@@ -1,17 +1,28 @@
 """What is the ESX locks' own; what they share with the others is in test_conformance."""
 
+import contextlib
 import errno
 import os
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from sidecar.errors import LockTimeout
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.errors import DatastoreUnavailable, ImagesError, LockTimeout, NoSpace
+from sidecar.images.copying import copy_image
+from sidecar.images.deletion import delete_image, purge_image, restore_image
+from sidecar.images.layouts import LAYOUTS as LAYOUT_KINDS
+from sidecar.images.locked import held_locks
+from sidecar.images.progress import Progress
+from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
 from sidecar.locks.exclusive_open import O_EXCLUSIVE_LOCK, ExclusiveOpen
 from sidecar.locks.files import FileLocks
 from sidecar.locks.interface import LockHolder
 from tests.locks.support import LOCK, esx_open
+from tests.support.places import LAYOUTS, Place, flat_files
 
 
 def test_a_system_that_ignores_the_flag_gives_no_lock_to_anybody(root: Path, root_fd: int) -> None:
@@ -74,3 +85,48 @@ def test_a_holder_s_name_that_cannot_be_read_for_another_reason_is_an_error(root
         with pytest.raises(OSError) as caught:
             attempt()
         assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS.items())
+def test_images_live_under_these_locks_in_every_layout(tmp_path: Path, name: str, layout: str) -> None:
+    place = Place(name, layout, tmp_path / name)
+    place.plant("a")
+    with ExitStack() as stack:
+        # Two sidecars, as on two hosts.
+        one, other = (stack.enter_context(contextlib.closing(vmfs(place))) for _ in range(2))
+        here, there = (ImageStore(datastore, LAYOUT_KINDS[layout]) for datastore in (one, other))
+        copy_image(here, "a", here, "b", Progress())
+        with StagingDirectory(here, "new", "import"), here.lock("a", "touch"):
+            assert [(held.staging, held.holder.operation) for held in held_locks(there)] == [
+                (False, "touch a"),
+                (True, "import new"),
+            ]
+            with pytest.raises(LockTimeout, match=r"pid \d+ on .* for touch a, since"):
+                delete_image(there, "a", lock_timeout=0)
+        assert held_locks(there) == []
+        delete_image(there, "a")
+        restore_image(here, "a")
+        delete_image(here, "b")
+        purge_image(there, "b")
+    place.assert_holds({"a": flat_files("a")})
+
+
+def vmfs(place: Place) -> PosixDatastore:
+    return PosixDatastore(place.name, str(place.root), "vmfs", ExclusiveOpen(esx_open()))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(errno.EIO, DatastoreUnavailable), (errno.ESTALE, DatastoreUnavailable), (errno.ENOSPC, NoSpace)],
+)
+def test_what_the_storage_says_instead_of_held_is_the_datastore_s_error(
+    root: Path, error: int, raised: type[ImagesError]
+) -> None:
+    def fail() -> None:
+        raise OSError(error, os.strerror(error))
+
+    (root / LOCK).touch()
+    with contextlib.closing(PosixDatastore("one", str(root), "vmfs", ExclusiveOpen(esx_open(fail)))) as datastore:
+        for call in (lambda: datastore.lock(LOCK, "try", 0), lambda: datastore.lock_holder(LOCK)):
+            with pytest.raises(raised, match=os.strerror(error)):
+                call()
