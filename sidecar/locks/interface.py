@@ -121,8 +121,8 @@ class DatastoreLocks(Protocol):
     def holder(self, path: LockPath) -> LockHolder | None:
         """Who holds the lock `path` now; None when nobody does, whether or not a file was left behind.
 
-        For showing, not for deciding: it may have changed on return. Makes no `acquire` fail that would else succeed.
-        Raises OSError when the datastore could not say.
+        For showing, not for deciding: it may have changed on return. Asking may take a free lock for microseconds,
+        which every `acquire` waits for, also with timeout 0. Raises OSError when the datastore could not say.
         """
         ...
 
