@@ -16,6 +16,7 @@ from typing import Self
 
 from protos.images.v1 import datastore_service_pb2 as datastore_wire
 from protos.images.v1 import image_service_pb2 as wire
+from protos.images.v1.datastore_service_pb2 import Lock, LockKind
 from protos.images.v1.image_service_pb2 import CopyImageResponse, ValidateImageResponse, WatchImagesResponse
 from protos.images.v1.staging_service_pb2 import (
     CloneDiskResponse,
@@ -42,6 +43,8 @@ __all__ = [
     "ImageFile",
     "ImageRef",
     "ImageState",
+    "Lock",
+    "LockKind",
     "Part",
     "ReadFileResponse",
     "SidecarClient",
@@ -152,6 +155,11 @@ class SidecarClient:
         """One datastore, by name; raises DatastoreNotFound."""
         answer = self._caller.unary(self._caller.datastores.GetDatastore, datastore_wire.GetDatastoreRequest(name=name))
         return answer.datastore
+
+    def locks(self, datastore: str) -> list[Lock]:
+        """The locks of one datastore that somebody holds now, by path, each with its holder."""
+        request = datastore_wire.ListLocksRequest(datastore=datastore)
+        return list(self._caller.unary(self._caller.datastores.ListLocks, request).locks)
 
     def images(
         self,

@@ -110,8 +110,15 @@ def _listen(value: str) -> str:
     return f"[{address}]:{int(found[3])}" if address.version == 6 else f"{address}:{int(found[3])}"
 
 
+LockKindId = Literal["flock", "exclusive-open"]
+
+
 def _rescan(known: dict[str, Any]) -> float:
-    return 10.0 if known.get("type") == "nfs" else 2.0
+    return 2.0 if known.get("type") == "local" else 10.0
+
+
+def _locks(known: dict[str, Any]) -> LockKindId:
+    return "exclusive-open" if known.get("type") == "vmfs" else "flock"
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
@@ -128,12 +135,14 @@ class DatastoreConfig(_Model):
 
     name: Annotated[str, AfterValidator(_name)]
     path: Annotated[str, AfterValidator(_absolute)]
-    type: Literal["local", "nfs"] = "local"
+    type: Literal["local", "nfs", "vmfs"] = "local"
+    # How others are excluded: every sidecar of a datastore has to do it the same way. ESX has no flock between hosts.
+    locks: LockKindId = Field(default_factory=_locks)
     layout: Literal["compound", "sharded", "vsan"] = "compound"
     # Bytes that no new image may take.
     reserve: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 64 * 1024**2
-    # Between two listings of the whole datastore, where the kernel does not tell of changes: every `nfs` one, and a
-    # `local` one without inotify.
+    # Between two listings of the whole datastore, where the kernel does not tell of changes: every one that is
+    # not `local`, and a `local` one without inotify.
     rescan_seconds: Seconds = Field(default_factory=_rescan)
 
 

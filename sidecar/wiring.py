@@ -14,6 +14,7 @@ from sidecar.images.layouts import LAYOUTS
 from sidecar.images.library import Library
 from sidecar.images.store import ImageStore
 from sidecar.images.watching import Watches
+from sidecar.locks.kinds import LOCK_KINDS
 from sidecar.server import Service
 from sidecar.services.datastore_service import DatastoreServicer
 from sidecar.services.image_service import ImageServicer
@@ -43,7 +44,7 @@ def build(config: SidecarConfig) -> Parts:
     discoveries = []
     for place in config.datastores:
         store = ImageStore(
-            DATASTORE_TYPES[place.type](place.name, place.path),
+            DATASTORE_TYPES[place.type](place.name, place.path, LOCK_KINDS[place.locks]()),
             LAYOUTS[place.layout],
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,

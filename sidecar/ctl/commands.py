@@ -31,6 +31,7 @@ COMMANDS = {
     "export": ("export", "export"),
     "watch": ("watch", "watch"),
     "datastores": ("datastores", "datastores"),
+    "locks": ("locks", "locks"),
 }
 USAGE = 2
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from sidecar.locks.interface import HeldLock
+from sidecar.locks.interface import HeldLock, LockHolder
 
 
 class EntryKind(enum.Enum):
@@ -196,6 +196,9 @@ class Datastore(Protocol):
 
         `check` is called several times a second while it waits: what that raises ends the wait, and passes.
         """
+
+    def lock_holder(self, path: str) -> LockHolder | None:
+        """Who holds that lock, for showing; None when nobody does, also where a dead process left its file."""
 
     def interrupt(self) -> None:
         """Ends every wait for a lock, those to come too, with OperationCancelled. Free locks can be had still."""

@@ -36,8 +36,9 @@ from sidecar.errors import (
     ImagesError,
     OperationCancelled,
 )
-from sidecar.locks.files import FileLocks
-from sidecar.locks.interface import HeldLock
+from sidecar.locks.files import FileLocks, LockKind
+from sidecar.locks.flock import Flock
+from sidecar.locks.interface import DatastoreLocks, HeldLock, LockHolder
 
 _LOOK_AHEAD_BYTES = 4096
 # For how long a file that is just being closed is no reason to refuse a purge.
@@ -53,18 +54,21 @@ class _Root:
     fd: int
     device: int
     reflink: bool
-    locks: FileLocks
+    locks: DatastoreLocks
 
 
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
-    def __init__(self, name: str, root_path: str, datastore_type: str = "local") -> None:
-        """Opens nothing yet: a datastore that is away now may come back."""
+    def __init__(
+        self, name: str, root_path: str, datastore_type: str = "local", lock_kind: LockKind | None = None
+    ) -> None:
+        """Opens nothing yet: a datastore that is away now may come back. The locks are flock's when not told."""
         self.name = name
         self.type = datastore_type
         self.root_path = os.path.abspath(root_path)
-        self.shared = datastore_type == "nfs"
+        self.shared = datastore_type != "local"
+        self._lock_kind = lock_kind or Flock()
         self._faults = Faults(name, self.root_path)
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
@@ -96,7 +100,8 @@ class PosixDatastore:
                     raise DatastoreUnavailable(
                         f"datastore {self.name}: cannot open {self.root_path}: {error.strerror}; create or mount it"
                     ) from error
-                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), FileLocks(fd, wait=self._wait_for_lock))
+                locks = FileLocks(fd, self._lock_kind, wait=self._wait_for_lock)
+                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), locks)
             return self._root
 
     def open_directory(self, path: str) -> OpenDirectory:
@@ -246,6 +251,10 @@ class PosixDatastore:
         with self._faults.during("lock", path):
             return self._open_root().locks.acquire(path, operation, timeout, check)
 
+    def lock_holder(self, path: str) -> LockHolder | None:
+        with self._faults.during("ask who holds", path):
+            return self._open_root().locks.holder(path)
+
     def interrupt(self) -> None:
         self._interrupted.set()
 
@@ -292,7 +301,7 @@ class PosixDatastore:
                     f"datastore {self.name}: another file system is mounted at {self.root_path}, or it was moved; "
                     "restart the sidecar"
                 )
-            os.listdir(self._root_fd) if self.type == "nfs" else os.fstatvfs(self._root_fd)
+            os.listdir(self._root_fd) if self.shared else os.fstatvfs(self._root_fd)
 
     def _is_at_its_path(self) -> bool:
         try:
