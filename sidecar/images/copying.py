@@ -132,7 +132,7 @@ def _clone_file(opened: OpenImage, name: str, staging: StagingDirectory, new_nam
             raise DiskFileFault(
                 f"{opened.image.key}: {name} ended after {done} of {source.size} bytes; validate the image"
             )
-        target.sync()
+        staging.sync_written(target)
     finally:
         target.close()
 
@@ -152,6 +152,6 @@ def put_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, name: str,
         target.write(disk.descriptor_offset, content)
         if not disk.embedded:
             target.resize(len(content))
-        target.sync()
+        staging.sync_written(target)
     finally:
         target.close()

@@ -12,11 +12,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from sidecar.errors import DeadlineExceeded, ImageAlreadyExists, InvalidRequest, StagingNotFound, StagingPublished
+from sidecar.errors import (
+    DeadlineExceeded,
+    ImageAlreadyExists,
+    ImagesError,
+    InvalidRequest,
+    NoSpace,
+    StagingLost,
+    StagingNotFound,
+    StagingPublished,
+)
 from sidecar.images.committing import StagedDisk, commit
 from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
-from sidecar.images.staging import StagingDirectory
+from sidecar.images.staging import REFUSALS, StagingDirectory
 from sidecar.images.store import ImageStore
 
 # The lease of one whose maker was gone before it could be told of it: time to repeat the call.
@@ -133,25 +142,38 @@ class StagingSessions:
 
     @contextmanager
     def using(self, staging_id: str) -> Iterator[StagingDirectory]:
-        """The staging directory, which is neither committed nor dropped before the block ends; StagingNotFound."""
+        """The staging directory, which is neither committed nor dropped before the block ends; StagingNotFound.
+
+        When it has `damage` afterwards it is dropped: StagingLost, or NoSpace where that was the reason.
+        """
         session = self._enter(staging_id)
         try:
             yield session.staging
         except FileNotFoundError as error:
             # Taken away by somebody who does not heed the lock: what was staged is lost.
             raise _gone(staging_id) from error
+        except ImagesError as error:
+            if (damage := session.staging.damage) is not None:
+                raise _lost(session, damage) from error
+            raise
         finally:
             with self._changed:
                 session.calls -= 1
                 session.expires = self._monotonic() + self.lease_seconds
+                lost = session.staging.damage is not None and session.state is State.OPEN and not session.calls
+                if lost:
+                    session.state = State.ENDING
                 self._changed.notify_all()
+            if lost:
+                self._drop(session)
 
     def commit(self, staging_id: str, timeout: float | None = None) -> Published:
         """Publishes; while it is being published by another call, waits for that one and answers the same.
 
         After an error the staging directory is as it was: it can be mended, and committed again. Gone is it after
-        ImageAlreadyExists, when it was aborted meanwhile (StagingNotFound), and when its files could not be moved into
-        the image's place. DeadlineExceeded when the other call has not ended within `timeout` seconds.
+        ImageAlreadyExists, when it was aborted meanwhile (StagingNotFound), when it could not be made durable
+        (StagingLost, NoSpace), and when its files could not be moved into the image's place. DeadlineExceeded when the
+        other call has not ended within `timeout` seconds.
         """
         with self._changed:
             session = self._find(staging_id)
@@ -216,11 +238,21 @@ class StagingSessions:
         with self._changed:
             self._wait_for_calls(session)
         check()
+        staging = session.staging
+        if staging.damage is not None:
+            raise _lost(session, staging.damage)
         try:
-            staged = StagedDisk(session.staging)
-            image = commit(session.staging, staged, check)
+            staged = StagedDisk(staging)
+            image = commit(staging, staged, check)
         except FileNotFoundError as error:
             raise _gone(session.id) from error
+        except ImagesError as error:
+            if staging.damage is not None:
+                raise _lost(session, staging.damage) from error
+            if not staging.held and isinstance(error, REFUSALS):
+                # While its files were moved. Not to be tried again: it is gone, which says less than this.
+                raise _lost(session, error) from error
+            raise
         with self._changed:
             self._published[session.id] = image.key
             if len(self._published) > _REMEMBERED:
@@ -231,7 +263,8 @@ class StagingSessions:
     def _end_commit(self, session: StagingSession, error: BaseException) -> None:
         """After a commit that failed: open again, or dropped when there is nothing to be mended, or nobody to do it."""
         with self._changed:
-            lost = isinstance(error, ImageAlreadyExists) or not session.staging.held
+            staging = session.staging
+            lost = isinstance(error, ImageAlreadyExists) or staging.damage is not None or not staging.held
             if not lost and (session.calls or not session.abandoned):
                 session.state = State.OPEN
                 session.abandoned = False
@@ -255,7 +288,7 @@ class StagingSessions:
     def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
         """The session of that request id, its lease renewed; call with the lock."""
         known = self._by_request.get(request_id) if request_id else None
-        if known is None or known.state is State.ENDING:
+        if known is None or known.state is State.ENDING or known.staging.damage is not None:
             return None
         if known.staging.store is not store or known.staging.image_id != image_id:
             raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
@@ -275,6 +308,8 @@ class StagingSessions:
         session = self._sessions.get(staging_id)
         if session is None or session.state is State.ENDING:
             raise _gone(staging_id)
+        if session.state is State.OPEN and session.staging.damage is not None:
+            raise _lost(session, session.staging.damage)
         return session
 
     def _wait_for_calls(self, session: StagingSession) -> None:
@@ -334,6 +369,15 @@ def _gone(staging_id: str) -> StagingNotFound:
     return StagingNotFound(
         f"there is no staging directory {staging_id[:64]!r}: it was published, dropped, or the sidecar was restarted; "
         "begin anew"
+    )
+
+
+def _lost(session: StagingSession, cause: ImagesError) -> ImagesError:
+    """That it is dropped, since nobody knows what of it the disk has: an error that no client answers by committing."""
+    kind = NoSpace if isinstance(cause, NoSpace) else StagingLost
+    return kind(
+        f"{session.staging.store.key(session.staging.image_id)} was not published: {cause.message}. Some of what was "
+        "staged never reached the disk, so it is dropped: start the import again"
     )
 
 

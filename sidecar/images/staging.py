@@ -4,15 +4,19 @@ import contextlib
 import enum
 import logging
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import ReadableFile, WritableFile
-from sidecar.errors import DatastoreUnavailable, ImagesError, StagingNotFound
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError, NoSpace, StagingLost, StagingNotFound
+from sidecar.images.names import TIMESTAMP
 from sidecar.images.store import ImageStore
 from sidecar.locks.interface import HeldLock
 
 _TRIES = 8
+# What the disk may answer to an fsync; other errors are about what is there, and can be mended.
+REFUSALS = (DatastoreDenied, DatastoreUnavailable, NoSpace)
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ class StagingDirectory:
         self.image_id = image_id
         self.token = store.new_token()
         self.place = store.layout.staging_place(image_id, self.token)
+        # Why it can never be published: the disk refused some of what was written, and will not say so again.
+        self.damage: ImagesError | None = None
         self._lock: HeldLock | None = None
         self._state = _State.HELD
         self._changing = threading.Lock()  # guards the state
@@ -88,12 +94,37 @@ class StagingDirectory:
     def open_readable(self, name: str) -> ReadableFile:
         return self.store.datastore.open_readable(self.path(name))
 
-    def sync(self) -> None:
-        """Makes every file and then the directory durable."""
+    def complete(self, modified_ns: int) -> None:
+        """Adds the timestamp, and makes every file and then the directory durable.
+
+        After an error of that, nothing makes it durable any more: see `damage`.
+        """
         datastore = self.store.datastore
+        self.open_writable(TIMESTAMP).close()
+        with self._syncing():
+            datastore.set_modified(self.path(TIMESTAMP), modified_ns)
         for entry in datastore.entries(self.directory):
-            datastore.sync_file(self.path(entry.name))
-        datastore.sync_directory(self.directory)
+            with self._syncing():
+                datastore.sync_file(self.path(entry.name))
+        with self._syncing():
+            datastore.sync_directory(self.directory)
+
+    def sync_written(self, file: WritableFile) -> None:
+        """Makes what was written to one of its files durable; the error is as that of `complete`."""
+        with self._syncing():
+            file.sync()
+
+    @contextlib.contextmanager
+    def _syncing(self) -> Iterator[None]:
+        """For an fsync. Linux tells of a write that failed once: the next fsync succeeds, and the bytes are not there.
+
+        That the open before it failed is not told apart: rather dropped than published with a hole in it.
+        """
+        try:
+            yield
+        except REFUSALS as error:
+            self.damage = self.damage or error
+            raise
 
     def abort(self) -> None:
         """Removes the directory; no error when it was published or aborted before, or is being published."""
@@ -102,6 +133,8 @@ class StagingDirectory:
 
     def begin_publishing(self) -> None:
         """From here on no abort touches the directory; StagingNotFound when there was one before."""
+        if self.damage is not None:
+            raise StagingLost(f"the staging directory {self.directory} cannot be published: {self.damage.message}")
         if not self._turn(_State.HELD, _State.PUBLISHING):
             raise StagingNotFound(f"the staging directory {self.directory} was dropped before it was published")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from sidecar.datastores.posix import PosixDatastore
 from sidecar.images.layouts import LAYOUTS as SIDECAR_LAYOUTS
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
+from sidecar.locks.interface import HeldLock
 from tests.support.places import LAYOUTS, Place, flat_files, write_flat_disk
 from tests.support.processes import wait_until
 
@@ -127,14 +128,14 @@ def test_only_the_abandoned_one_is_dropped(
 
 
 class Failing(PosixDatastore):
-    """A datastore that goes away while files are made durable, until `away` is cleared; or that removes nothing."""
+    """A datastore that goes away when a lock is asked for, until `away` is cleared; or that removes nothing."""
 
     fails = away = stuck = False
 
-    def sync_file(self, path: str) -> None:
+    def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         self.away = self.away or self.fails
         self._check()
-        super().sync_file(path)
+        return super().lock(path, operation, timeout, check)
 
     def open_writable(self, path: str) -> WritableFile:
         self._check()
