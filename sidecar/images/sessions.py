@@ -46,7 +46,11 @@ Published: TypeAlias = tuple[Image, dict[str, str]]
 class State(enum.Enum):
     OPEN = enum.auto()
     COMMITTING = enum.auto()  # it is OPEN or ENDING afterwards
-    ENDING = enum.auto()  # nobody finds it any more
+    ENDING = enum.auto()  # being removed: who aborts it waits for what comes of that, nobody else finds it
+    LEFT = enum.auto()  # could not be removed: the next abort, or the end of its lease, tries again
+
+
+_GOING = (State.ENDING, State.LEFT)
 
 
 @dataclass(eq=False)
@@ -131,8 +135,8 @@ class StagingSessions:
                 if request_id:
                     self._by_request[request_id] = session
                 return session
-        staging.abort()  # the same call came twice, at the same time
-        return known
+        with staging:  # the same call came twice, at the same time
+            return known
 
     def store(self, staging_id: str) -> ImageStore | None:
         """Where the staging directory is; None when there is none."""
@@ -194,41 +198,53 @@ class StagingSessions:
         return published
 
     def abort(self, staging_id: str, timeout: float | None = None) -> None:
-        """Drops a staging directory; one that is gone already is no error.
+        """Drops a staging directory; one that is gone already is no error, one that cannot be removed is.
 
         One that is being committed is dropped by that, unless it is past the point where it can be: this waits for
-        the end of it. StagingPublished when it became the image, and DeadlineExceeded when that is not known within
-        `timeout` seconds.
+        the end of it, as for that of another abort. StagingPublished when it became the image, and DeadlineExceeded
+        when that is not known within `timeout` seconds. After what the datastore says, another abort tries again.
         """
-        with self._changed:
-            session = self._sessions.get(staging_id)
-            if session is None or session.state is State.ENDING:
-                if staging_id in self._published:
-                    raise _published(staging_id, self._published[staging_id])
+        seconds = _MOST_WAIT_SECONDS if timeout is None else min(timeout, _MOST_WAIT_SECONDS)
+        until = time.monotonic() + seconds
+        while True:
+            with self._changed:
+                session = self._wait_while_ending(staging_id, until)
+                if session is None:
+                    if staging_id in self._published:
+                        raise _published(staging_id, self._published[staging_id])
+                    return
+                running = session.commit if session.state is State.COMMITTING else None
+                if running is not None:
+                    session.abandoned = True
+                else:
+                    before, session.state = session.state, State.ENDING
+                    try:
+                        self._wait_for_calls(session)
+                    except BaseException:
+                        session.state = before
+                        self._changed.notify_all()
+                        raise
+            if running is None:
+                self._end(session)
                 return
-            committing = session.state is State.COMMITTING
-            if committing:
-                session.abandoned = True
-            else:
-                session.state = State.ENDING
-                try:
-                    self._wait_for_calls(session)
-                except BaseException:
-                    session.state = State.OPEN
-                    raise
-            running = session.commit
-        if not committing:
-            self._end(session)
-            return
-        try:
-            image, _ = self._outcome(staging_id, running, timeout)
-        except DeadlineExceeded:
-            raise
-        except Exception:
-            if session.state is State.OPEN:  # it could not be dropped, either
+            try:
+                image, _ = self._outcome(staging_id, running, until - time.monotonic())
+            except DeadlineExceeded:
                 raise
-            return
-        raise _published(staging_id, image.key)
+            except Exception:
+                continue  # the commit dropped it, or it is still there for this to do so
+            raise _published(staging_id, image.key)
+
+    def _wait_while_ending(self, staging_id: str, until: float) -> StagingSession | None:
+        """The session, which nobody is removing; None when there is none. Call with the lock."""
+        session = self._sessions.get(staging_id)
+        while session is not None and session.state is State.ENDING:
+            if not self._changed.wait(max(until - time.monotonic(), 0)) and time.monotonic() >= until:
+                raise DeadlineExceeded(
+                    f"staging directory {staging_id} is being dropped, and that has not ended yet: ask again later"
+                )
+            session = self._sessions.get(staging_id)
+        return session
 
     def _commit(self, session: StagingSession) -> Published:
         def check() -> None:
@@ -288,7 +304,7 @@ class StagingSessions:
     def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
         """The session of that request id, its lease renewed; call with the lock."""
         known = self._by_request.get(request_id) if request_id else None
-        if known is None or known.state is State.ENDING or known.staging.damage is not None:
+        if known is None or known.state in _GOING or known.staging.damage is not None:
             return None
         if known.staging.store is not store or known.staging.image_id != image_id:
             raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
@@ -306,7 +322,7 @@ class StagingSessions:
     def _find(self, staging_id: str) -> StagingSession:
         """Call with the lock."""
         session = self._sessions.get(staging_id)
-        if session is None or session.state is State.ENDING:
+        if session is None or session.state in _GOING:
             raise _gone(staging_id)
         if session.state is State.OPEN and session.staging.damage is not None:
             raise _lost(session, session.staging.damage)
@@ -324,27 +340,42 @@ class StagingSessions:
             committing = [session.commit for session in sessions if session.state is State.COMMITTING]
             for session in sessions:
                 session.abandoned = True
-            ending = [session for session in sessions if session.state is State.OPEN]
+            ending = [session for session in sessions if session.state in (State.OPEN, State.LEFT)]
             for session in ending:
                 session.state = State.ENDING
             self._changed.wait_for(lambda: not any(s.calls for s in ending), timeout=_CANCELLED_CALLS_SECONDS)
         for session in ending:
             self._drop(session)
+            session.staging.leave()
         wait(committing)  # each is gone with its commit, as it is abandoned
 
-    def _drop(self, session: StagingSession) -> None:
+    def _drop(self, session: StagingSession) -> bool:
         """Ends it; what its datastore says against that is logged, so that the others are dropped all the same."""
         try:
             self._end(session)
         except Exception as error:
             _log.warning("staging not dropped id=%s error=%s", session.id, error)
+            return False
+        return True
 
     def _end(self, session: StagingSession) -> None:
+        """Removes what is ENDING, or lets go of what was published, and forgets it.
+
+        After an error it is LEFT: not forgotten, so that nobody is told that it is gone.
+        """
+        try:
+            session.staging.abort()
+        except BaseException:
+            with self._changed:
+                session.state = State.LEFT
+                session.expires = self._monotonic() + min(self.lease_seconds, UNTOLD_SECONDS)
+                self._changed.notify_all()
+            raise
         with self._changed:
             self._sessions.pop(session.id, None)
             if self._by_request.get(session.request_id) is session:
                 del self._by_request[session.request_id]
-        session.staging.abort()
+            self._changed.notify_all()
 
     def _drop_expired(self, store: ImageStore) -> None:
         while not self._stopping.wait(min(self.lease_seconds / 4, UNTOLD_SECONDS)):
@@ -354,15 +385,15 @@ class StagingSessions:
                     session
                     for session in self._sessions.values()
                     if session.staging.store is store
-                    and session.state is State.OPEN
+                    and session.state in (State.OPEN, State.LEFT)
                     and session.expires < now
                     and not session.calls
                 ]
                 for session in expired:
                     session.state = State.ENDING
             for session in expired:
-                _log.info("staging dropped image=%s", store.key(session.staging.image_id))
-                self._drop(session)
+                if self._drop(session):
+                    _log.info("staging dropped image=%s", store.key(session.staging.image_id))
 
 
 def _gone(staging_id: str) -> StagingNotFound:

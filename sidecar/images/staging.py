@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 class _State(enum.Enum):
     HELD = enum.auto()
     PUBLISHING = enum.auto()  # its files are being moved into the image's place
+    REMOVING = enum.auto()
+    LEFT = enum.auto()  # removed in part, or not at all: good for nothing but another try
     ENDED = enum.auto()
 
 
@@ -31,7 +33,8 @@ class StagingDirectory:
     """A staging directory and its lock. As a context manager it is gone afterwards, unless it was published.
 
     The lock says that somebody is making it, however long that takes; when this process dies it goes with it.
-    Either whoever publishes ends it, from `begin_publishing` on, or who aborts it before that: never both.
+    Either whoever publishes ends it, from `begin_publishing` on, or who aborts it before that: never both. When it
+    cannot be removed, the lock stays with it for another `abort`, until `leave` gives it up.
     """
 
     def __init__(self, store: ImageStore, image_id: str, operation: str) -> None:
@@ -68,8 +71,10 @@ class StagingDirectory:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
             if self._lock:
-                self._remove()
+                with self._lock:
+                    store.datastore.remove_tree(self.place.directory)
                 self._lock = None
+                self._tidy()
             else:
                 store.datastore.remove_tree(self.place.directory)
                 self._tidy()
@@ -127,9 +132,18 @@ class StagingDirectory:
             raise
 
     def abort(self) -> None:
-        """Removes the directory; no error when it was published or aborted before, or is being published."""
-        if self._turn(_State.HELD, _State.ENDED):
+        """Removes the directory; no error when it was published or aborted before, or is being published or aborted.
+
+        After an error it is still there in whole or in part, held, and nobody can publish it: abort it again.
+        """
+        if self._turn(_State.HELD, _State.REMOVING) or self._turn(_State.LEFT, _State.REMOVING):
             self._remove()
+
+    def leave(self) -> None:
+        """Lets go of what could not be removed, for others to remove; nothing else is left then."""
+        if self._turn(_State.LEFT, _State.ENDED):
+            assert self._lock
+            self._lock.release()
 
     def begin_publishing(self) -> None:
         """From here on no abort touches the directory; StagingNotFound when there was one before."""
@@ -139,8 +153,11 @@ class StagingDirectory:
             raise StagingNotFound(f"the staging directory {self.directory} was dropped before it was published")
 
     def not_published(self) -> None:
-        """Removes the directory after `begin_publishing`: some of its files may be in the image's place."""
-        if self._turn(_State.PUBLISHING, _State.ENDED):
+        """Removes the directory after `begin_publishing`: some of its files may be in the image's place.
+
+        After an error: as after that of `abort`.
+        """
+        if self._turn(_State.PUBLISHING, _State.REMOVING):
             self._remove()
 
     def published(self) -> None:
@@ -159,8 +176,13 @@ class StagingDirectory:
 
     def _remove(self) -> None:
         assert self._lock
-        with self._lock:
+        try:
             self.store.datastore.remove_tree(self.directory)
+        except BaseException:
+            self._turn(_State.REMOVING, _State.LEFT)
+            raise
+        self._turn(_State.REMOVING, _State.ENDED)
+        self._lock.release()
         self._tidy()
 
     def _tidy(self) -> None:
@@ -179,4 +201,7 @@ class StagingDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.abort()
+        try:
+            self.abort()
+        finally:
+            self.leave()

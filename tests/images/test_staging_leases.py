@@ -201,6 +201,49 @@ def test_a_commit_during_an_outage_loses_nothing_and_can_be_repeated_after_it(
     place.assert_holds({"a": flat_files("a", "a.ecv")})
 
 
+@pytest.fixture
+def in_trouble(failing: Failing, place: Place) -> ImageStore:
+    layout = SIDECAR_LAYOUTS[place.layout]
+    layout.prepare(failing)
+    return ImageStore(failing, layout)
+
+
+def test_an_abort_that_failed_is_not_answered_with_ok_when_it_is_repeated(
+    in_trouble: ImageStore, failing: Failing, place: Place, stack: ExitStack
+) -> None:
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(600)))
+    staging = sessions.create(in_trouble, "a", 0, "").staging
+    failing.stuck = True
+    for _ in range(2):
+        with pytest.raises(errors.DatastoreUnavailable):
+            sessions.abort(staging.token)
+    with pytest.raises(errors.StagingNotFound):
+        sessions.commit(staging.token)
+    with pytest.raises(errors.LockTimeout):
+        failing.lock(staging.place.lock, "reap", timeout=0)
+    failing.stuck = False
+    sessions.abort(staging.token)
+    place.assert_holds({})
+
+
+def test_what_an_abort_could_not_remove_goes_with_its_lease(
+    in_trouble: ImageStore, failing: Failing, place: Place, clock: Clock, stack: ExitStack
+) -> None:
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(LEASE, clock)))
+    sessions.start([in_trouble])
+    staging_id = sessions.create(in_trouble, "a", 0, "request").id
+    failing.stuck = True
+    with pytest.raises(errors.DatastoreUnavailable):
+        sessions.abort(staging_id)
+    assert sessions.create(in_trouble, "a", 0, "request").id != staging_id, "nobody is given what is to be removed"
+    clock.now += 2 * LEASE
+    clock.wait_looks(3)
+    assert len(place.staging_directories()) == 2
+    failing.stuck = False
+    clock.now += 2 * LEASE
+    wait_until(lambda: place.holds({}), "the lease tries again")
+
+
 def test_a_datastore_in_trouble_keeps_no_other_ones_staging_directory(
     store: ImageStore, failing: Failing, place: Place, clock: Clock
 ) -> None:
