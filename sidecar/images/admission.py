@@ -70,6 +70,11 @@ class Admission:
         self._moved = monotonic()  # when a call last came or went
         self._thread = threading.local()  # has `inside` in the thread of a call that has a place
 
+    @property
+    def silence(self) -> str:
+        """That the datastore is not answering, in words; empty when it does, or nobody knows."""
+        return self._silence()
+
     def ask(self, silence: Callable[[], str]) -> None:
         """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used."""
         self._silence = silence

@@ -35,6 +35,8 @@ UNTOLD_SECONDS = 30.0
 _CALLS_SECONDS = 30.0
 _CANCELLED_CALLS_SECONDS = 2.0
 _MOST_WAIT_SECONDS = 3600.0  # for a caller without a deadline
+# A removal of what is expired that takes longer may have hung.
+_SLOW_SECONDS = 5.0
 _REMEMBERED = 1_000  # published ones, so that their abort is told so
 
 _log = logging.getLogger(__name__)
@@ -138,11 +140,27 @@ class StagingSessions:
         with staging:  # the same call came twice, at the same time
             return known
 
+    def renew(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
+        """What `create` would give for the request id of one that there is; None when it would make one.
+
+        Asks nothing of the datastore: also while that hangs, a maker keeps what is staged.
+        """
+        with self._changed:
+            return self._renewed(store, image_id, request_id)
+
     def store(self, staging_id: str) -> ImageStore | None:
-        """Where the staging directory is; None when there is none."""
+        """Where the staging directory is; None when there is none.
+
+        Whoever asks names it, which renews its lease: should the call that this is for be refused, that is no reason to
+        drop it.
+        """
         with self._changed:
             session = self._sessions.get(staging_id)
-            return session.staging.store if session else None
+            if session is None:
+                return None
+            if session.state not in _GOING:
+                session.expires = self._monotonic() + self.lease_seconds
+            return session.staging.store
 
     @contextmanager
     def using(self, staging_id: str) -> Iterator[StagingDirectory]:
@@ -378,9 +396,14 @@ class StagingSessions:
             self._changed.notify_all()
 
     def _drop_expired(self, store: ImageStore) -> None:
+        # No lease runs while the datastore is silent: whoever goes on with an import is refused, or waits for it.
+        silent = False
         while not self._stopping.wait(min(self.lease_seconds / 4, UNTOLD_SECONDS)):
+            before, silent = silent, bool(store.admission.silence)
             now = self._monotonic()
             with self._changed:
+                if before or silent:
+                    self._begin_anew(store, now)
                 expired = [
                     session
                     for session in self._sessions.values()
@@ -394,6 +417,14 @@ class StagingSessions:
             for session in expired:
                 if self._drop(session):
                     _log.info("staging dropped image=%s", store.key(session.staging.image_id))
+            # A removal that hung is silence, too, which nobody has seen from here.
+            silent = silent or self._monotonic() - now > _SLOW_SECONDS
+
+    def _begin_anew(self, store: ImageStore, now: float) -> None:
+        """The leases on one datastore; call with the lock."""
+        for session in self._sessions.values():
+            if session.staging.store is store and session.state is State.OPEN:
+                session.expires = max(session.expires, now + self.lease_seconds)
 
 
 def _gone(staging_id: str) -> StagingNotFound:

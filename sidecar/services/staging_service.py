@@ -42,14 +42,18 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CreateStagingRequest, context: grpc.ServicerContext
     ) -> pb.CreateStagingResponse:
         key = image_key(request.ref)
-        with self._library.using(key.datastore, context.is_active) as store:
-            session = self._library.sessions.create(
-                store, key.image_id, request.expected_bytes, request.request_id, context.is_active
-            )
+        sessions = self._library.sessions
+        # A renewal needs no disk, and no place.
+        session = sessions.renew(self._library.store(key.datastore), key.image_id, request.request_id)
+        if session is None:
+            with self._library.using(key.datastore, context.is_active) as store:
+                session = sessions.create(
+                    store, key.image_id, request.expected_bytes, request.request_id, context.is_active
+                )
         return pb.CreateStagingResponse(
             staging_id=session.id,
             directory=session.staging.directory,
-            lease_seconds=int(self._library.sessions.lease_seconds),
+            lease_seconds=int(sessions.lease_seconds),
         )
 
     def WriteFile(
