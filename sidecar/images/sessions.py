@@ -34,6 +34,7 @@ UNTOLD_SECONDS = 30.0
 # cancelled them, waits less.
 _CALLS_SECONDS = 30.0
 _CANCELLED_CALLS_SECONDS = 2.0
+_LOOK_SECONDS = 0.1
 _MOST_WAIT_SECONDS = 3600.0  # for a caller without a deadline
 # A removal of what is expired that takes longer may have hung.
 _SLOW_SECONDS = 5.0
@@ -205,7 +206,7 @@ class StagingSessions:
                 session.commit = Future()
             running = session.commit
         if waiting:
-            return self._outcome(staging_id, running, timeout)
+            return self._outcome(session, running, timeout)
         try:
             published = self._commit(session)
         except BaseException as error:
@@ -246,7 +247,7 @@ class StagingSessions:
                 self._end(session)
                 return
             try:
-                image, _ = self._outcome(staging_id, running, until - time.monotonic())
+                image, _ = self._outcome(session, running, until - time.monotonic())
             except DeadlineExceeded:
                 raise
             except Exception:
@@ -256,13 +257,18 @@ class StagingSessions:
     def _wait_while_ending(self, staging_id: str, until: float) -> StagingSession | None:
         """The session, which nobody is removing; None when there is none. Call with the lock."""
         session = self._sessions.get(staging_id)
-        while session is not None and session.state is State.ENDING:
-            if not self._changed.wait(max(until - time.monotonic(), 0)) and time.monotonic() >= until:
-                raise DeadlineExceeded(
-                    f"staging directory {staging_id} is being dropped, and that has not ended yet: ask again later"
-                )
-            session = self._sessions.get(staging_id)
-        return session
+        if session is None:
+            return None
+        with session.staging.store.admission.stepping_aside() as step:
+            while self._sessions.get(staging_id) is session and session.state is State.ENDING:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(
+                        f"staging directory {staging_id} is being dropped, and that has not ended yet: ask again later"
+                    )
+                if not self._changed.wait(min(left, _LOOK_SECONDS)):
+                    step()
+        return self._sessions.get(staging_id)
 
     def _commit(self, session: StagingSession) -> Published:
         def check() -> None:
@@ -307,16 +313,17 @@ class StagingSessions:
             session.state = State.ENDING
         self._drop(session)
 
-    def _outcome(self, staging_id: str, running: Future[Published], timeout: float | None) -> Published:
-        """Of a commit, once it has ended."""
-        try:
-            error = running.exception(min(_MOST_WAIT_SECONDS if timeout is None else timeout, _MOST_WAIT_SECONDS))
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"staging directory {staging_id} is being committed, and that has not ended yet: ask again later"
-            ) from None
-        if error is not None:
-            raise error
+    def _outcome(self, session: StagingSession, running: Future[Published], timeout: float | None) -> Published:
+        """Of a commit, once it has ended. Whoever waits for it steps aside for other calls."""
+        until = time.monotonic() + min(_MOST_WAIT_SECONDS if timeout is None else timeout, _MOST_WAIT_SECONDS)
+        with session.staging.store.admission.stepping_aside() as step:
+            while not wait((running,), min(max(until - time.monotonic(), 0), _LOOK_SECONDS)).done:
+                if time.monotonic() >= until:
+                    raise DeadlineExceeded(
+                        f"staging directory {session.id} is being committed, and that has not ended yet: "
+                        "ask again later"
+                    )
+                step()
         return running.result()
 
     def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
@@ -347,9 +354,16 @@ class StagingSessions:
         return session
 
     def _wait_for_calls(self, session: StagingSession) -> None:
-        """Until none that names it runs, now that its state keeps new ones out; call with the lock."""
-        if not self._changed.wait_for(lambda: session.calls == 0, timeout=_CALLS_SECONDS):
-            raise InvalidRequest(f"staging directory {session.id} is being written to; end those calls first")
+        """Until none that names it runs, now that its state keeps new ones out; call with the lock.
+
+        Steps aside for other calls meanwhile.
+        """
+        until = time.monotonic() + _CALLS_SECONDS
+        with session.staging.store.admission.stepping_aside() as step:
+            while not self._changed.wait_for(lambda: session.calls == 0, timeout=_LOOK_SECONDS):
+                if time.monotonic() >= until:
+                    raise InvalidRequest(f"staging directory {session.id} is being written to; end those calls first")
+                step()
 
     def _close(self, store: ImageStore) -> None:
         """Drops what there is on one datastore, and waits for the commits that run there."""

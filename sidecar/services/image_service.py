@@ -206,10 +206,14 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
     def _once(
         self, method: str, request: Change, context: grpc.ServicerContext, work: Callable[[ImageStore], Answer]
     ) -> Answer:
-        """One change of one image. Whoever waits for a call of the same request id takes a place as that one does."""
+        """One change of one image. Whoever waits for a call of the same request id steps aside for others."""
         with self._library.using(request.ref.datastore, context.is_active) as store:
             return self._requests.run(
-                request.request_id, fingerprint(method, request), lambda: work(store), context.time_remaining()
+                request.request_id,
+                fingerprint(method, request),
+                lambda: work(store),
+                context.time_remaining(),
+                store.admission.stepping_aside,
             )
 
 

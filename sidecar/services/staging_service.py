@@ -178,9 +178,14 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
             )
 
+        store = self._library.sessions.store(request.staging_id)
         with self._call(request.staging_id, context):
             return self._requests.run(
-                request.request_id, fingerprint("CommitStaging", request), work, context.time_remaining()
+                request.request_id,
+                fingerprint("CommitStaging", request),
+                work,
+                context.time_remaining(),
+                store.admission.stepping_aside if store else None,
             )
 
     def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
