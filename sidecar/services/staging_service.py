@@ -18,6 +18,7 @@ from sidecar.images.names import check_file_name
 from sidecar.images.operations import Operation
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
 from sidecar.services.image_service import PROGRESS_SECONDS
 from sidecar.services.messages import image_key, image_message, timestamp
 from sidecar.services.requests import Requests, fingerprint
@@ -179,7 +180,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             )
 
         store = self._library.sessions.store(request.staging_id)
-        with self._call(request.staging_id, context):
+        with self._call(store, context):
             return self._requests.run(
                 request.request_id,
                 fingerprint("CommitStaging", request),
@@ -189,16 +190,15 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             )
 
     def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
-        with self._call(request.staging_id, context, frees=True):
+        with self._call(self._library.sessions.store(request.staging_id), context, frees=True):
             self._library.sessions.abort(request.staging_id, context.time_remaining())
         return pb.AbortStagingResponse()
 
     def _call(
-        self, staging_id: str, context: grpc.ServicerContext, *, frees: bool = False
+        self, store: ImageStore | None, context: grpc.ServicerContext, *, frees: bool = False
     ) -> AbstractContextManager[None]:
-        """A place on the datastore of the staging directory, if there is one."""
-        store = self._library.sessions.store(staging_id)
-        return store.admission.call(context.is_active, frees=frees) if store else nullcontext()
+        """A place for a long call on the datastore of a staging directory, if there is one."""
+        return store.admission.long_call(context.is_active, frees=frees) if store else nullcontext()
 
     def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
         store = self._library.sessions.store(staging_id)

@@ -166,8 +166,8 @@ def test_no_lease_runs_while_the_datastore_is_silent(
     for _ in range(3):
         clock.now += 100 * LEASE
         clock.wait_looks(3)
-    silence[0] = ""
     clock.now += 100 * LEASE
+    silence[0] = ""
     clock.wait_looks(3)
     assert len(place.staging_directories()) == 1, "the end of the silence came after the last look at it"
     clock.now += 2 * LEASE
