@@ -154,7 +154,7 @@ class Limits(_Model):
     max_watches: Count = 64
     # Streams of WriteFile and ReadFile, of each datastore.
     max_transfers: Count = 32
-    # Other calls that run at a time, of each datastore; more of them wait in line.
+    # Other calls that run at a time, of each datastore, and as many commits, aborts and purges; more wait in line.
     max_calls: Count = 16
     # For running calls to end after SIGTERM, before they are cancelled.
     shutdown_seconds: Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=3600)] = 10.0

@@ -51,6 +51,12 @@ class StagingPublished(ImagesError):
     reason, code, errno, exit_code = "STAGING_PUBLISHED", "FAILED_PRECONDITION", errno.EEXIST, 5
 
 
+class StagingLost(ImagesError):
+    """Some of what was staged never reached the disk, and nobody can tell what: it is dropped, and begun anew."""
+
+    reason, code, errno, exit_code = "STAGING_LOST", "DATA_LOSS", errno.EIO, 1
+
+
 class ImageAlreadyExists(ImagesError):
     reason, code, errno, exit_code = "IMAGE_ALREADY_EXISTS", "ALREADY_EXISTS", errno.EEXIST, 4
 

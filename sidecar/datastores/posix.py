@@ -329,7 +329,12 @@ class PosixDatastore:
     def _make_one_directory(self, path: str) -> None:
         with parent_of(self._root_fd, path) as (parent, name):
             os.mkdir(name, 0o755, dir_fd=parent)
-            os.fsync(parent)
+            try:
+                os.fsync(parent)
+            except BaseException:
+                # Else the next one who needs it would find it, and believe that it is durable.
+                os.rmdir(name, dir_fd=parent)
+                raise
 
 
 def _described(paths: Sequence[str]) -> str:

@@ -64,11 +64,14 @@ class Library:
         return discovery
 
     @contextmanager
-    def using(self, datastore: str, wanted: Callable[[], bool]) -> Iterator[ImageStore]:
-        """The datastore's images for a call, while its caller wants it; DatastoreUnavailable when it seems to hang."""
-        store = self.store(datastore)
-        with store.admission.call(wanted):
-            yield store
+    def using(self, datastore: str, wanted: Callable[[], bool], *, long: bool = False) -> Iterator[ImageStore]:
+        """The datastore's images for a call, a `long` one or a small one, while its caller wants it.
+
+        DatastoreUnavailable when the datastore seems to hang, TooManyCalls when too many wait for it.
+        """
+        admission = self.store(datastore).admission
+        with admission.long_call(wanted) if long else admission.call(wanted):
+            yield self.store(datastore)
 
     def start_copy(
         self, source: ImageKey, destination: ImageKey, request_id: str, *, lock_timeout: float | None = None

@@ -156,7 +156,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 delete_image(store, key.image_id, lock_timeout=timeout)
             return pb.DeleteImageResponse()
 
-        return self._once("DeleteImage", request, context, work)
+        return self._once("DeleteImage", request, context, work, long=request.force)
 
     def RestoreImage(self, request: pb.RestoreImageRequest, context: grpc.ServicerContext) -> pb.RestoreImageResponse:
         key, timeout = image_key(request.ref), lock_timeout(request)
@@ -174,7 +174,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         def work(store: ImageStore) -> pb.PurgeImageResponse:
             return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id, lock_timeout=timeout))
 
-        return self._once("PurgeImage", request, context, work)
+        return self._once("PurgeImage", request, context, work, long=True)
 
     def UpdateMetadata(
         self, request: pb.UpdateMetadataRequest, context: grpc.ServicerContext
@@ -212,12 +212,25 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 )
 
     def _once(
-        self, method: str, request: Change, context: grpc.ServicerContext, work: Callable[[ImageStore], Answer]
+        self,
+        method: str,
+        request: Change,
+        context: grpc.ServicerContext,
+        work: Callable[[ImageStore], Answer],
+        *,
+        long: bool = False,
     ) -> Answer:
-        """One change of one image. Whoever waits for a call of the same request id takes a place as that one does."""
-        with self._library.using(request.ref.datastore, context.is_active) as store:
+        """One change of one image. Whoever waits for a call of the same request id steps aside for others.
+
+        `long`: one that frees the bytes of an image, which on some file systems takes as long as there are many.
+        """
+        with self._library.using(request.ref.datastore, context.is_active, long=long) as store:
             return self._requests.run(
-                request.request_id, fingerprint(method, request), lambda: work(store), context.time_remaining()
+                request.request_id,
+                fingerprint(method, request),
+                lambda: work(store),
+                context.time_remaining(),
+                store.admission.stepping_aside,
             )
 
 

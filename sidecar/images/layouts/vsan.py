@@ -76,15 +76,19 @@ class VsanLayout:
         # The descriptor after what it names, and the timestamp, which makes the image valid, after everything.
         last = (descriptor_name(image_id), TIMESTAMP)
         names = [name for name in datastore.names(staging.directory) if not is_lock_or_staging(name)]
-        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
-            if name == TIMESTAMP:
-                datastore.sync_directory(destination)
-            datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+        moved: list[str] = []
         try:
+            for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+                if name == TIMESTAMP:
+                    datastore.sync_directory(destination)
+                datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+                moved.append(name)
             datastore.sync_directory(destination)
         except BaseException:
-            # Who is told that it failed must not find a valid image there, to be lost by the next power cut.
-            datastore.rename(f"{destination}/{TIMESTAMP}", f"{staging.directory}/{TIMESTAMP}")
+            # Who is told that it failed must not find a valid image there, to be lost by the next power cut; nor a
+            # whole one without its timestamp, which the next repair would take for durable.
+            for name in reversed(moved):
+                datastore.rename(f"{destination}/{name}", f"{staging.directory}/{name}")
             raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
