@@ -10,7 +10,7 @@ import grpc
 from protos.images.v1 import image_service_pb2 as pb
 from protos.images.v1 import image_service_pb2_grpc as pb_grpc
 from protos.images.v1 import types_pb2
-from sidecar.errors import ImagesError, InvalidMetadata, InvalidRequest
+from sidecar.errors import ImagesError, InvalidMetadata, InvalidRequest, OperationCancelled
 from sidecar.images.checking import touch_image, validate_image
 from sidecar.images.deletion import delete_image, purge_image, restore_image
 from sidecar.images.image import Image, ImageKey
@@ -102,7 +102,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 paths = [image.path(file.name) for file in image.files]
                 message.users.extend(store.datastore.users(paths, key.image_id))
             if request.with_vms:
-                message.users.extend(self._vms_using(key))
+                message.users.extend(self._vms_using(key, context.is_active))
         return pb.GetImageResponse(image=message)
 
     def ValidateImage(
@@ -217,10 +217,15 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                     incomplete_datastores=event.incomplete if event.everything else [],
                 )
 
-    def _vms_using(self, key: ImageKey) -> list[str]:
+    def _vms_using(self, key: ImageKey, wanted: Callable[[], bool]) -> list[str]:
         """In words. When that cannot be known, so it says: no answer here would read as "nobody"."""
+
+        def check() -> None:
+            if not wanted():
+                raise OperationCancelled(f"nobody waits for the users of {key} any more")
+
         try:
-            return [use.what for use in uses_of_image(self._library.stores(), key)]
+            return [use.what for use in uses_of_image(self._library.stores(), key, check=check)]
         except ImagesError as error:
             return [f"unknown, {error.message}"]
 

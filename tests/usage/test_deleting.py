@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from sidecar import errors
+from sidecar.datastores import behind_mounts
+from sidecar.datastores.open_files import FileUser
 from tests.support.places import Place
 from tests.support.processes import BIN, Mount, background, imagectl, run, wait_until
 from tests.support.world import World, running_world
@@ -149,6 +151,24 @@ def test_who_has_an_image_open_through_the_mount_is_named(world: World, tmp_path
         (user,) = world.client.image("one/b").users
         assert f"(pid {os.getpid()}) through image-mount (pid {other.process.pid})" in user
         held.close()
+
+
+def test_a_mount_is_known_by_its_mountpoint_where_the_kernel_does_not_tell(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.places["one"].plant("a")
+    monkeypatch.setattr(behind_mounts, "_CONNECTION", "not told:")
+    with Mount(tmp_path / "other", world.sidecar.address), Mount(tmp_path / "mnt", world.sidecar.address) as mount:
+        assert mount.process
+        daemon = FileUser(mount.process.pid, "image-mount")
+        wait_until(lambda: "a" in os.listdir(mount.path / "one"), "the image is listed")
+        assert behind_mounts.with_openers([daemon], "one", "a") == (daemon,)
+        with (tmp_path / "other" / "one" / "a" / "a.vmdk").open("rb"):
+            assert behind_mounts.with_openers([daemon], "one", "a") == (daemon,)
+        with (mount.path / "one" / "a" / "a.vmdk").open("rb"):
+            (user,) = behind_mounts.with_openers([daemon], "one", "a")
+            assert (user.pid, user.through) == (os.getpid(), daemon)
+            assert behind_mounts.with_openers([daemon], "one", "b") == (daemon,)
 
 
 def test_a_vm_on_an_image_in_a_mount_keeps_it(world: World, tmp_path: Path) -> None:
