@@ -2,9 +2,9 @@
 
 import contextlib
 
-from sidecar.datastores.interface import Datastore
+from sidecar.datastores.interface import Datastore, EntryKind
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, is_image_id
+from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, VM_PREFIX, is_image_id
 
 TRASH = "deleted_images"
 STAGING = "tmp_images"
@@ -80,6 +80,9 @@ class CompoundLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return prefixed_image_id(name)
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        return prefixed_vm_directories(datastore)
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{STAGING_PREFIX}{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
@@ -111,6 +114,17 @@ class ShardedLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return name if name[:2] == collection.rpartition("/")[2] and is_image_id(name) else None
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        found = []
+        shards: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # no VM was made yet
+            shards = datastore.names("vms")
+        for shard in shards:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if datastore.entry(f"vms/{shard}").kind is not EntryKind.FILE:
+                    found += [f"vms/{shard}/{name}" for name in datastore.names(f"vms/{shard}")]
+        return found
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{STAGING}/{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
@@ -131,6 +145,11 @@ def _names(datastore: Datastore, directory: str) -> list[str]:
         return datastore.names(directory)
     except FileNotFoundError:
         return []
+
+
+def prefixed_vm_directories(datastore: Datastore) -> list[str]:
+    """The names in the root of the form `vm_<id>`."""
+    return [name for name in datastore.names("") if name.startswith(VM_PREFIX) and name != VM_PREFIX]
 
 
 def _make(datastore: Datastore, directory: str) -> None:
