@@ -92,9 +92,9 @@ def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
 
     The image is gone already: what cannot be freed now, or is not because of a crash, stays in the trash.
     """
+    if trash is None:
+        return
     try:
-        if trash is not None:
-            store.datastore.remove_tree(trash)
-        store.layout.tidy(store.datastore, image_id)
+        store.datastore.remove_tree(trash)
     except (ImagesError, OSError) as error:
         _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)
