@@ -7,6 +7,7 @@ from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, is_image_id
 
 TRASH = "deleted_images"
+STAGING = "tmp_images"
 
 
 def parent(path: str) -> str:
@@ -30,6 +31,12 @@ class RenamingLayout:
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         if directory := parent(self.image_directory(image_id)):
             _make(datastore, directory)
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        raise NotImplementedError
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        return [f"{TRASH}/{name}" for name in _names(datastore, TRASH)]
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
@@ -83,6 +90,10 @@ class CompoundLayout(RenamingLayout):
         directory = f"{STAGING_PREFIX}{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
 
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        names = {name.removesuffix(LOCK_SUFFIX) for name in datastore.names("")}
+        return [StagingPlace(name, name + LOCK_SUFFIX) for name in sorted(names) if name.startswith(STAGING_PREFIX)]
+
 
 class ShardedLayout(RenamingLayout):
     """The first and second version: `images/<first 2 characters>/<id>/`."""
@@ -91,7 +102,7 @@ class ShardedLayout(RenamingLayout):
 
     def prepare(self, datastore: Datastore) -> None:
         super().prepare(datastore)
-        for directory in ("images", "tmp_images"):
+        for directory in ("images", STAGING):
             _make(datastore, directory)
 
     def image_directory(self, image_id: str) -> str:
@@ -107,14 +118,25 @@ class ShardedLayout(RenamingLayout):
         return name if name[:2] == collection.rpartition("/")[2] and is_image_id(name) else None
 
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
-        directory = f"tmp_images/{token}"
+        directory = f"{STAGING}/{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        names = {name.removesuffix(LOCK_SUFFIX) for name in _names(datastore, STAGING)}
+        return [StagingPlace(f"{STAGING}/{name}", f"{STAGING}/{name}{LOCK_SUFFIX}") for name in sorted(names)]
 
 
 def prefixed_image_id(name: str) -> str | None:
     """The id in a name of the form `image_<id>`."""
     image_id = name.removeprefix("image_")
     return image_id if image_id != name and is_image_id(image_id) else None
+
+
+def _names(datastore: Datastore, directory: str) -> list[str]:
+    try:
+        return sorted(datastore.names(directory))
+    except FileNotFoundError:
+        return []
 
 
 def _make(datastore: Datastore, directory: str) -> None:

@@ -7,6 +7,7 @@ in between there is an incomplete image, which nobody uses and the next publish 
 import contextlib
 
 from sidecar.datastores.interface import Datastore
+from sidecar.errors import InvalidRequest
 from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.layouts.renaming import prefixed_image_id
 from sidecar.images.names import (
@@ -53,6 +54,24 @@ class VsanLayout:
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{self.image_directory(image_id)}/{STAGING_PREFIX}{token}"
         return StagingPlace(directory, f"{directory}/{_LOCK}")
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        places = []
+        for name in sorted(datastore.names("")):
+            image_id = prefixed_image_id(name)
+            if image_id is None:
+                continue
+            # Gone meanwhile; or a file or a link, which is no image's directory.
+            with contextlib.suppress(FileNotFoundError, InvalidRequest):
+                for inner in sorted(datastore.names(name)):
+                    if inner.startswith(STAGING_PREFIX) and "." not in inner:
+                        directory = f"{name}/{inner}"
+                        places.append(StagingPlace(directory, f"{directory}/{_LOCK}", image_id))
+        return places
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        """Nothing is put aside there."""
+        return []
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
