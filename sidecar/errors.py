@@ -73,6 +73,12 @@ class ImageInUse(ImagesError):
     reason, code, errno, exit_code = "IMAGE_IN_USE", "FAILED_PRECONDITION", errno.EBUSY, 5
 
 
+class UseUnknown(ImagesError):
+    """What a VM uses cannot be told, so it may use any image: what is wrong with the VM is in the message."""
+
+    reason, code, errno, exit_code = "USE_UNKNOWN", "FAILED_PRECONDITION", errno.EBUSY, 5
+
+
 class InvalidImageId(ImagesError):
     reason, code, errno, exit_code = "INVALID_IMAGE_ID", "INVALID_ARGUMENT", errno.EINVAL, 2
 

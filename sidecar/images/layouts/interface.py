@@ -38,6 +38,9 @@ class Layout(Protocol):
     def image_id(self, collection: str, name: str) -> str | None:
         """The id of the image that a name in a collection may be; None for what is no image's name."""
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        """What may be the directories of VMs now, by name alone; something else of such a name is among them."""
+
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         """Makes what the lock of an image that is not there yet needs."""
 

@@ -2,9 +2,9 @@
 
 import contextlib
 
-from sidecar.datastores.interface import Datastore
+from sidecar.datastores.interface import Datastore, EntryKind
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, is_image_id
+from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, VM_PREFIX, is_image_id
 
 TRASH = "deleted_images"
 STAGING = "tmp_images"
@@ -36,7 +36,7 @@ class RenamingLayout:
         raise NotImplementedError
 
     def trash(self, datastore: Datastore) -> list[str]:
-        return [f"{TRASH}/{name}" for name in _names(datastore, TRASH)]
+        return [f"{TRASH}/{name}" for name in sorted(_names(datastore, TRASH))]
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
@@ -86,6 +86,9 @@ class CompoundLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return prefixed_image_id(name)
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        return prefixed_vm_directories(datastore)
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{STAGING_PREFIX}{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
@@ -117,6 +120,13 @@ class ShardedLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return name if name[:2] == collection.rpartition("/")[2] and is_image_id(name) else None
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        found = []
+        for shard in _names(datastore, "vms"):
+            if datastore.entry(f"vms/{shard}").kind is not EntryKind.FILE:
+                found += [f"vms/{shard}/{name}" for name in _names(datastore, f"vms/{shard}")]
+        return found
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{STAGING}/{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
@@ -132,9 +142,14 @@ def prefixed_image_id(name: str) -> str | None:
     return image_id if image_id != name and is_image_id(image_id) else None
 
 
+def prefixed_vm_directories(datastore: Datastore) -> list[str]:
+    """The names in the root of the form `vm_<id>`."""
+    return [name for name in datastore.names("") if name.startswith(VM_PREFIX) and name != VM_PREFIX]
+
+
 def _names(datastore: Datastore, directory: str) -> list[str]:
     try:
-        return sorted(datastore.names(directory))
+        return datastore.names(directory)
     except FileNotFoundError:
         return []
 

@@ -9,7 +9,7 @@ import contextlib
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import InvalidRequest
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.layouts.renaming import prefixed_image_id
+from sidecar.images.layouts.renaming import prefixed_image_id, prefixed_vm_directories
 from sidecar.images.names import (
     LOCK_SUFFIX,
     STAGING_PREFIX,
@@ -46,6 +46,9 @@ class VsanLayout:
 
     def image_id(self, collection: str, name: str) -> str | None:
         return prefixed_image_id(name)
+
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        return prefixed_vm_directories(datastore)
 
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         with contextlib.suppress(FileExistsError):
