@@ -23,8 +23,8 @@ class RunState(enum.Enum):
     IMAGE_SWEEP = "IMAGE_SWEEP"
 
 
+# A run begins in INIT, and `end` is allowed in every state.
 _NEXT = {
-    RunState.IDLE: {RunState.INIT},
     RunState.INIT: {RunState.VM_SCAN, RunState.IMAGE_SWEEP},
     RunState.VM_SCAN: {RunState.IMAGE_MARK},
     RunState.IMAGE_MARK: set[RunState](),

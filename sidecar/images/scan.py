@@ -59,7 +59,6 @@ def scan(
     When one VM cannot be read, that error is raised and nothing is marked. An image that cannot be read or locked is
     left as it is.
     """
-    run.enter(RunState.INIT)
     for each in stores:
         each.datastore.check()
     run.enter(RunState.VM_SCAN)

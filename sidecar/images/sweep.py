@@ -85,7 +85,6 @@ def sweep(
 
     An image that cannot be read or locked stays; a VM that cannot be read is an error, as it may use any image.
     """
-    run.enter(RunState.INIT)
     for each in stores:
         each.datastore.check()
     # The mark may be old, and not everybody who makes a VM touches its image.
