@@ -191,9 +191,13 @@ class SidecarClient:
                 return
             request.page_token = page.next_page_token
 
-    def image(self, ref: ImageRef | str) -> Image:
-        """One image, read from its datastore, with its metadata and its users; raises ImageNotFound."""
-        return self._caller.unary(self._caller.images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
+    def image(self, ref: ImageRef | str, *, with_vms: bool = False) -> Image:
+        """One image, read from its datastore, with its metadata and its users; raises ImageNotFound.
+
+        `with_vms`: the users are also the VMs that need it, running or not, for which every VM's directory is read.
+        """
+        request = wire.GetImageRequest(ref=as_ref(ref), with_vms=with_vms)
+        return self._caller.unary(self._caller.images.GetImage, request).image
 
     def validate(
         self, ref: ImageRef | str, *, repair: bool = False, lock_timeout: float | None = None

@@ -200,11 +200,14 @@ class Datastore(Protocol):
     def interrupt(self) -> None:
         """Ends every wait for a lock, those to come too, with OperationCancelled. Free locks can be had still."""
 
-    def users(self, paths: Sequence[str]) -> list[str]:
-        """Who has one of these files open, in words; empty when nobody has."""
+    def users(self, paths: Sequence[str], image_id: str) -> list[str]:
+        """Who has one of these files of an image open, in words; empty when nobody has."""
 
-    def exclude_users(self, paths: Sequence[str]) -> AbstractContextManager[None]:
-        """Keeps every new reader of these files out until the end; ImageInUse, in words, when one is there already."""
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> AbstractContextManager[None]:
+        """Keeps every new reader of these files of an image out until the end; ImageInUse, in words, when one is there.
+
+        The image's id is what mounts have the files under: who has one open in there is named, too.
+        """
 
     def watcher(self) -> ChangeWatcher | None:
         """None where changes by others cannot be told, as on NFS."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.datastores import open_files
+from sidecar.datastores.behind_mounts import with_openers
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.inotify import InotifyWatcher
 from sidecar.datastores.interface import Capacity, Datastore, Entry, OpenDirectory, ReadableFile, WritableFile
@@ -253,20 +254,21 @@ class PosixDatastore:
         if self._interrupted.wait(seconds):
             raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
-    def users(self, paths: Sequence[str]) -> list[str]:
+    def users(self, paths: Sequence[str], image_id: str) -> list[str]:
         with ExitStack() as stack, self._faults.during("ask who has open", _described(paths)):
             descriptors = [self._enter_open(stack, path, os.O_RDONLY) for path in paths]
-            return [str(user) for user in open_files.open_users(descriptors)]
+            return [str(user) for user in with_openers(open_files.open_users(descriptors), self.name, image_id)]
 
     @contextmanager
-    def exclude_users(self, paths: Sequence[str]) -> Iterator[None]:
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> Iterator[None]:
         with ExitStack() as stack:
             with self._faults.during("ask who has open", _described(paths)):
                 descriptors = [self._enter_open(stack, path, os.O_RDWR) for path in paths]
                 try:
                     stack.enter_context(open_files.exclude_users(descriptors, patience=_CLOSING_SECONDS))
                 except open_files.FilesInUse as error:
-                    raise ImageInUse(open_files.describe(error.users)) from error
+                    users = with_openers(error.users, self.name, image_id)
+                    raise ImageInUse(open_files.describe(users)) from error
             yield
 
     def watcher(self) -> InotifyWatcher | None:

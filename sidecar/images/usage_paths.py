@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sidecar.datastores.fuse_mounts import image_mounts
 from sidecar.datastores.interface import Datastore
+from sidecar.datastores.mounts import Mount, mount_of, mounts
 from sidecar.images.image import ImageKey
 from sidecar.images.names import is_image_id
 from sidecar.images.store import ImageStore
@@ -45,22 +45,24 @@ class Places:
     def __init__(self, stores: Sequence[ImageStore]) -> None:
         """OSError when it cannot be seen where they are."""
         self._stores = {store.datastore.name: store for store in stores}
-        self._mounts = {mount.mountpoint: mount for mount in image_mounts()}
-        self._roots: dict[str, ImageStore] = {}
-        self._identities: dict[tuple[int, int], ImageStore] = {}
-        self._above: dict[str, ImageStore | None] = {}  # by directory, as `_identified` found it
+        self._mounts = mounts()
+        self._of_images = {mount.mountpoint: mount for mount in self._mounts if mount.is_of_images}
+        self._mounted: dict[str, Mount | None] = {}  # by directory, as `mount_of` found it
+        self._roots: list[tuple[str, ImageStore]] = []
+        self._physical_roots: list[tuple[int, str, ImageStore]] = []
         for store in stores:
-            for root in roots_of(store.datastore):
-                self._roots[root] = store
-                self._roots[self._resolve(root)] = store
-            status = os.stat(store.datastore.root_path)
-            self._identities[status.st_dev, status.st_ino] = store
+            os.stat(store.datastore.root_path)
+            self._roots += [(f"{root.rstrip('/')}/", store) for root in roots_of(store.datastore)]
+            root = self._resolve(store.datastore.root_path)
+            self._roots.append((f"{root.rstrip('/')}/", store))
+            if mount := mount_of(root, self._mounts):
+                self._physical_roots.append((mount.device, f"{mount.within(root).rstrip('/')}/", store))
 
     def locate(self, path: str) -> Located:
         """Where an absolute path leads. OSError when that cannot be found out; that nothing is there is no error."""
         resolved = self._resolve(path)
         keys = {*self._keys(resolved), *self._keys(os.path.normpath(path))}
-        return Located("" if self._mount_of(resolved) else self._at_root(resolved), tuple(sorted(keys, key=str)))
+        return Located("" if self._image_mount_of(resolved) else self._at_root(resolved), tuple(sorted(keys, key=str)))
 
     def readings(self, name: str, directory: str) -> list[str]:
         """The absolute paths that a name in a file of that directory may mean.
@@ -77,9 +79,13 @@ class Places:
             return [path]
         return [path, *(f"{store.datastore.root_path}/{rest}" for store in self._stores.values())]
 
+    def is_mount(self, path: str) -> bool:
+        """Whether a mount of images is there: what is in it is located, never read."""
+        return path in self._of_images
+
     def _keys(self, path: str) -> list[ImageKey]:
-        if mounted := self._mount_of(path):
-            found = self._mounts[mounted].image_in(path)
+        if mount := self._image_mount_of(path):
+            found = mount.image_in(path)
             return [ImageKey(*found[:2])] if found and found[0] in self._stores and is_image_id(found[1]) else []
         if place := self._place(path):
             store, relative = place
@@ -89,37 +95,29 @@ class Places:
 
     def _place(self, path: str) -> tuple[ImageStore, str] | None:
         """The datastore that a path is in, and the path from its root."""
-        for root, store in self._roots.items():
-            if path.startswith(f"{root.rstrip('/')}/"):
-                return store, path[len(root.rstrip("/")) + 1 :]
-        # A bind mount has the root, or a directory below it, somewhere else: the directories above tell.
-        directory, rest = path, ""
-        while directory != "/":
-            directory, _, name = directory.rpartition("/")
-            directory, rest = directory or "/", f"{name}/{rest}" if rest else name
-            if (found := self._identified(directory)) is not None:
-                return found, rest
+        for root, store in self._roots:
+            if path.startswith(root):
+                return store, path[len(root) :]
+        # A bind mount has the root, or a directory in it, somewhere else: the place in the file system tells.
+        directory = os.path.dirname(path)
+        if directory not in self._mounted:
+            self._mounted[directory] = mount_of(directory, self._mounts)
+        mount = self._mounted[directory]
+        if mount is not None:
+            inside = mount.within(path)
+            for device, root, store in self._physical_roots:
+                if device == mount.device and inside.startswith(root):
+                    return store, inside[len(root) :]
         return None
 
-    def _identified(self, directory: str) -> ImageStore | None:
-        if directory not in self._above:
-            try:
-                status = os.stat(directory, follow_symlinks=False)
-                self._above[directory] = self._identities.get((status.st_dev, status.st_ino))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    raise
-                self._above[directory] = None
-        return self._above[directory]
-
     def _at_root(self, path: str) -> str:
-        """The path on this host: /vmfs/volumes/<name> where there is no such directory is the datastore's root."""
-        if place := self._place(path):
+        """The path on this host: /vmfs/volumes/<name> where there is none is the datastore's root."""
+        if path.startswith(f"{VOLUMES}/") and not os.path.lexists(path) and (place := self._place(path)):
             return f"{place[0].datastore.root_path}/{place[1]}"
         return path
 
-    def _mount_of(self, path: str) -> str | None:
-        return next((mounted for mounted in self._mounts if path == mounted or path.startswith(f"{mounted}/")), None)
+    def _image_mount_of(self, path: str) -> Mount | None:
+        return next((mount for mount in self._of_images.values() if mount.holds(path)), None)
 
     def _resolve(self, path: str) -> str:
         """The path without links, as far as it is there, and up to a mount of images."""
@@ -132,7 +130,7 @@ class Places:
                 done = os.path.dirname(done)
                 continue
             done = f"{done.rstrip('/')}/{part}"
-            if done in self._mounts:
+            if self.is_mount(done):
                 return os.path.normpath("/".join((done, *reversed(left))))
             try:
                 target = os.readlink(done)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidecar import errors
-from sidecar.images.usage import uses_of_image
+from sidecar.images import usage_paths, vm_disks
+from sidecar.images.usage import uses_of_image, uses_of_vm
 from tests.support.places import write_flat_disk
 from tests.support.processes import run
 from tests.usage.conftest import Host, delta
@@ -146,12 +147,13 @@ def test_a_vm_behind_a_link_is_looked_at(host: Host, tmp_path: Path) -> None:
     assert host.used(vm) == {"one/a", "one/b"}
 
 
-def test_a_bind_mount_hides_no_image(host: Host, tmp_path: Path) -> None:
-    vm, bound = host.vm("1"), tmp_path / "bound"
+@pytest.mark.parametrize("what", [".", "image_a"], ids=["the datastore", "the image"])
+def test_a_bind_mount_hides_no_image(host: Host, tmp_path: Path, what: str) -> None:
+    vm, bound = host.vm("1"), tmp_path / "bound here"
     bound.mkdir()
-    run("mount", "--bind", host.places["one"].root, bound)
+    run("mount", "--bind", host.places["one"].root / what, bound)
     try:
-        write(vm, str(bound / "image_a" / "a.vmdk"))
+        write(vm, str(bound / ("image_a" if what == "." else "") / "a.vmdk"))
         assert host.used(vm) == {"one/a"}
     finally:
         run("umount", bound)
@@ -247,15 +249,23 @@ def test_a_chain_without_end_ends(host: Host) -> None:
         host.uses(vm)
 
 
-def test_a_vm_that_was_removed_meanwhile_uses_nothing(host: Host) -> None:
-    vm = host.vm("1")
+def test_a_vm_that_was_removed_meanwhile_uses_nothing_and_is_no_fault(host: Host) -> None:
+    for name, directory in (("one", "vm_gone"), ("two", "vms/go/gone"), ("three", "vm_gone")):
+        assert uses_of_vm(list(host.stores.values()), host.stores[name], directory) == {}
+
+
+def test_a_datastore_that_another_one_is_mounted_over_is_not_one_of_empty_vms(host: Host) -> None:
+    vm, root = host.vm("1"), host.places["one"].root
     write(vm, "../image_a/a.vmdk")
-    assert host.used(vm) == {"one/a"}
-    for path in vm.iterdir():
-        path.unlink()
-    vm.rmdir()
-    (vm.parent / "vm_1").mkdir()
-    assert host.used(vm) == set()
+    assert host.used(vm) == {"one/a"}  # its root is open from here on
+    run("mount", "-t", "tmpfs", "none", root)
+    try:
+        with pytest.raises(errors.UseUnknown, match="another file system is mounted there"):
+            host.uses(vm)
+        with pytest.raises(errors.DatastoreUnavailable):
+            uses_of_image(list(host.stores.values()), host.key("one/a"))
+    finally:
+        run("umount", root)
 
 
 def test_sockets_pipes_and_logs_of_a_running_vm_are_no_disks(host: Host) -> None:
@@ -292,5 +302,43 @@ def test_a_datastore_that_is_away_is_not_one_without_vms(host: Host) -> None:
     root.rename(root.with_name("away"))
     with pytest.raises(errors.DatastoreUnavailable):
         uses_of_image(list(host.stores.values()), host.key("one/a"))
-    with pytest.raises(errors.DatastoreUnavailable):
+    with pytest.raises(errors.DatastoreUnavailable, match="none can be purged"):
         host.uses(vm)
+
+
+def test_a_vm_of_too_many_files_is_not_read_without_end(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = host.vm("1")
+    monkeypatch.setattr(vm_disks, "_MOST_FILES", 10)
+    for number in range(12):
+        (vm / f"{number}.log").touch()
+    with pytest.raises(errors.UseUnknown, match="more than 10 files"):
+        host.uses(vm)
+
+
+def test_disks_in_a_directory_below_that_of_the_vm_are_seen(host: Host) -> None:
+    vm = host.vm("1")
+    (vm / "snapshots" / "old").mkdir(parents=True)
+    (vm / "snapshots" / "back").symlink_to(vm)
+    write(vm / "snapshots" / "old", "../../../image_a/a.vmdk")
+    assert host.used(vm) == {"one/a"}
+
+
+def test_a_vm_that_is_one_file_is_looked_at(host: Host) -> None:
+    directory = host.places["two"].root / "vms" / "we"
+    directory.mkdir(parents=True)
+    (host.places["two"].root / "vms" / "README").touch()
+    write(directory, str(host.places["one"].descriptor("a")), "web.vmdk")
+    assert host.used(directory / "web.vmdk", "two") == {"one/a"}
+
+
+def test_a_volume_of_esx_that_is_a_link_on_this_host_is_resolved(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, volumes = host.vm("1"), tmp_path / "vmfs" / "volumes"
+    volumes.mkdir(parents=True)
+    (volumes / "datastore 1").symlink_to("5f0c2ad4-9d3c02f2")
+    (volumes / "5f0c2ad4-9d3c02f2").symlink_to(host.places["three"].root)
+    monkeypatch.setattr(usage_paths, "VOLUMES", str(volumes))
+    write(vm, f"{volumes}/datastore 1/image_a/a.vmdk")
+    write(vm, "[datastore 1] image_b/b.vmdk", "second.vmdk")
+    assert host.used(vm) == {"three/a", "three/b"}

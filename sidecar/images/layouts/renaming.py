@@ -122,9 +122,13 @@ class ShardedLayout(RenamingLayout):
 
     def vm_directories(self, datastore: Datastore) -> list[str]:
         found = []
-        for shard in _names(datastore, "vms"):
-            if datastore.entry(f"vms/{shard}").kind is not EntryKind.FILE:
-                found += [f"vms/{shard}/{name}" for name in _names(datastore, f"vms/{shard}")]
+        shards: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # no VM was made yet
+            shards = datastore.names("vms")
+        for shard in shards:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if datastore.entry(f"vms/{shard}").kind is not EntryKind.FILE:
+                    found += [f"vms/{shard}/{name}" for name in datastore.names(f"vms/{shard}")]
         return found
 
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
@@ -145,13 +149,6 @@ def prefixed_image_id(name: str) -> str | None:
 def prefixed_vm_directories(datastore: Datastore) -> list[str]:
     """The names in the root of the form `vm_<id>`."""
     return [name for name in datastore.names("") if name.startswith(VM_PREFIX) and name != VM_PREFIX]
-
-
-def _names(datastore: Datastore, directory: str) -> list[str]:
-    try:
-        return datastore.names(directory)
-    except FileNotFoundError:
-        return []
 
 
 def _make(datastore: Datastore, directory: str) -> None:
