@@ -97,7 +97,7 @@ def mark(store: ImageStore, image_id: str, used: Uses, run: Run) -> Finding:
             is_used = (
                 image.key in used
                 or image.touched_ns >= start_seconds * _NS
-                or bool(store.datastore.users([image.path(file.name) for file in image.files]))
+                or bool(store.datastore.users([image.path(file.name) for file in image.files], image_id))
             )
             if is_used:
                 remove_marker(store, image)

@@ -176,7 +176,7 @@ def _require_unused(store: ImageStore, image: Image, marked_s: int, rules: Rules
 
 
 def _require_closed(store: ImageStore, image: Image) -> None:
-    if users := store.datastore.users([image.path(file.name) for file in image.files]):
+    if users := store.datastore.users([image.path(file.name) for file in image.files], image.key.image_id):
         raise _Stays(f"it is in use by {', '.join(users)}", used=True)
 
 

@@ -154,3 +154,11 @@ def prefixed_vm_directories(datastore: Datastore) -> list[str]:
 def _make(datastore: Datastore, directory: str) -> None:
     with contextlib.suppress(FileExistsError):
         datastore.make_directory(directory, parents=True)
+
+
+def _names(datastore: Datastore, directory: str) -> list[str]:
+    """None where the directory was not made yet."""
+    try:
+        return datastore.names(directory)
+    except FileNotFoundError:
+        return []
