@@ -28,6 +28,7 @@ from protos.images.v1.staging_service_pb2 import (
 from protos.images.v1.types_pb2 import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState
 from sidecar import errors
 from sidecar.client_calls import AnswerStream, Caller, default_address, new_request_id
+from sidecar.client_maintenance import DeletedImage, Maintenance, ReapResponse, Scan, Sweep, SweepResult
 from sidecar.client_staging import Hole, Part, Staging, as_duration, as_ref, parse_ref, read_file
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "CopyCall",
     "CopyImageResponse",
     "Datastore",
+    "DeletedImage",
     "FileKind",
     "Hole",
     "Image",
@@ -47,8 +49,12 @@ __all__ = [
     "LockKind",
     "Part",
     "ReadFileResponse",
+    "ReapResponse",
+    "Scan",
     "SidecarClient",
     "Staging",
+    "Sweep",
+    "SweepResult",
     "ValidateImageResponse",
     "WatchCall",
     "WatchImagesResponse",
@@ -286,6 +292,11 @@ class SidecarClient:
         """Every image, then every change; from the answer of `resume_token` on, where the sidecar still can."""
         request = wire.WatchImagesRequest(datastore=datastore, resume_token=resume_token)
         return WatchCall(self._caller, self._caller.start(self._caller.images.WatchImages, request))
+
+    @property
+    def maintenance(self) -> Maintenance:
+        """Scans and sweeps of datastores, and what is reaped there."""
+        return Maintenance(self._caller)
 
     def create_staging(self, ref: ImageRef | str, *, expected_bytes: int = 0, request_id: str | None = None) -> Staging:
         """A staging directory for the image to be; raises ImageAlreadyExists, or NoSpace for `expected_bytes`."""

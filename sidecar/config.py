@@ -122,6 +122,8 @@ def _locks(known: dict[str, Any]) -> LockKindId:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
+Interval = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=365 * 86400)]
+Grace = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=10 * 365 * 86400)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -163,11 +165,34 @@ class Limits(_Model):
     staging_lease_seconds: Seconds = 600.0
 
 
+class MaintenanceConfig(_Model):
+    """What the sidecar does by itself on every datastore. An interval of 0: never."""
+
+    # Free the trash, and staging directories that nobody makes any more and that are older than the grace time.
+    reap_interval_seconds: Interval = 600.0
+    staging_grace_seconds: Grace = 7200.0
+    # Purge deleted images, this long after their deletion.
+    purge_interval_seconds: Interval = 600.0
+    tombstone_grace_seconds: Grace = 86400.0
+    # Bytes: with fewer free ones, purge the oldest deleted images before their time. 0: never.
+    purge_below_free: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 0
+    # Scan, and then sweep. Images that were used within the grace time before the scan stay.
+    sweep_interval_seconds: Interval = 0.0
+    sweep_grace_seconds: Grace = 7 * 86400.0
+    # VMs, images and deletions a minute, of these scans and sweeps, and how long each may take.
+    rate: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    timeout_seconds: Seconds = 7 * 86400.0
+
+
 class SidecarConfig(_Model):
     listen: Annotated[str, AfterValidator(_listen)]
     datastores: tuple[DatastoreConfig, ...]
     limits: Limits = Limits()
+    maintenance: MaintenanceConfig = MaintenanceConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+_TABLES: dict[str, type[BaseModel]] = {"limits": Limits, "maintenance": MaintenanceConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +348,7 @@ def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
     value = detail["input"]
     match detail["type"]:
         case "extra_forbidden":
-            owner = Limits if len(detail["loc"]) > 1 else model
+            owner = _TABLES[str(detail["loc"][0])] if len(detail["loc"]) > 1 else model
             known = [key for key in owner.model_fields if key != "name"]
             # As it is written in the file.
             known = ["datastore" if key == "datastores" else key for key in known]

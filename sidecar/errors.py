@@ -107,6 +107,12 @@ class InvalidMetadata(ImagesError):
     reason, code, errno, exit_code = "INVALID_METADATA", "FAILED_PRECONDITION", errno.EIO, 5
 
 
+class TaskAlreadyRunning(ImagesError):
+    """There is one scan and one sweep of a datastore at a time."""
+
+    reason, code, errno, exit_code = "TASK_ALREADY_RUNNING", "FAILED_PRECONDITION", errno.EALREADY, 5
+
+
 class LockTimeout(ImagesError):
     """Another process changes the image, and did so for as long as the caller waited."""
 

@@ -1,6 +1,7 @@
 """An image as it is on its datastore now: its state, its files, its times."""
 
 import enum
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -219,10 +220,11 @@ def _read_marker(directory: OpenDirectory, entries: dict[str, Entry], problems: 
     if marker is None or marker.kind is not EntryKind.FILE:
         return None
     try:
-        seconds = int(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT))
+        # Others may write a fraction. Rounded down, that is: less is taken for unused.
+        seconds = math.floor(float(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT)))
     except FileNotFoundError:
         return None
-    except (ValueError, InvalidRequest):  # the latter: it is no plain file any more
+    except (ValueError, OverflowError, InvalidRequest):  # the last: it is no plain file any more
         seconds = -1
     if not 0 <= seconds <= _LATEST_SECONDS:
         problems.append(f"{UNUSED_MARKER} does not hold a time")

@@ -11,6 +11,7 @@ from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
 from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
+from sidecar.images.maintenance import Maintenance
 from sidecar.images.operations import Operation, Operations
 from sidecar.images.progress import Progress
 from sidecar.images.sessions import StagingSessions
@@ -21,10 +22,17 @@ class Library:
     """The datastores by name, the catalogue of their images, and the operations that run."""
 
     def __init__(
-        self, discoveries: Sequence[Discovery], catalog: Catalog, *, max_copies: int, lease_seconds: float
+        self,
+        discoveries: Sequence[Discovery],
+        catalog: Catalog,
+        *,
+        max_copies: int,
+        lease_seconds: float,
+        maintained: Sequence[Maintenance] = (),
     ) -> None:
         self.catalog = catalog
         self.discoveries = {discovery.store.datastore.name: discovery for discovery in discoveries}
+        self.maintained = {each.store.datastore.name: each for each in maintained}
         self.sessions = StagingSessions(lease_seconds)
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         self.clones: Operations[None] = Operations(max_copies, "clone")
@@ -36,6 +44,8 @@ class Library:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
         for discovery in self.discoveries.values():
             discovery.start()
+        for maintenance in self.maintained.values():
+            maintenance.start()
         self.sessions.start(discovery.store for discovery in self.discoveries.values())
 
     def interrupt(self) -> None:
@@ -49,7 +59,16 @@ class Library:
         Does not return while a datastore hangs; what is of the others ends cleanly all the same.
         """
         discoveries = self.discoveries.values()
-        end_all((self.copies.close, self.clones.close, self.sessions.close, *(d.close for d in discoveries)))
+        maintained = self.maintained.values()
+        end_all(
+            (
+                self.copies.close,
+                self.clones.close,
+                self.sessions.close,
+                *(m.close for m in maintained),
+                *(d.close for d in discoveries),
+            )
+        )
         # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
         end_all(d.store.datastore.close for d in discoveries)
 
@@ -69,6 +88,10 @@ class Library:
             names = ", ".join(sorted(self.discoveries)) or "none"
             raise DatastoreNotFound(f"there is no datastore {datastore[:128]!r}; this sidecar has {names}")
         return discovery
+
+    def maintenance(self, datastore: str) -> Maintenance:
+        """Of a datastore; DatastoreNotFound."""
+        return self.maintained[self.discovery(datastore).store.datastore.name]
 
     @contextmanager
     def using(self, datastore: str, wanted: Callable[[], bool], *, long: bool = False) -> Iterator[ImageStore]:

@@ -32,7 +32,8 @@ def fingerprint(method: str, request: Message) -> bytes:
     bare = type(request)()
     bare.CopyFrom(request)
     bare.ClearField("request_id")
-    bare.ClearField("lock_timeout")
+    if "lock_timeout" in bare.DESCRIPTOR.fields_by_name:
+        bare.ClearField("lock_timeout")
     return hashlib.sha256(method.encode() + b"\0" + bare.SerializeToString(deterministic=True)).digest()
 
 

@@ -49,6 +49,9 @@ class Layout(Protocol):
     def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
         """Of all staging directories there are, in use or abandoned, and of their locks where only those are left."""
 
+    def trash(self, datastore: Datastore) -> list[str]:
+        """What was discarded and is not freed."""
+
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         """Turns a staging directory, durable already, into the image, durably. Call under the image's lock.
 

@@ -32,6 +32,12 @@ class RenamingLayout:
         if directory := parent(self.image_directory(image_id)):
             _make(datastore, directory)
 
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        raise NotImplementedError
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        return [f"{TRASH}/{name}" for name in sorted(_names(datastore, TRASH))]
+
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
         datastore.rename(staging.directory, destination)
@@ -140,13 +146,6 @@ def prefixed_image_id(name: str) -> str | None:
     return image_id if image_id != name and is_image_id(image_id) else None
 
 
-def _names(datastore: Datastore, directory: str) -> list[str]:
-    try:
-        return datastore.names(directory)
-    except FileNotFoundError:
-        return []
-
-
 def prefixed_vm_directories(datastore: Datastore) -> list[str]:
     """The names in the root of the form `vm_<id>`."""
     return [name for name in datastore.names("") if name.startswith(VM_PREFIX) and name != VM_PREFIX]
@@ -155,3 +154,11 @@ def prefixed_vm_directories(datastore: Datastore) -> list[str]:
 def _make(datastore: Datastore, directory: str) -> None:
     with contextlib.suppress(FileExistsError):
         datastore.make_directory(directory, parents=True)
+
+
+def _names(datastore: Datastore, directory: str) -> list[str]:
+    """None where the directory was not made yet."""
+    try:
+        return datastore.names(directory)
+    except FileNotFoundError:
+        return []

@@ -72,6 +72,10 @@ class VsanLayout:
                         places.append(StagingPlace(directory, f"{directory}/{_LOCK}", image_id))
         return places
 
+    def trash(self, datastore: Datastore) -> list[str]:
+        """Nothing is put aside there."""
+        return []
+
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
         if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
