@@ -27,6 +27,10 @@ from tests.chaos.register import Step, contradiction, is_possible
 DEATHS = ("kill", "term", "died")
 # Pools and caches of a process fill in its first seconds, and are bounded: what grows beyond is a leak.
 MOST_DESCRIPTORS_MORE, MOST_THREADS_MORE = 12, 40
+# Refused for a file that another tool put into the directory that a mount staged.
+FOREIGN_FILE = "as another file is"
+GHOSTLY = ("mount-delete", "mount-purge")
+GHOST_SECONDS = 65.0
 CLOCK_SLACK = 0.1  # seconds: a file system's clock is that of the last tick
 
 
@@ -90,7 +94,8 @@ class Checker:
 
     def _check_answers(self) -> None:
         for operation in self._by_id.values():
-            if operation.outcome == ERROR and operation.reason in UNEXPECTED and not operation.is_mounts:
+            is_unexpected = operation.reason in UNEXPECTED and FOREIGN_FILE not in operation.said.get("message", "")
+            if operation.outcome == ERROR and is_unexpected and not operation.is_mounts:
                 self._found("answers", f"{operation.kind} was answered {operation.reason}", [operation])
             if operation.kind == "mount-read" and "content" in operation.said:
                 self._check_read(operation)
@@ -142,6 +147,8 @@ class Checker:
                 operations = self._by_target.get(name, [])
                 if found.status == VALID and found.faults:
                     self._found("whole", f"{name} is valid, and {'; '.join(found.faults)}", operations)
+                if found.foreign and not self._may_be_mixed(name):
+                    self._found("companions", f"{name} has files that nobody put there: {found.foreign}", operations)
                 if found.status in (VALID, DELETED):
                     self._check_notes(name, found)
                     self._check_touches(name, found)
@@ -155,6 +162,14 @@ class Checker:
         ]
         if not found.has_notes and not any(self._candidates_of(operation).may_lack_files for operation in publishes):
             self._found("companions", f"{name} lacks its companion file", self._by_target.get(name, []))
+
+    def _may_be_mixed(self, name: str) -> bool:
+        """Two tools that copy to one new name in one mount: the second may write when the first has ended."""
+        return any(
+            self._candidates_of(operation).may_be_mixed
+            for operation in self._by_target.get(name, [])
+            if operation.kind in PUBLISHING and not self._is_refused(operation)
+        )
 
     def _check_touches(self, name: str, found: Found) -> None:
         """The last use is not older than a touch that was acknowledged, of an image that was not published since."""
@@ -213,7 +228,13 @@ class Checker:
     def _steps(self, name: str, layout: str) -> list[Step]:
         steps = []
         for operation in self._by_target.get(name, []):
-            steps += steps_of(operation, layout, self._candidates_of, died=self._died_in(operation))
+            steps += steps_of(
+                operation,
+                layout,
+                self._candidates_of,
+                died=self._died_in(operation),
+                doubted=self._may_name_a_ghost(operation),
+            )
         # What a copy says of its source. The mount may have shown an older one.
         for operation in self._by_source.get(name, []):
             statuses = (VALID,) if operation.outcome == OK else SOURCE_SEEN.get(operation.reason)
@@ -243,6 +264,16 @@ class Checker:
         evidence = [self._by_id[number] for number in sorted(unanswered | set(shown)) if number]
         self._found("order", what, evidence)
 
+    def _may_name_a_ghost(self, operation: Operation) -> bool:
+        """A mount lets the rest of an rm succeed on what is gone already, for some time: another rm, too."""
+        return operation.kind in GHOSTLY and any(
+            other.kind in GHOSTLY
+            and other.id != operation.id
+            and other.via == operation.via
+            and operation.begin - GHOST_SECONDS < other.begin < operation.end
+            for other in self._by_target[operation.target]
+        )
+
     def _died_in(self, operation: Operation) -> bool:
         return any(
             begin <= operation.end and operation.begin <= end
@@ -260,8 +291,17 @@ class Checker:
         # A tool that fails goes on with the next file: what it leaves may be published without the one.
         may_lack_files = operation.is_mounts and operation.outcome != OK
         updates: set[int | None] = {None} if may_lack_files else set()
+        may_be_mixed = operation.is_mounts and any(
+            other.id != operation.id
+            and other.is_mounts
+            and other.kind in PUBLISHING
+            and other.begin < operation.end
+            and operation.begin < other.end
+            for other in self._by_target[operation.target]
+        )
         if operation.kind in IMPORTING:
-            return Candidates(frozenset([operation.id]), frozenset([UPDATE_OF_IMPORT, *updates]), may_lack_files)
+            contents_of_import = frozenset([operation.id])
+            return Candidates(contents_of_import, frozenset([UPDATE_OF_IMPORT, *updates]), may_lack_files, may_be_mixed)
         visited.add(operation.id)
         contents: set[int] = set()
         there = self._by_target.get(operation.source, [])
@@ -280,13 +320,14 @@ class Checker:
             contents |= more.contents
             updates |= more.updates
             may_lack_files |= more.may_lack_files
-        return Candidates(frozenset(contents), frozenset(updates), may_lack_files)
+            may_be_mixed |= more.may_be_mixed
+        return Candidates(frozenset(contents), frozenset(updates), may_lack_files, may_be_mixed)
 
     def _is_refused(self, operation: Operation) -> bool:
-        """Nothing was published by it, for certain. A mount goes on trying what it could not publish at once."""
-        if operation.outcome != ERROR or operation.is_mounts or self._died_in(operation):
+        """Nothing was published by it, for certain. What a mount could not publish at once is not: it goes on trying."""
+        if operation.outcome != ERROR or self._died_in(operation):
             return False
-        return operation.reason in SILENT or operation.reason.startswith("IMAGE_")
+        return operation.is_mounts or operation.reason in SILENT or operation.reason.startswith("IMAGE_")
 
     def _latest_end(self, operation: Operation) -> float:
         """When whatever it did was done."""

@@ -173,8 +173,7 @@ class Run:
             outcome = UNKNOWN if error.reason in _OPEN else ERROR
             self._recorder.end(operation, outcome, error.reason, {"message": error.message})
         except ToolError as error:
-            # A tool's word is not enough to say that nothing happened.
-            self._recorder.end(operation, UNKNOWN, str(error))
+            self._recorder.end(operation, ERROR if error.is_harmless else UNKNOWN, str(error))
         else:
             self._recorder.end(operation, OK, "", said)
             if leaves := KINDS[kind].leaves:

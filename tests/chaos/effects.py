@@ -104,18 +104,25 @@ class Candidates:
     contents: frozenset[int]
     updates: frozenset[int | None]
     may_lack_files: bool
+    may_be_mixed: bool
 
 
 def steps_of(
-    operation: Operation, layout: str, candidates: Callable[[Operation], Candidates], *, died: bool
+    operation: Operation,
+    layout: str,
+    candidates: Callable[[Operation], Candidates],
+    *,
+    died: bool,
+    doubted: bool = False,
 ) -> list[Step]:
     """The steps of an operation on its target.
 
     `died`: a process that it went through died meanwhile. The client repeats a call that got no answer, so what is
-    answered may be the second try's: there may have been another effect, of the first.
+    answered may be the second try's: there may have been another effect, of the first. `doubted`: that it succeeded
+    does not say that it did anything.
     """
     steps = []
-    unknown = operation.outcome not in (OK, ERROR)
+    unknown = operation.outcome not in (OK, ERROR) or doubted
     if not unknown and (effect := _answered(operation, layout, candidates)) is not None:
         steps.append(Step(operation.id, operation.begin, operation.end, effect))
     if (unknown or died) and (effect := _unanswered(operation, layout, candidates)) is not None:
@@ -151,7 +158,8 @@ def _answered(operation: Operation, layout: str, candidates: Callable[[Operation
         case "touch" | "validate":
             return sees(VALID)
         case "read":
-            return sees(VALID, contents=[operation.said["content"]])
+            # A tombstone keeps nobody from reading, so that what is to be restored can be looked at.
+            return sees(VALID, DELETED, contents=[operation.said["content"]])
         # The mount looks at what it knows, which may be old: done is what was asked for, by whomever.
         case "mount-delete":
             return turns({VALID: (DELETED,), WRECK: (DELETED_WRECK,), DELETED: (DELETED,), ABSENT: (ABSENT,)})

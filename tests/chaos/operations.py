@@ -10,7 +10,7 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ Said = dict[str, Any]
 
 
 class ToolError(Exception):
-    """A tool at the mount did not end with 0."""
+    """A tool at the mount did not do what it was to do. `is_harmless`: nor anything else, by its own words."""
+
+    def __init__(self, message: str, *, is_harmless: bool = False) -> None:
+        super().__init__(message)
+        self.is_harmless = is_harmless
 
 
 @dataclass
@@ -45,21 +49,22 @@ class Tools:
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
 
-    def run(self, *command: str | Path) -> None:
+    def run(self, *command: str | Path, harmless: Sequence[str] = ()) -> list[str]:
+        """The lines that it printed. `harmless`: how a complaint begins that says that nothing was done."""
         with self.lock:
             if self.ended:
                 raise ToolError("the run ends")
             process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "LC_ALL": "C"},
             )
             self.running.add(process)
         try:
-            _, said = process.communicate(timeout=TOOL_SECONDS)
+            printed, said = process.communicate(timeout=TOOL_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -68,7 +73,9 @@ class Tools:
             with self.lock:
                 self.running.discard(process)
         if process.returncode:
-            raise ToolError(said.strip().splitlines()[0] if said.strip() else f"status {process.returncode}")
+            message = said.strip().splitlines()[0] if said.strip() else f"status {process.returncode}"
+            raise ToolError(message, is_harmless=not printed and message.startswith(tuple(harmless)))
+        return printed.splitlines()
 
     def end(self) -> None:
         with self.lock:
@@ -95,8 +102,8 @@ def copy(bench: Bench, operation: Operation) -> Said:
     call = bench.client.copy(operation.source, operation.target)
     if bench.choose.random() < 0.1:
         # Somebody changes his mind, at once or when it has begun.
-        if bench.choose.random() < 0.5:
-            next(call, None)
+        if bench.choose.random() < 0.5 and (answer := next(call, None)) and answer.HasField("image"):
+            return {}
         call.cancel()
     call.wait()
     return {}
@@ -192,7 +199,7 @@ def listing(bench: Bench, operation: Operation) -> Said:
 
 
 def mount_copy(bench: Bench, operation: Operation) -> Said:
-    bench.tools.run("cp", "-rT", bench.mount / operation.source, bench.mount / operation.target)
+    _copy_tree(bench, bench.mount / operation.source, bench.mount / operation.target)
     return {}
 
 
@@ -200,8 +207,7 @@ def mount_import(bench: Bench, operation: Operation) -> Said:
     source = bench.scratch / f"{operation.id}"
     content_of(operation.id).write(source, "src")
     try:
-        bench.tools.run("cp", "-rT", source, bench.mount / operation.target)
-        bench.tools.run("sync", bench.mount / operation.target)
+        _copy_tree(bench, source, bench.mount / operation.target)
     finally:
         for path in source.iterdir():
             path.unlink()
@@ -209,21 +215,36 @@ def mount_import(bench: Bench, operation: Operation) -> Said:
     return {}
 
 
+def _copy_tree(bench: Bench, source: Path, target: Path) -> None:
+    """`cp -r`, and `sync`, without which an import may still fail."""
+    harmless = (f"cp: cannot stat '{source}'", f"cp: cannot stat '{target}'", f"cp: cannot create directory '{target}'")
+    printed = bench.tools.run("cp", "-rvT", source, target, harmless=harmless)
+    # What the mount still stages of an earlier attempt looks like a directory, too.
+    if f"'{source}' -> '{target}'" not in printed or not any(".vmdk'" in line for line in printed):
+        raise ToolError("cp made no new directory, or found nothing to copy")
+    bench.tools.run("sync", target)
+
+
 def mount_delete(bench: Bench, operation: Operation) -> Said:
-    bench.tools.run("rm", "-r", bench.mount / operation.target)
+    _remove_tree(bench, bench.mount / operation.target)
     return {}
 
 
 def mount_restore(bench: Bench, operation: Operation) -> Said:
     datastore, _, image_id = operation.target.partition("/")
-    bench.tools.run("mv", "-T", bench.mount / datastore / ".deleted" / image_id, bench.mount / operation.target)
+    deleted = bench.mount / datastore / ".deleted" / image_id
+    bench.tools.run("mv", "-T", deleted, bench.mount / operation.target, harmless=[f"mv: cannot stat '{deleted}'"])
     return {}
 
 
 def mount_purge(bench: Bench, operation: Operation) -> Said:
     datastore, _, image_id = operation.target.partition("/")
-    bench.tools.run("rm", "-r", bench.mount / datastore / ".deleted" / image_id)
+    _remove_tree(bench, bench.mount / datastore / ".deleted" / image_id)
     return {}
+
+
+def _remove_tree(bench: Bench, directory: Path) -> None:
+    bench.tools.run("rm", "-rv", directory, harmless=[f"rm: cannot remove '{directory}': No such file"])
 
 
 def mount_touch(bench: Bench, operation: Operation) -> Said:
@@ -238,7 +259,7 @@ def mount_read(bench: Bench, operation: Operation) -> Said:
         extents = named_extents((directory / f"{image_id}.vmdk").read_bytes())
         data = (directory / extents[0][0]).read_bytes() if extents else b""
     except OSError as error:
-        raise ToolError(error.strerror) from error
+        raise ToolError(str(error.strerror), is_harmless=True) from error
     return _judged(data)
 
 

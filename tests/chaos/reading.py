@@ -20,7 +20,7 @@ ABSENT, VALID, DELETED, WRECK, DELETED_WRECK = "absent", "valid", "deleted", "wr
 
 @dataclass(slots=True)
 class Found:
-    """An image. `update`: the operation that wrote its metadata; None when it has none. `used`: seconds, its mtime."""
+    """An image. `update`: the operation that wrote its metadata; None when it has none. `used`: its mtime, in seconds."""
 
     status: str
     content: int | None = None
@@ -28,6 +28,7 @@ class Found:
     has_notes: bool = False
     used: float = 0.0
     faults: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # files that an image of that content does not have
 
 
 @dataclass
@@ -128,6 +129,7 @@ def _read_image(root: Path, directory: Path, image_id: str, reading: Reading) ->
     found = Found(WRECK)
     _read_disk(files, image_id, found)
     _read_companions(files, image_id, found)
+    _read_foreign(files, image_id, found)
     if TIMESTAMP in files:
         found.used = files[TIMESTAMP].stat().st_mtime
     else:
@@ -182,6 +184,13 @@ def _read_companions(files: dict[str, Path], image_id: str, found: Found) -> Non
         found.has_notes = True
         if notes.read_bytes() != content_of(found.content).notes():
             found.faults.append(f"the companion file {NOTES} is another content's, or not whole")
+
+
+def _read_foreign(files: dict[str, Path], image_id: str, found: Found) -> None:
+    known = {f"{image_id}.vmdk", f"{image_id}.ecv", NOTES, TIMESTAMP, TOMBSTONE}
+    if found.content is not None:
+        known.update(content_of(found.content).extent_names(image_id))
+        found.foreign = sorted(files.keys() - known)
 
 
 def _read_lock(root: Path, path: Path, reading: Reading) -> None:

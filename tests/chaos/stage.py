@@ -127,13 +127,14 @@ class Actor:
         )
 
     def _open_files(self, stores: Sequence[Store]) -> list[str]:
-        """Files of the datastores that it has open, but for the locks of imports that may go on."""
+        """Files of the datastores that it has open, but for those of imports that may go on."""
         found = []
         for number in os.listdir(f"/proc/{self.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):
                 path = os.readlink(f"/proc/{self.pid}/fd/{number}")
                 below = any(path.startswith(f"{store.root}/") for store in stores)
-                if below and not ("tmp_image" in path and path.endswith(".ec_lock")):
+                is_staged = "tmp_image" in path and (path.endswith(".ec_lock") or isinstance(self.process, Mount))
+                if below and not is_staged:
                     found.append(path)
         return found
 
