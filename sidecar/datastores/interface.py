@@ -31,6 +31,8 @@ class Entry:
     modified_ns: int
     changed_ns: int
     inode: int
+    links: int = 1
+    """How many names the file has, on the whole file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,8 @@ class Datastore(Protocol):
     def open_readable(self, path: str) -> ReadableFile:
         """Opens a regular file and marks it as in use until it is closed; ImageInUse when it is being removed."""
 
-    def open_writable(self, path: str) -> WritableFile: ...
+    def open_writable(self, path: str) -> WritableFile:
+        """Opens a regular file, made when it is not there; InvalidRequest when it has another name, maybe elsewhere."""
 
     def shares_extents_with(self, other: "Datastore") -> bool:
         """Copies from there to here share their bytes instead of taking space."""

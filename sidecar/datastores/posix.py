@@ -35,6 +35,7 @@ from sidecar.errors import (
     DatastoreUnavailable,
     ImageInUse,
     ImagesError,
+    InvalidRequest,
     OperationCancelled,
 )
 from sidecar.locks.files import FileLocks, LockKind
@@ -240,7 +241,13 @@ class PosixDatastore:
 
     def open_writable(self, path: str) -> WritableFile:
         with self._faults.during("open", path):
-            return PosixWritable(self._faults, path, self._open_regular(path, os.O_RDWR | os.O_CREAT))
+            fd = self._open_regular(path, os.O_RDWR | os.O_CREAT)
+            if os.fstat(fd).st_nlink > 1:
+                os.close(fd)
+                raise InvalidRequest(
+                    f"{self.name}: {path} has another name, a hard link: what is written would be there"
+                )
+            return PosixWritable(self._faults, path, fd)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         if not isinstance(other, PosixDatastore):

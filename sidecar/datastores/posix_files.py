@@ -135,7 +135,14 @@ def make_entry(name: str, status: os.stat_result) -> Entry:
     mode = status.st_mode
     kind = EntryKind.FILE if stat.S_ISREG(mode) else EntryKind.DIRECTORY if stat.S_ISDIR(mode) else EntryKind.OTHER
     return Entry(
-        name, kind, status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        name,
+        kind,
+        status.st_size,
+        status.st_blocks * 512,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_nlink,
     )
 
 

@@ -21,6 +21,7 @@ from sidecar.images.names import (
 _MARKER_LIMIT = 64
 _LATEST_SECONDS = 253_402_300_799  # the end of the year 9999, where the contract's times end
 _START_BYTES = 4096
+_MOST_MISPLACED = 100  # names that are told
 
 
 class ImageState(enum.Enum):
@@ -124,7 +125,7 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         place = opened.entry()
         entries = {entry.name: entry for entry in opened.entries()}
         _require_something(key, set(entries))
-        problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
+        problems = _misplaced(entries)
         disk, fault = _read_disk(opened, image_id, entries)
         if fault:
             problems.append(fault)
@@ -236,6 +237,15 @@ def _require_something(key: ImageKey, names: set[str]) -> None:
     # Staging directories and locks inside an image's directory (layout vsan) make no image.
     if not any(name in (TIMESTAMP, TOMBSTONE) or not is_bookkeeping(name) for name in names):
         raise not_found(key)
+
+
+def _misplaced(entries: dict[str, Entry]) -> list[str]:
+    """What is not a plain file and should be; not of every one, or nobody could be told of the image."""
+    names = [entry.name for entry in entries.values() if _is_misplaced(entry)]
+    problems = [f"{name!r} is not a plain file" for name in names[:_MOST_MISPLACED]]
+    if more := len(names) - len(problems):
+        problems.append(f"{more} more are not plain files")
+    return problems
 
 
 def _is_misplaced(entry: Entry) -> bool:

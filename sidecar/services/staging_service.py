@@ -171,13 +171,12 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CommitStagingRequest, context: grpc.ServicerContext
     ) -> pb.CommitStagingResponse:
         wait = lock_timeout(request)
+        copied_from = image_key(request.copied_from) if request.HasField("copied_from") else "-"
 
         def work() -> pb.CommitStagingResponse:
             image, renames = self._library.sessions.commit(
                 request.staging_id, context.time_remaining(), lock_timeout=wait
             )
-            source = request.copied_from
-            copied_from = f"{source.datastore}/{source.image_id}"[:300] if request.HasField("copied_from") else "-"
             _log.info("published image=%s copied_from=%s", image.key, copied_from)
             return pb.CommitStagingResponse(
                 image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
