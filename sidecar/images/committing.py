@@ -48,6 +48,7 @@ def commit(
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
     committed again unless it has `damage`; after one while they are moved it is gone.
     """
+    staging.store.datastore.require_in_place()
     disk = staged.disk
     raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
     renamed: list[tuple[str, str]] = []

@@ -324,7 +324,7 @@ class Checker:
         return Candidates(frozenset(contents), frozenset(updates), may_lack_files, may_be_mixed)
 
     def _is_refused(self, operation: Operation) -> bool:
-        """Nothing was published by it, for certain. What a mount could not publish at once is not: it goes on trying."""
+        """Nothing was published by it, for certain. What a mount could not publish at once is not: it tries again."""
         if operation.outcome != ERROR or self._died_in(operation):
             return False
         return operation.is_mounts or operation.reason in SILENT or operation.reason.startswith("IMAGE_")
