@@ -1,7 +1,7 @@
 """The bytes of a staged file: in the staging directory itself where this host may write there, else over the wire."""
 
-import contextlib
 import errno
+import logging
 import os
 import threading
 import time
@@ -10,10 +10,13 @@ from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
 from fusefs.pulse import Pulse
-from fusefs.reading import LocalReader, RemoteReader, Shared
+from fusefs.reading import NOT_FROM_HERE, LocalReader, RemoteReader, Shared
 from sidecar.client import SidecarClient, Staging
 
+_log = logging.getLogger(__name__)
+
 _SPACE_CHECK_BYTES = 16 << 20
+_CLOSED = -1
 _WRITE_BACK_BYTES = 512 << 10
 
 
@@ -80,14 +83,14 @@ class LocalPlace:
         os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._fd = _closed(self._fd)
 
 
 class LocalContent:
     def __init__(self, fd: int, room_for_images: Callable[[int], int]) -> None:
         self._fd = fd
         self._room_for_images = room_for_images
-        self._unchecked = 0
+        self._unchecked_room = 0  # bytes that may be written before the room is looked at again
         self.block_size = os.fstatvfs(fd).f_bsize
         self._shares = True  # until it was tried in vain: most file systems cannot
 
@@ -140,7 +143,7 @@ class LocalContent:
         pass  # the same file
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._fd = _closed(self._fd)
 
     def _give_back_beyond_end(self, offset: int) -> None:
         """Before the file goes on after a gap: the file system frees what it allocated beyond the end in advance.
@@ -153,11 +156,12 @@ class LocalContent:
 
     def _check_space(self, coming: int) -> None:
         """The datastore's reserve is not for images; the file system itself would let us have it."""
-        self._unchecked += coming
-        if self._unchecked >= _SPACE_CHECK_BYTES:
-            self._unchecked = 0
-            if self._room_for_images(self._fd) <= 0:
+        if self._unchecked_room < coming:
+            room = self._room_for_images(self._fd)
+            if room < coming:
                 fail(errno.ENOSPC, "only the datastore's reserve is left")
+            self._unchecked_room = min(room, max(coming, _SPACE_CHECK_BYTES))
+        self._unchecked_room -= coming
 
 
 class RemotePlace:
@@ -243,6 +247,13 @@ class RemoteContent:
         self._reader.forget()
 
 
+def _closed(fd: int) -> int:
+    """Closes a descriptor, once; what stands for it then is none, while its number may soon be another file's."""
+    if fd != _CLOSED:
+        os.close(fd)
+    return _CLOSED
+
+
 def open_place(client: SidecarClient, pulse: Pulse, staging: Staging, root_path: str, reserve_bytes: int) -> Place:
     """The staging directory as a place to write to: its own path when it can be reached from here."""
 
@@ -251,6 +262,10 @@ def open_place(client: SidecarClient, pulse: Pulse, staging: Staging, root_path:
         return status.f_bavail * status.f_frsize - reserve_bytes
 
     if root_path and staging.directory:
-        with contextlib.suppress(OSError):
-            return LocalPlace(os.path.join(root_path, staging.directory), room_for_images)
+        path = os.path.join(root_path, staging.directory)
+        try:
+            return LocalPlace(path, room_for_images)
+        except OSError as error:
+            level = logging.DEBUG if error.errno in NOT_FROM_HERE else logging.WARNING
+            _log.log(level, "not opened locally, writing by way of the sidecar path=%s cause=%s", path, error)
     return RemotePlace(client, pulse, staging)

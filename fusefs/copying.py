@@ -17,7 +17,7 @@ from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
 from sidecar.client import ImageRef
-from sidecar.errors import TooManyCalls
+from sidecar.errors import DeadlineExceeded, InternalError, OperationCancelled, SidecarUnavailable, TooManyCalls
 from sidecar.holes import data_ranges
 
 # A writer whose bytes differ this often in a row is making something else.
@@ -82,6 +82,10 @@ class Copying:
                     )
                 except TooManyCalls:
                     fail(errno.EXDEV)
+                except (DeadlineExceeded, SidecarUnavailable, OperationCancelled, InternalError) as error:
+                    # It may go on, and would write over what comes to the same place later.
+                    target.directory.spoil(f"nobody knows when the copying of {file.name} ends: {error.message}")
+                    raise
                 if answer.done_bytes <= 0:
                     fail(errno.EIO, f"nothing was copied at {source_offset} of {origin.name}")
                 file.content.changed_elsewhere()

@@ -236,7 +236,7 @@ class Deletions:
                 *key, names, trying_again, error.message,
             )  # fmt: skip
             if trying_again:
-                removal.due = now + _RETRY_SECONDS
+                removal.due = self._clock() + _RETRY_SECONDS
                 return
         with self._lock:
             removal.files = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fusefs import nodes
 from fusefs.pulse import Pulse
 from fusefs.staged import StagedDirectory
+from fusefs.staging import StagingArea
 from fusefs.tree import IndexedImage
 from sidecar.client import FileKind, ImageRef, ImageState, SidecarClient
 from sidecar.documents import Document, datastore_document, full_document, kind_name, ns_text, state_name
@@ -25,9 +26,12 @@ ATTRIBUTE_PREFIX = "user.image."
 class Documents:
     """`stale_since` tells since when the index is not fed, in seconds since the epoch; None while it is."""
 
-    def __init__(self, client: SidecarClient, pulse: Pulse, stale_since: Callable[[], float | None]) -> None:
+    def __init__(
+        self, client: SidecarClient, pulse: Pulse, area: StagingArea, stale_since: Callable[[], float | None]
+    ) -> None:
         self._client = client
         self._pulse = pulse
+        self._area = area
         self._stale_since = stale_since
 
     def text(self, node: nodes.DocumentNode) -> bytes:
@@ -37,7 +41,12 @@ class Documents:
                 if self._stale_since() is None:  # the stream of a sidecar that hangs is up
                     with contextlib.suppress(ImagesError):
                         self._pulse.require()
-                document = {**datastore_document(datastore.info), "stale_since": self._staleness()}
+                staged = [each for each in self._area.directories if each.ref.datastore == datastore.name]
+                document = {
+                    **datastore_document(datastore.info),
+                    "staged": {each.ref.image_id: _unpublished(each) for each in staged},
+                    "stale_since": self._staleness(),
+                }
             case nodes.StagedNode(directory):
                 document = _of_staged(directory)
             case nodes.ImageNode() | nodes.DeletedImageNode() as image:
@@ -63,7 +72,8 @@ class Documents:
         datastore, image_id = node.key
         try:
             self._pulse.require()
-            return full_document(self._client.image(ImageRef(datastore=datastore, image_id=image_id)))
+            ref = ImageRef(datastore=datastore, image_id=image_id)
+            return full_document(self._client.image(ref, with_vms=True))
         except ImagesError as error:
             _log.info("document from the index image=%s/%s cause=%s", datastore, image_id, error.message)
             known = _of_indexed(datastore, node.image)
@@ -101,7 +111,10 @@ def _of_staged(directory: StagedDirectory) -> Document:
     """An image in the making; `reason` says why it is not published."""
     described = []
     for file in directory.files:
-        status = file.content.status()
+        try:
+            status = file.content.status()
+        except OSError:  # closed: it was published, or dropped, just now
+            continue
         described.append(
             {
                 "name": file.name,
@@ -110,11 +123,16 @@ def _of_staged(directory: StagedDirectory) -> Document:
                 "given_up": file.given_up or None,
             }
         )
-    writing = f"files open for writing: {directory.writers}" if directory.writers else ""
     return {
         "image": str(directory),
         "state": "STAGED",
-        "reason": writing or directory.reason or "waiting until it is left alone",
+        "reason": _unpublished(directory),
         "directory": directory.staging.directory,
         "files": described,
     }
+
+
+def _unpublished(directory: StagedDirectory) -> str:
+    """Why it is not published."""
+    writing = f"files open for writing: {directory.writers}" if directory.writers else ""
+    return writing or directory.reason or "waiting until it is left alone"

@@ -89,7 +89,8 @@ class FileSystem:
                 pass
         # Whose it is, is asked of these alone: it takes as long as all the rest.
         process = thread_group(pid) if isinstance(node, nodes.DeletedImageNode) else 0
-        return self._handles.add(DirectoryHandle(path, self._views.entries(node), process))
+        staged = node.directory if isinstance(node, nodes.StagedNode) else None
+        return self._handles.add(DirectoryHandle(path, self._views.entries(node), staged, process))
 
     @operation
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[int, str, Attributes]]:
@@ -106,9 +107,9 @@ class FileSystem:
     @operation
     def fsyncdir(self, handle: int) -> None:
         """`sync DIRECTORY`: publishes at once, and says what is wrong."""
-        node = self._resolver.find(self._handles.get(handle).path)
-        if isinstance(node, nodes.StagedNode):
-            self._area.publish(node.directory)
+        opened = self._handles.get(handle)
+        if isinstance(opened, DirectoryHandle) and opened.staged is not None:
+            self._area.publish(opened.staged)
 
     @operation
     def statfs(self, path: str) -> Capacity:
@@ -146,6 +147,8 @@ class FileSystem:
                 self._area.wake()
             case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent.key, pid):
                 fail(errno.ENOENT, "the image was restored meanwhile")
+            case nodes.ImageFileNode() if self.files.refusals.has(thread_group(pid), path):
+                fail(errno.EROFS, "who wants to write another file in its place does not mean to delete the image")
             case nodes.ImageFileNode(parent, file) if file.is_disk:
                 self._deletions.tombstone(parent.key, parent.image, removing=file.name)
                 self._area.forget_recent(parent.key)

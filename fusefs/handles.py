@@ -66,6 +66,7 @@ class DirectoryHandle:
 
     path: str
     entries: Sequence[Entry]
+    staged: StagedDirectory | None  # which one it is, when something else may have its name by now
     process: int  # whose it is; 0: not known
 
 

@@ -38,6 +38,8 @@ CALL_SECONDS = 5.0
 _LISTING_SECONDS = 60.0
 # How long the end waits for what was written last, if nobody goes on with it, and however long settling takes.
 _MOST_SETTLE_SECONDS = 10.0
+# How long the end waits for what is being published; then it is left to the sidecar, and to the log.
+_MOST_FINISH_SECONDS = 60.0
 
 
 class MountError(Exception):
@@ -82,7 +84,7 @@ class _Mount:
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)
-        documents = Documents(client, pulse, lambda: self._watcher.stale_since)
+        documents = Documents(client, pulse, self._area, lambda: self._watcher.stale_since)
         sources = Sources(self._open_source)
         self._filesystem = FileSystem(client, pulse, self._tree, self._area, self._deletions, views, documents, sources)
 
@@ -149,9 +151,16 @@ class _Mount:
     def _finish(self) -> None:
         self._finishing = True  # before the session is gone, which would mean that it is not there yet
         self._session = None
-        self._publisher.stop()
-        self._deletions.run_due(everything=True)
-        self._area.end()
+        # What is being published may wait for a datastore that hangs, whoever wants the mount to end.
+        limit = threading.Timer(_MOST_FINISH_SECONDS, self._client.cancel_calls)
+        limit.start()
+        try:
+            self._publisher.stop()
+            self._deletions.run_due(everything=True)
+            self._area.end()
+        finally:
+            limit.cancel()
+            limit.join()
 
     def _forget(self, changes: Changes) -> None:
         for datastore, image in changes:

@@ -129,6 +129,8 @@ class Publisher:
             return partial(self._resolve, directory) if directory.retry_at <= now else None
         if directory.state is not State.OPEN or directory.writers or quiet < self._settle_seconds:
             return None
+        if directory.spoiled:
+            return partial(self._drop, directory, directory.spoiled)
         if any(file.given_up for file in directory.files) and directory.maker_was_killed:
             # Whoever made the directory was killed while writing into it: an interrupted cp -r leaves nothing.
             return partial(self._drop, directory, "its maker was interrupted")

@@ -67,7 +67,8 @@ class LocalReader:
         self._closing = threading.Lock()  # held by whoever uses the file for another one's request
         self._closed = False
         self._compared = bytearray()  # kept: new memory for each large request costs more than reading into it
-        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO that took the place of the file would be waited for, by an unmount too, for ever.
+        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _lock_shared(self._fd, path)
             # Looked at only now: from here on nobody can take the file away unnoticed.
@@ -203,6 +204,11 @@ class RemoteReader:
         self._window = bytes(window[:got])
 
 
+# What tells that a path is another host's, or another image's by now. Whatever else keeps a file from being opened here
+# makes reading slow, and the image is not seen to be in use: somebody should know.
+NOT_FROM_HERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE}
+
+
 def open_image_file(
     client: SidecarClient,
     datastore: IndexedDatastore,
@@ -221,7 +227,8 @@ def open_image_file(
             return LocalReader(path, file.generation)
         except OSError as error:
             # Another host's path, or not ours to read; a purged image's file is not there for the sidecar either.
-            _log.debug("not opened locally path=%s cause=%s", path, error)
+            level = logging.DEBUG if error.errno in NOT_FROM_HERE else logging.WARNING
+            _log.log(level, "not opened locally, reading by way of the sidecar path=%s cause=%s", path, error)
 
     def check() -> None:
         if current() != file.generation:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fusefs.doubts import Key
 from fusefs.provenance import Ranges, SourceFile
 from fusefs.sources import OpenSource
 from fusefs.staged import StagedDirectory, StagedFile
@@ -63,7 +64,10 @@ class Rules:
     def copied_from(self, directory: StagedDirectory) -> ImageRef | None:
         """The image that the whole staged disk is a copy of; None when it is not, or not yet."""
         files = {file.name: file for file in directory.files}
-        origins = {(source.datastore, source.image_id) for file in files.values() for source in file.provenance.sources}
+        origins: set[Key] = set()
+        for file in files.values():
+            with file.lock:
+                origins.update((source.datastore, source.image_id) for source in file.provenance.sources)
         for datastore, image_id in origins:
             image = self._tree.image(datastore, image_id)
             if image is not None and image.is_valid and self._is_whole(files, datastore, image):
@@ -73,12 +77,16 @@ class Rules:
     def held_back(self, directory: StagedDirectory) -> Held | None:
         """Why the sidecar need not even look whether the disk is whole; None when it may."""
         files = directory.files
+        if directory.spoiled:
+            return Held(directory.spoiled)
         if not any(file.name.endswith(".vmdk") for file in files):
             return Held("no file named *.vmdk yet")
         for file in files:
             if file.given_up:
                 return Held(f"{file.name} is not complete: {file.given_up}")
-            for source in file.provenance.meant:
+            with file.lock:
+                meant = list(file.provenance.meant)
+            for source in meant:
                 ranges = self._data_ranges(file, source)
                 if source.name != file.name:  # a part of it may be what is wanted
                     size = file.content.status().size

@@ -114,6 +114,7 @@ class StagedDirectory:
         self.unanswered: Commit | None = None  # nobody knows what became of it
         self.resolve_pause = 0.0  # since the last question what became of its publish, in seconds
         self.reason = ""  # why it is not published
+        self.spoiled = ""  # why it will never be published, and takes no change but removals
         self.lease_in_doubt = False  # whether the sidecar may have been restarted since it was asked last
         self.maker_was_killed = False
 
@@ -153,10 +154,12 @@ class StagedDirectory:
                 fail(errno.EBUSY, f"{self} is being published")
 
     @contextlib.contextmanager
-    def change(self, *, of_content: bool = True) -> Iterator[None]:
+    def change(self, *, of_content: bool = True, removing: bool = False) -> Iterator[None]:
         """For the time of one change: waits for a publish to end, then EROFS when it succeeded."""
         with self._condition:
             self.wait_published()
+            if self.spoiled and not removing:
+                fail(errno.EIO, f"{self} can only be removed: {self.spoiled}")
             if self.state is State.PUBLISHED:
                 fail(errno.EROFS, f"{self} is published")
             if self.state is State.GONE:
@@ -198,6 +201,19 @@ class StagedDirectory:
                     if self.state is State.PUBLISHING:
                         self.state = State.UNCERTAIN if self.unanswered else State.OPEN
                     self._condition.notify_all()
+
+    def spoil(self, reason: str) -> None:
+        """Whatever is written from now on, something else may come over it: it can only be removed."""
+        self.spoiled = self.reason = reason
+
+    def sync(self, file: StagedFile) -> None:
+        """Makes what was written durable. The kernel tells once that it could not, so the file is given up then."""
+        try:
+            with self.change(of_content=False), file.complete_or_given_up():
+                file.content.sync()
+        except OSError:
+            if self.state is not State.PUBLISHED:  # which made it durable
+                raise
 
     def give_up(self, file: StagedFile, process: int) -> None:
         """A process was killed while it had the file open for writing: the file is not complete until written anew."""
@@ -241,7 +257,7 @@ class StagedDirectory:
             self._close_unused(file)
 
     def remove(self, name: str) -> None:
-        with self.change(), self._naming:
+        with self.change(removing=True), self._naming:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)

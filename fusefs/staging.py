@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 RECENT_SECONDS = 10.0
 _MOST_RECENT_SECONDS = 60.0
 # How long the end of the mount waits for a sidecar that does not answer.
-_END_SECONDS = 10.0
+_END_SECONDS = 5.0
 MAX_COMPANION_BYTES = 1 << 20
 # Until a publish that failed by what may pass is tried again.
 _RETRY_SECONDS = 5.0
@@ -220,20 +220,30 @@ class StagingArea:
         error the directory is still there, unless the image exists already; `reason` says why, and `retry_at` when it
         is tried again, if it is. It is UNCERTAIN when the error does not say whether it was published.
         """
+        directory.wait_published()  # another's try: this one is told what came of it
         with directory.publishing(closing) as allowed:
             if not allowed:
-                if directory.state is State.PUBLISHED:
-                    return
-                fail(errno.EBUSY, f"{directory} has a file open for writing")
+                match directory.state:
+                    case State.PUBLISHED:
+                        return
+                    case State.GONE:
+                        fail(errno.ESTALE, f"{directory} is gone: {directory.reason}")
+                    case State.UNCERTAIN:
+                        fail(errno.EIO, f"it is not known whether {directory} was published: {directory.reason}")
+                    case _:
+                        fail(errno.EBUSY, f"{directory} has a file open for writing")
             directory.tried_version = directory.version
             directory.retry_at = 0.0
             try:
+                if directory.spoiled:
+                    fail(errno.EIO, f"{directory} can only be removed: {directory.spoiled}")
                 if isinstance(directory.place, RemotePlace) and directory.place.left_over:
                     fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
                 for file in directory.files:
                     if file.given_up:
                         fail(errno.EIO, f"{file.name} is not complete: {file.given_up}")
-                    file.content.sync()
+                    with file.complete_or_given_up():
+                        file.content.sync()
             except OSError as error:
                 directory.reason = str(error)
                 raise
@@ -378,7 +388,8 @@ class StagingArea:
             with contextlib.suppress(ImagesError):
                 self._pulse.require(_END_SECONDS)
         for directory in self.directories:
-            with contextlib.suppress(ImagesError, OSError):
+            why = "it was not complete, or not left alone for long enough: sync it before the mount ends"
+            try:
                 if directory.state is State.UNCERTAIN:
                     self.resolve(directory)
                 elif directory in self._settled:
@@ -387,8 +398,12 @@ class StagingArea:
                         self.publish(directory)
                 else:
                     self.renamed(directory)
-            if directory.state not in {State.PUBLISHED, State.GONE}:
-                _log.warning("dropped image=%s reason=the mount ended before it was complete", directory)
+            except (ImagesError, OSError) as error:
+                why = str(error)
+            if directory.state is State.UNCERTAIN:
+                _log.warning("left to the sidecar, which may publish it or not image=%s cause=%s", directory, why)
+            elif directory.state not in {State.PUBLISHED, State.GONE}:
+                _log.warning("dropped image=%s reason=the mount ended cause=%s", directory, why)
                 self._drop(directory, "the mount ended")
 
     def wake(self) -> None:

@@ -69,6 +69,9 @@ def test_a_staged_image_says_why_it_is_not_published(mount: Mount, tmp_path: Pat
     known = document(staged / ".image.json")
     assert "new.vmdk" in known["reason"]
     assert [file["name"] for file in known["files"]] == ["new.vmdk"]
+    # It takes room and is not listed: whoever looks for that finds it here.
+    assert document(mount.path / "one" / ".datastore.json")["staged"] == {"new": known["reason"]}
+    assert document(mount.path / "two" / ".datastore.json")["staged"] == {}
 
 
 def test_a_deleted_image_tells_since_when(image: Path) -> None:

@@ -54,6 +54,19 @@ def test_a_published_image_is_read_only(image: Path, tmp_path: Path, mount: Moun
     assert names(image) == {"a.vmdk", "a-flat.vmdk"}
 
 
+@pytest.mark.parametrize("name", ["a.vmdk", "a-flat.vmdk"])
+def test_forcing_a_file_into_an_image_does_not_delete_it(
+    name: str, image: Path, client: SidecarClient, disk: Path
+) -> None:
+    """What may not be written to is unlinked then, to be made anew."""
+    assert message_of("cp", "-f", disk, image / name) == "Read-only file system"
+    assert message_of("busybox", "cp", "-f", disk, image / name) == "Read-only file system"
+    assert run("perl", "-e", 'open(F, "+<", $ARGV[0]) || unlink($ARGV[0]) || die', image / name, check=False).returncode
+    assert [each.ref.image_id for each in client.images("one")] == ["a"]
+    run("rm", image / name)
+    assert not list(client.images("one"))
+
+
 def test_only_images_are_in_a_datastore_and_only_datastores_in_the_root(mount: Mount) -> None:
     assert message_of("mkdir", mount.path / "four") == "Operation not permitted"
     assert message_of("rmdir", mount.path / "one") == "Operation not permitted"
@@ -173,7 +186,11 @@ def test_a_copy_ends_within_seconds_when_the_sidecar_hangs_in_its_middle(
             with pytest.raises(OSError, match="Host is down"):
                 os.copy_file_range(source.fileno(), copied.fileno(), 65536)
             assert time.monotonic() - begun < 8
-    run("rm", "-r", target)
+    # That copy may still come over whatever is written to the same place: only another directory is safe from it.
+    assert message_of("cp", image / "a-flat.vmdk", target) == "Input/output error"
+    assert message_of("cp", image / "a.vmdk", target) == "Input/output error"
+    wait_until(lambda: not target.exists(), "nobody can complete it, so it is dropped")
+    run("cp", "-r", image, target)
 
 
 @pytest.mark.slow
@@ -199,6 +216,16 @@ def test_a_full_datastore(tmp_path: Path, stack: ExitStack) -> None:
     target.mkdir()
     assert message_of("fallocate", "--length", str(60 * MIB), target / "x") == "No space left on device"
     assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 60 * MIB
+
+
+def test_the_reserve_of_a_small_datastore_is_kept_too(tmp_path: Path, stack: ExitStack) -> None:
+    root = stack.enter_context(loop_mount(tmp_path / "loop", 24 * MIB, ("mkfs.ext4", "-q")))
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"small={root},reserve=8MiB"))
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address))
+    outside = tmp_path / "outside"
+    make_disk(outside, "x.vmdk", size=20 * MIB, data=((0, 20 * MIB),))
+    assert message_of("cp", "-r", outside, mount.path / "small" / "new") == "No space left on device"
+    assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize >= 7 * MIB  # but for the file system's own
 
 
 def test_a_datastore_without_room_says_so_before_anything_is_copied(tmp_path: Path, stack: ExitStack) -> None:

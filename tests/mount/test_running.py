@@ -14,7 +14,7 @@ import pytest
 
 from sidecar.client import SidecarClient
 from tests.mount.harness import log_of, names, published_as, wait_listed
-from tests.support.disks import assert_same_disk, make_disk
+from tests.support.disks import assert_same_disk, import_image, make_disk
 from tests.support.processes import BIN, Mount, Sidecar, is_mounted, run, wait_until
 
 MakeImage = Callable[[str], Path]
@@ -201,6 +201,30 @@ def test_a_staged_directory_does_not_survive_it_and_says_so(sidecar: Sidecar, mo
     run("cp", outside / "disk-flat.vmdk", target, check=False)
     wait_until(lambda: not target.exists(), f"it is gone:\n{log_of(mount)}", 60)
     assert names(mount.path / "one") == set()
+
+
+def test_sync_says_that_what_was_staged_is_gone_whoever_has_the_name_now(
+    sidecar: Sidecar, mount: Mount, client: SidecarClient, disk: Path
+) -> None:
+    target = mount.path / "one" / "new"
+    target.mkdir()
+    with (target / "a.vmdk").open("xb", buffering=0) as file:
+        directory = os.open(target, os.O_RDONLY)
+        try:
+            sidecar.kill()
+            wait_until(lambda: "sidecar is away" in log_of(mount), "the mount noticed")
+            sidecar.start()
+            wait_until(lambda: "sidecar is back" in log_of(mount), "the mount noticed that too")
+            with pytest.raises(OSError, match="Stale file handle"):
+                file.close()
+            with pytest.raises(OSError, match="Stale file handle"):
+                os.fsync(directory)
+            import_image(client, "one/new", disk)
+            wait_listed(mount, "one/new")
+            with pytest.raises(OSError, match="Stale file handle"):
+                os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["restarted", "away"])
