@@ -114,7 +114,8 @@ class PosixWritable:
         return done
 
     def close(self) -> None:
-        os.close(self._fd)
+        with self._faults.during("write to the disk", self._path):  # NFS writes what is left, and says so here
+            os.close(self._fd)
 
 
 def open_regular(faults: Faults, directory: int, path: str, flags: int) -> int:

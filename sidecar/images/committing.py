@@ -46,8 +46,9 @@ def commit(
     """Gives the files the image's names and publishes. Until the last moment, what `check` raises ends it.
 
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
-    committed again; after one while they are moved it is gone.
+    committed again unless it has `damage`; after one while they are moved it is gone.
     """
+    staging.store.datastore.require_in_place()
     disk = staged.disk
     raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
     renamed: list[tuple[str, str]] = []
@@ -60,7 +61,7 @@ def commit(
         rewrite_staged_descriptor(staging, disk, staged.renames, raw)
         return publish(staging, check, lock_timeout=lock_timeout)
     except BaseException:
-        if staging.held:
+        if staging.held and staging.damage is None:
             _undo(staging, staged, renamed, raw if rewriting else None)
         raise
 

@@ -1,12 +1,15 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
-from sidecar.images.image import Image, ImageState, not_found
-from sidecar.images.names import TIMESTAMP, TOMBSTONE, descriptor_name
+from sidecar.images.checking import check_disk, put_timestamp
+from sidecar.images.image import NO_TIMESTAMP, Image, ImageState, not_found
+from sidecar.images.names import TIMESTAMP, TOMBSTONE
 from sidecar.images.store import ImageStore
+from sidecar.images.usage import require_no_vm
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +20,10 @@ def delete_image(store: ImageStore, image_id: str, *, lock_timeout: float | None
         with store.lock(image_id, "delete", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is ImageState.TOMBSTONED:
-                raise ImageTombstoned(f"{image.key} is deleted (tombstoned) already")
+                raise ImageTombstoned(
+                    f"{image.key} is deleted (tombstoned) already; imagectl restore {image.key} brings it back, "
+                    f"imagectl purge {image.key} frees it"
+                )
             store.datastore.create_file(image.path(TOMBSTONE), store.clock())
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
@@ -25,36 +31,54 @@ def delete_image(store: ImageStore, image_id: str, *, lock_timeout: float | None
 
 
 def restore_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> Image:
-    """Takes the tombstone away; ImageIncomplete, and no change, when a purge had begun to take the image apart."""
+    """Takes the tombstone away, and makes a timestamp where that is lost, so that the image is valid.
+
+    ImageIncomplete, and no change, when the disk is not whole, as after a purge that had begun to take it apart.
+    """
     try:
         with store.lock(image_id, "restore", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED:
                 raise ImageNotTombstoned(f"{image.key} is not deleted: there is nothing to restore")
-            names = store.datastore.names(image.directory)
-            if TIMESTAMP not in names or descriptor_name(image_id) not in names:
-                raise ImageIncomplete(f"{image.key} is no longer whole and cannot be restored; purge it")
+            check_disk(store, image)
+            touched_ns = image.touched_ns
+            if touched_ns is None:
+                if TIMESTAMP in store.datastore.names(image.directory):
+                    raise ImageIncomplete(f"{image.key}: {TIMESTAMP} is not a plain file; remove it, and restore again")
+                # First: without its tombstone, and before it had a timestamp, it would be incomplete for everybody.
+                touched_ns = put_timestamp(store, image)
             store.datastore.remove_file(image.path(TOMBSTONE))
             store.datastore.sync_directory(image.directory)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
     store.changed(image_id)
     # Known without another look, which may fail: the change is made.
-    return replace(image, state=ImageState.VALID, tombstoned_ns=None)
+    problems = tuple(problem for problem in image.problems if problem != NO_TIMESTAMP)
+    return replace(image, state=ImageState.VALID, tombstoned_ns=None, touched_ns=touched_ns, problems=problems)
 
 
-def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_timeout: float | None = None) -> int:
+def purge_image(
+    store: ImageStore,
+    image_id: str,
+    *,
+    stores: Sequence[ImageStore] = (),
+    force: bool = False,
+    lock_timeout: float | None = None,
+) -> int:
     """Frees a tombstoned image, with `force` also one that is not; returns the allocated bytes of its files.
 
-    ImageInUse, and no change, when somebody has one of its files open.
+    `stores`: every datastore of this host, whose VMs may use the image; without, this one. ImageInUse, and no change,
+    when a VM does, or somebody has a file of the image open; UseUnknown and the like when a VM cannot be read.
     """
     try:
         with store.lock(image_id, "purge", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED and not force:
                 raise ImageNotTombstoned(
-                    f"{image.key} is not deleted; delete it first (imagectl rm {image.key}), or force the deletion"
+                    f"{image.key} is not deleted; delete it first, with imagectl rm {image.key}, or free it at once: "
+                    f"imagectl rm --force {image.key}"
                 )
+            require_no_vm(stores or (store,), image.key)
             trash = discard_unused(store, image)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
@@ -64,13 +88,13 @@ def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_t
 
 
 def discard_unused(store: ImageStore, image: Image) -> str | None:
-    """Takes the image's directory away, when nobody uses it; call under the image's lock.
+    """Takes the image's directory away, when nobody has it open; call under the image's lock.
 
     Readers are kept out from the check to the rename: none can begin in between. Returns what `free_discarded` frees.
     """
     paths = [image.path(file.name) for file in image.files]
     try:
-        with store.datastore.exclude_users(paths):
+        with store.datastore.exclude_users(paths, image.key.image_id):
             return store.layout.discard(store.datastore, image.key.image_id, store.new_token())
     except ImageInUse as error:
         raise ImageInUse(f"{image.key} is in use by {error.message}; end that use first") from error
@@ -81,9 +105,9 @@ def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
 
     The image is gone already: what cannot be freed now, or is not because of a crash, stays in the trash.
     """
+    if trash is None:
+        return
     try:
-        if trash is not None:
-            store.datastore.remove_tree(trash)
-        store.layout.tidy(store.datastore, image_id)
+        store.datastore.remove_tree(trash)
     except (ImagesError, OSError) as error:
         _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)

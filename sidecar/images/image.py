@@ -1,6 +1,7 @@
 """An image as it is on its datastore now: its state, its files, its times."""
 
 import enum
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from sidecar.images.names import (
     descriptor_name,
     is_bookkeeping,
 )
+
+# Two of the problems that an image may have; without its timestamp alone, it can be repaired.
+NO_DESCRIPTOR = "it has no descriptor"
+NO_TIMESTAMP = "its timestamp file is not there"
 
 _MARKER_LIMIT = 64
 _LATEST_SECONDS = 253_402_300_799  # the end of the year 9999, where the contract's times end
@@ -128,6 +133,8 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         disk, fault = _read_disk(opened, image_id, entries)
         if fault:
             problems.append(fault)
+        if TIMESTAMP not in entries:
+            problems.append(NO_TIMESTAMP)
         marked_unused_s = _read_marker(opened, entries, problems)
     kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
     kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
@@ -204,7 +211,7 @@ def _read_disk(directory: OpenDirectory, image_id: str, entries: dict[str, Entry
     try:
         disk = vmdk.read_disk(descriptor_name(image_id), DirectoryReader(directory.read_range, sizes))
     except FileNotFoundError:
-        return None, "it has no descriptor"
+        return None, NO_DESCRIPTOR
     except InvalidDisk as error:
         return None, error.message
     for file in disk.files:
@@ -220,10 +227,11 @@ def _read_marker(directory: OpenDirectory, entries: dict[str, Entry], problems: 
     if marker is None or marker.kind is not EntryKind.FILE:
         return None
     try:
-        seconds = int(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT))
+        # Others may write a fraction. Rounded down, that is: less is taken for unused.
+        seconds = math.floor(float(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT)))
     except FileNotFoundError:
         return None
-    except (ValueError, InvalidRequest):  # the latter: it is no plain file any more
+    except (ValueError, OverflowError, InvalidRequest):  # the last: it is no plain file any more
         seconds = -1
     if not 0 <= seconds <= _LATEST_SECONDS:
         problems.append(f"{UNUSED_MARKER} does not hold a time")

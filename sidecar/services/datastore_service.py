@@ -5,7 +5,8 @@ import grpc
 from protos.images.v1 import datastore_service_pb2 as pb
 from protos.images.v1 import datastore_service_pb2_grpc as pb_grpc
 from sidecar.images.library import Library
-from sidecar.services.messages import datastore_message
+from sidecar.images.locked import held_locks
+from sidecar.services.messages import datastore_message, lock_message
 
 
 class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
@@ -25,6 +26,10 @@ class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
         """As it is now; of one that does not answer, that."""
         discovery = self._library.discovery(request.name)
         if not discovery.silence():
-            with self._library.using(request.name, context.is_active):
+            with self._library.using(request.name, context.is_active, looks=True):
                 discovery.check()
         return pb.GetDatastoreResponse(datastore=datastore_message(discovery))
+
+    def ListLocks(self, request: pb.ListLocksRequest, context: grpc.ServicerContext) -> pb.ListLocksResponse:
+        with self._library.using(request.datastore, context.is_active) as store:
+            return pb.ListLocksResponse(locks=[lock_message(request.datastore, held) for held in held_locks(store)])

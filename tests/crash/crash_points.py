@@ -70,6 +70,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[ImageStore], object]]] = {
     "replace": ("wreck", do_copy),
     "delete": ("valid", lambda store: delete_image(store, "target")),
     "restore": ("deleted", lambda store: restore_image(store, "target")),
+    "restore a repairable one": ("deleted, no timestamp", lambda store: restore_image(store, "target")),
     "purge": ("deleted", lambda store: purge_image(store, "target")),
     "force": ("valid", lambda store: purge_image(store, "target", force=True)),
     "touch": ("valid", lambda store: touch_image(store, "target")),
@@ -85,8 +86,10 @@ def prepare(root: Path, layout: str, state: str) -> None:
     if state == "wreck":
         extent.unlink()
         (extent.parent / "image_timestamp.txt").unlink()
-    if state == "deleted":
+    if state.startswith("deleted"):
         (extent.parent / "image_tombstone.txt").touch()
+    if state.endswith("no timestamp"):
+        (extent.parent / "image_timestamp.txt").unlink()
 
 
 def fail_at(step: int, fault: str) -> dict[str, str]:
