@@ -239,7 +239,7 @@ class Checker:
         for operation in self._by_source.get(name, []):
             statuses = (VALID,) if operation.outcome == OK else SOURCE_SEEN.get(operation.reason)
             if operation.kind == "copy" and operation.outcome in (OK, ERROR) and statuses:
-                steps.append(Step(operation.id, operation.begin, operation.end, sees(*statuses)))
+                steps.append(Step(operation.id, operation.begin, operation.end, sees(*statuses), only_looks=True))
         return steps
 
     def _last_step(self, found: Found | None) -> Step:
@@ -265,13 +265,20 @@ class Checker:
         self._found("order", what, evidence)
 
     def _may_name_a_ghost(self, operation: Operation) -> bool:
-        """A mount lets the rest of an rm succeed on what is gone already, for some time: another rm, too."""
+        """Whether an rm may have succeeded on what was no image.
+
+        A mount lets the rest of an rm succeed on what is gone already, for some time, and so another rm, too. And what
+        it stages of a copy that failed is a directory, which hides an image that others publish under that name.
+        """
         return operation.kind in GHOSTLY and any(
-            other.kind in GHOSTLY
-            and other.id != operation.id
-            and other.via == operation.via
-            and operation.begin - GHOST_SECONDS < other.begin < operation.end
+            other.via == operation.via
+            and other.begin < operation.end
+            and (
+                (other.kind in GHOSTLY and operation.begin - GHOST_SECONDS < other.begin)
+                or (other.kind in PUBLISHING and other.outcome not in (OK, ERROR))
+            )
             for other in self._by_target[operation.target]
+            if other.id != operation.id
         )
 
     def _died_in(self, operation: Operation) -> bool:
@@ -324,7 +331,7 @@ class Checker:
         return Candidates(frozenset(contents), frozenset(updates), may_lack_files, may_be_mixed)
 
     def _is_refused(self, operation: Operation) -> bool:
-        """Nothing was published by it, for certain. What a mount could not publish at once is not: it goes on trying."""
+        """Nothing was published by it, for certain. A mount goes on trying what it could not publish."""
         if operation.outcome != ERROR or self._died_in(operation):
             return False
         return operation.is_mounts or operation.reason in SILENT or operation.reason.startswith("IMAGE_")

@@ -15,6 +15,7 @@ IMPORTING = ("import", "mount-import")
 PUBLISHING = ("copy", "import", "mount-copy", "mount-import")
 REMOVING = ("purge", "force", "mount-purge")
 UPDATING = ("update",)
+LOOKING = ("touch", "validate", "read")
 # Refused before anything was changed, or without a word on what is there.
 SILENT = {
     "LOCK_TIMEOUT",
@@ -124,10 +125,12 @@ def steps_of(
     steps = []
     unknown = operation.outcome not in (OK, ERROR) or doubted
     if not unknown and (effect := _answered(operation, layout, candidates)) is not None:
-        steps.append(Step(operation.id, operation.begin, operation.end, effect))
+        may_repair = operation.reason == "IMAGE_ALREADY_EXISTS" and layout == "vsan"
+        only_looks = (operation.outcome == ERROR and not may_repair) or operation.kind in LOOKING
+        steps.append(Step(operation.id, operation.begin, operation.end, effect, only_looks))
     if (unknown or died) and (effect := _unanswered(operation, layout, candidates)) is not None:
         key = operation.kind if operation.kind not in (*PUBLISHING, *UPDATING) else f"{operation.id}"
-        steps.append(Step(operation.id, operation.begin, math.inf, effect, key, optional=True))
+        steps.append(Step(operation.id, operation.begin, math.inf, effect, key=key, optional=True))
     return steps
 
 

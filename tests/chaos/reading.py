@@ -20,7 +20,7 @@ ABSENT, VALID, DELETED, WRECK, DELETED_WRECK = "absent", "valid", "deleted", "wr
 
 @dataclass(slots=True)
 class Found:
-    """An image. `update`: the operation that wrote its metadata; None when it has none. `used`: its mtime, in seconds."""
+    """An image. `update`: the operation that wrote its metadata, None when it has none. `used`: when, in seconds."""
 
     status: str
     content: int | None = None
