@@ -72,7 +72,8 @@ class Documents:
         datastore, image_id = node.key
         try:
             self._pulse.require()
-            return full_document(self._client.image(ImageRef(datastore=datastore, image_id=image_id)))
+            ref = ImageRef(datastore=datastore, image_id=image_id)
+            return full_document(self._client.image(ref, with_vms=True))
         except ImagesError as error:
             _log.info("document from the index image=%s/%s cause=%s", datastore, image_id, error.message)
             known = _of_indexed(datastore, node.image)

@@ -13,6 +13,7 @@ from fusefs.handles import CompanionHandle, DocumentHandle, Handles, ImageHandle
 from fusefs.processes import is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import PageCachePolicy, open_image_file
+from fusefs.refusals import Refusals
 from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, StagingArea
@@ -53,6 +54,7 @@ class Files:
         self._sources = sources
         self._copying = Copying(tree, handles, sources)
         self._pages = PageCachePolicy()
+        self.refusals = Refusals()
 
     def path_of(self, *arguments: Any) -> str:
         """For the log: the path that is among a call's arguments, or that of the handle."""
@@ -78,6 +80,7 @@ class Files:
                 return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
             case nodes.ImageFileNode(parent, file) | nodes.DeletedFileNode(parent, file):
                 if writing or flags & os.O_TRUNC:
+                    self.refusals.note(thread_group(pid), path)
                     fail(errno.EROFS)
                 return self._open_image_file(path, node, parent, file, pid)
             case nodes.DocumentNode():

@@ -146,6 +146,8 @@ class FileSystem:
                 self._area.wake()
             case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent, pid):
                 fail(errno.ENOENT, "the image was restored meanwhile")
+            case nodes.ImageFileNode() if self.files.refusals.has(thread_group(pid), path):
+                fail(errno.EROFS, "who wants to write another file in its place does not mean to delete the image")
             case nodes.ImageFileNode(parent, file) if file.is_disk:
                 self._deletions.tombstone(parent.key, parent.image, removing=file.name)
                 self._area.forget_recent(parent.key)

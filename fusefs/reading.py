@@ -67,7 +67,8 @@ class LocalReader:
         self._closing = threading.Lock()  # held by whoever uses the file for another one's request
         self._closed = False
         self._compared = bytearray()  # kept: new memory for each large request costs more than reading into it
-        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO that took the place of the file would be waited for, by an unmount too, for ever.
+        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _lock_shared(self._fd, path)
             # Looked at only now: from here on nobody can take the file away unnoticed.

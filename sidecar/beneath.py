@@ -9,23 +9,31 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 
 class PathError(OSError):
     """The path is not one that can be opened beneath a directory: the kernel was not asked. Its errno is EINVAL."""
 
 
-def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0o644) -> int:
+class OpenCall(Protocol):
+    """open(2), as `os.open` is called here."""
+
+    def __call__(self, path: str, flags: int, mode: int, *, dir_fd: int) -> int: ...
+
+
+def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0o644, *, system_open: OpenCall = os.open) -> int:
     """Open `path`, relative to the directory `root_fd`; the caller closes the descriptor.
 
-    O_CLOEXEC and O_NOFOLLOW are added to `flags`; `mode` is for O_CREAT, less the umask.
+    O_CLOEXEC and O_NOFOLLOW are added to `flags`; `mode` is for O_CREAT, less the umask. `system_open` opens the last
+    component.
 
     Raises OSError with the whole `path` in it, and leaves no descriptor open: PathError for a path that is
     empty, absolute, or has an empty, `.` or `..` component or a NUL; ELOOP when the last component is a symbolic link,
     ENOTDIR when a parent is one; and whatever open(2) reports.
     """
     with parent_of(root_fd, path) as (directory_fd, name), _errors_name(path):
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory_fd)
+        return system_open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory_fd)
 
 
 def open_directory_beneath(root_fd: int, path: str) -> int:

@@ -16,6 +16,7 @@ from typing import Self
 
 from protos.images.v1 import datastore_service_pb2 as datastore_wire
 from protos.images.v1 import image_service_pb2 as wire
+from protos.images.v1.datastore_service_pb2 import Lock, LockKind
 from protos.images.v1.image_service_pb2 import CopyImageResponse, ValidateImageResponse, WatchImagesResponse
 from protos.images.v1.staging_service_pb2 import (
     CloneDiskResponse,
@@ -27,6 +28,7 @@ from protos.images.v1.staging_service_pb2 import (
 from protos.images.v1.types_pb2 import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState
 from sidecar import errors
 from sidecar.client_calls import AnswerStream, Caller, default_address, new_request_id
+from sidecar.client_maintenance import DeletedImage, Maintenance, ReapResponse, Scan, Sweep, SweepResult
 from sidecar.client_staging import Hole, Part, Staging, as_duration, as_ref, parse_ref, read_file
 
 __all__ = [
@@ -36,16 +38,23 @@ __all__ = [
     "CopyCall",
     "CopyImageResponse",
     "Datastore",
+    "DeletedImage",
     "FileKind",
     "Hole",
     "Image",
     "ImageFile",
     "ImageRef",
     "ImageState",
+    "Lock",
+    "LockKind",
     "Part",
     "ReadFileResponse",
+    "ReapResponse",
+    "Scan",
     "SidecarClient",
     "Staging",
+    "Sweep",
+    "SweepResult",
     "ValidateImageResponse",
     "WatchCall",
     "WatchImagesResponse",
@@ -153,6 +162,11 @@ class SidecarClient:
         answer = self._caller.unary(self._caller.datastores.GetDatastore, datastore_wire.GetDatastoreRequest(name=name))
         return answer.datastore
 
+    def locks(self, datastore: str) -> list[Lock]:
+        """The locks of one datastore that somebody holds now, by path, each with its holder."""
+        request = datastore_wire.ListLocksRequest(datastore=datastore)
+        return list(self._caller.unary(self._caller.datastores.ListLocks, request).locks)
+
     def images(
         self,
         datastore: str = "",
@@ -185,9 +199,13 @@ class SidecarClient:
                 return
             request.page_token = page.next_page_token
 
-    def image(self, ref: ImageRef | str) -> Image:
-        """One image, read from its datastore, with its metadata and its users; raises ImageNotFound."""
-        return self._caller.unary(self._caller.images.GetImage, wire.GetImageRequest(ref=as_ref(ref))).image
+    def image(self, ref: ImageRef | str, *, with_vms: bool = False) -> Image:
+        """One image, read from its datastore, with its metadata and its users; raises ImageNotFound.
+
+        `with_vms`: the users are also the VMs that need it, running or not, for which every VM's directory is read.
+        """
+        request = wire.GetImageRequest(ref=as_ref(ref), with_vms=with_vms)
+        return self._caller.unary(self._caller.images.GetImage, request).image
 
     def validate(
         self, ref: ImageRef | str, *, repair: bool = False, lock_timeout: float | None = None
@@ -274,6 +292,11 @@ class SidecarClient:
         """Every image, then every change; from the answer of `resume_token` on, where the sidecar still can."""
         request = wire.WatchImagesRequest(datastore=datastore, resume_token=resume_token)
         return WatchCall(self._caller, self._caller.start(self._caller.images.WatchImages, request))
+
+    @property
+    def maintenance(self) -> Maintenance:
+        """Scans and sweeps of datastores, and what is reaped there."""
+        return Maintenance(self._caller)
 
     def create_staging(self, ref: ImageRef | str, *, expected_bytes: int = 0, request_id: str | None = None) -> Staging:
         """A staging directory for the image to be; raises ImageAlreadyExists, or NoSpace for `expected_bytes`."""

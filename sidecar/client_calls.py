@@ -20,6 +20,7 @@ from grpc_status import rpc_status
 
 from protos.images.v1.datastore_service_pb2_grpc import DatastoreServiceStub
 from protos.images.v1.image_service_pb2_grpc import ImageServiceStub
+from protos.images.v1.maintenance_service_pb2_grpc import MaintenanceServiceStub
 from protos.images.v1.staging_service_pb2_grpc import StagingServiceStub
 from sidecar import errors
 
@@ -136,6 +137,7 @@ class Caller:
         self.images = ImageServiceStub(self._channel)
         self.staging = StagingServiceStub(self._channel)
         self.datastores = DatastoreServiceStub(self._channel)
+        self.maintenance = MaintenanceServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def close(self) -> None:
@@ -193,6 +195,7 @@ class Caller:
         the answer, the answer is waited for and undone. `takes_back`: as for `begin`.
         """
         deadline = _Deadline(self.timeout if timeout is None else timeout)
+        lost: list[errors.ImagesError] = []
 
         def attempt() -> Answer:
             call = self.begin(
@@ -202,18 +205,30 @@ class Caller:
             )
             try:
                 return self.result(call)
+            except errors.SidecarUnavailable as error:
+                lost.append(error)
+                raise
             finally:
                 call.cancel()
+
+        def ask() -> Answer:
+            try:
+                return retrying(attempt)
+            except (errors.TooManyCalls, errors.DatastoreUnavailable) as refusal:
+                # Of this attempt, which was not begun. One before it may have been, and may still do its work.
+                if lost:
+                    raise lost[0] from refusal
+                raise
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_unavailable),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(deadline.seconds),
             wait=tenacity.wait_exponential(multiplier=0.2, max=2.0, exp_base=2.5) + tenacity.wait_random(0, 0.1),
             # What takes back goes on when all is cancelled, and leaves the sidecar the same time between two tries.
-            sleep=time.sleep if takes_back else self._pause,
+            sleep=time.sleep if takes_back else self.pause,
             reraise=True,
         )
-        return retrying(attempt) if undo is None else self._undone_when_interrupted(lambda: retrying(attempt), undo)
+        return ask() if undo is None else self._undone_when_interrupted(ask, undo)
 
     def result(self, call: CallFuture[Answer], timeout: float | None = None) -> Answer:
         """The answer of a call, which has ended afterwards; TimeoutError when it has not within `timeout` seconds."""
@@ -255,7 +270,7 @@ class Caller:
                 raise errors.SidecarUnavailable(
                     f"the sidecar at {self.address} is not ready after {timeout:g} s: {self._what_to_do('')}"
                 )
-            self._pause(0.05)
+            self.pause(0.05)
 
     def translated(self, failure: grpc.RpcError) -> errors.ImagesError:
         """The error of this project that a failed call means."""
@@ -286,7 +301,7 @@ class Caller:
             case _:
                 return errors.InternalError(f"the sidecar at {self.address} answered {code.name}: {details}")
 
-    def _pause(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         """Not longer than until `cancel_calls`."""
         self.begin(_Waiting).wait(seconds)
 

@@ -132,7 +132,7 @@ class Staging:
         `lock_timeout`: as of the changes of SidecarClient.
 
         After an error the staging directory is as it was, to be mended and committed again, or aborted. Gone is it
-        after ImageAlreadyExists, and when its files could not be moved into the image's place.
+        after ImageAlreadyExists, and when the disk did not take what was staged: StagingLost, or NoSpace that says so.
         """
         request = wire.CommitStagingRequest(
             staging_id=self.id,

@@ -110,11 +110,20 @@ def _listen(value: str) -> str:
     return f"[{address}]:{int(found[3])}" if address.version == 6 else f"{address}:{int(found[3])}"
 
 
+LockKindId = Literal["flock", "exclusive-open"]
+
+
 def _rescan(known: dict[str, Any]) -> float:
-    return 10.0 if known.get("type") == "nfs" else 2.0
+    return 2.0 if known.get("type") == "local" else 10.0
+
+
+def _locks(known: dict[str, Any]) -> LockKindId:
+    return "exclusive-open" if known.get("type") == "vmfs" else "flock"
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
+Interval = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=365 * 86400)]
+Grace = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=10 * 365 * 86400)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -128,12 +137,14 @@ class DatastoreConfig(_Model):
 
     name: Annotated[str, AfterValidator(_name)]
     path: Annotated[str, AfterValidator(_absolute)]
-    type: Literal["local", "nfs"] = "local"
+    type: Literal["local", "nfs", "vmfs"] = "local"
+    # How others are excluded: every sidecar of a datastore has to do it the same way. ESX has no flock between hosts.
+    locks: LockKindId = Field(default_factory=_locks)
     layout: Literal["compound", "sharded", "vsan"] = "compound"
     # Bytes that no new image may take.
     reserve: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 64 * 1024**2
-    # Between two listings of the whole datastore, where the kernel does not tell of changes: every `nfs` one, and a
-    # `local` one without inotify.
+    # Between two listings of the whole datastore, where the kernel does not tell of changes: every one that is
+    # not `local`, and a `local` one without inotify.
     rescan_seconds: Seconds = Field(default_factory=_rescan)
 
 
@@ -145,7 +156,7 @@ class Limits(_Model):
     max_watches: Count = 64
     # Streams of WriteFile and ReadFile, of each datastore.
     max_transfers: Count = 32
-    # Other calls that run at a time, of each datastore; more of them wait in line.
+    # Other calls that run at a time, of each datastore, and as many commits, aborts and purges; more wait in line.
     max_calls: Count = 16
     # For running calls to end after SIGTERM, before they are cancelled.
     shutdown_seconds: Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=3600)] = 10.0
@@ -154,11 +165,34 @@ class Limits(_Model):
     staging_lease_seconds: Seconds = 600.0
 
 
+class MaintenanceConfig(_Model):
+    """What the sidecar does by itself on every datastore. An interval of 0: never."""
+
+    # Free the trash, and staging directories that nobody makes any more and that are older than the grace time.
+    reap_interval_seconds: Interval = 600.0
+    staging_grace_seconds: Grace = 7200.0
+    # Purge deleted images, this long after their deletion.
+    purge_interval_seconds: Interval = 600.0
+    tombstone_grace_seconds: Grace = 86400.0
+    # Bytes: with fewer free ones, purge the oldest deleted images before their time. 0: never.
+    purge_below_free: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 0
+    # Scan, and then sweep. Images that were used within the grace time before the scan stay.
+    sweep_interval_seconds: Interval = 0.0
+    sweep_grace_seconds: Grace = 7 * 86400.0
+    # VMs, images and deletions a minute, of these scans and sweeps, and how long each may take.
+    rate: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    timeout_seconds: Seconds = 7 * 86400.0
+
+
 class SidecarConfig(_Model):
     listen: Annotated[str, AfterValidator(_listen)]
     datastores: tuple[DatastoreConfig, ...]
     limits: Limits = Limits()
+    maintenance: MaintenanceConfig = MaintenanceConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+_TABLES: dict[str, type[BaseModel]] = {"limits": Limits, "maintenance": MaintenanceConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +348,7 @@ def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
     value = detail["input"]
     match detail["type"]:
         case "extra_forbidden":
-            owner = Limits if len(detail["loc"]) > 1 else model
+            owner = _TABLES[str(detail["loc"][0])] if len(detail["loc"]) > 1 else model
             known = [key for key in owner.model_fields if key != "name"]
             # As it is written in the file.
             known = ["datastore" if key == "datastores" else key for key in known]

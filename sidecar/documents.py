@@ -4,7 +4,7 @@ from datetime import UTC
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageState
+from sidecar.client import Datastore, FileKind, Image, ImageFile, ImageState, Lock, LockKind
 from sidecar.strict_json import parse_json
 
 Document = dict[str, object]
@@ -86,6 +86,25 @@ def datastore_document(datastore: Datastore) -> Document:
         "checked_time": time_text(datastore.checked_time, "microseconds") if checked else None,
         "image_count": datastore.image_count,
     }
+
+
+def lock_document(lock: Lock) -> Document:
+    """A lock that is held; of a holder that left no name, only since when."""
+    return {
+        "datastore": lock.datastore,
+        "path": lock.path,
+        "kind": lock_kind_name(lock.kind),
+        "image_id": lock.image_id or None,
+        "host": lock.host or None,
+        "pid": lock.pid or None,
+        "process": lock.process or None,
+        "operation": lock.operation or None,
+        "since_time": time_text(lock.since_time, "microseconds"),
+    }
+
+
+def lock_kind_name(kind: LockKind.ValueType) -> str:
+    return LockKind.Name(kind).removeprefix("LOCK_KIND_")
 
 
 def ns_text(time_ns: int) -> str | None:

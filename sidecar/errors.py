@@ -51,6 +51,12 @@ class StagingPublished(ImagesError):
     reason, code, errno, exit_code = "STAGING_PUBLISHED", "FAILED_PRECONDITION", errno.EEXIST, 5
 
 
+class StagingLost(ImagesError):
+    """Some of what was staged never reached the disk, and nobody can tell what: it is dropped, and begun anew."""
+
+    reason, code, errno, exit_code = "STAGING_LOST", "DATA_LOSS", errno.EIO, 1
+
+
 class ImageAlreadyExists(ImagesError):
     reason, code, errno, exit_code = "IMAGE_ALREADY_EXISTS", "ALREADY_EXISTS", errno.EEXIST, 4
 
@@ -73,6 +79,12 @@ class ImageInUse(ImagesError):
     reason, code, errno, exit_code = "IMAGE_IN_USE", "FAILED_PRECONDITION", errno.EBUSY, 5
 
 
+class UseUnknown(ImagesError):
+    """What a VM uses cannot be told, so it may use any image: what is wrong with the VM is in the message."""
+
+    reason, code, errno, exit_code = "USE_UNKNOWN", "FAILED_PRECONDITION", errno.EBUSY, 5
+
+
 class InvalidImageId(ImagesError):
     reason, code, errno, exit_code = "INVALID_IMAGE_ID", "INVALID_ARGUMENT", errno.EINVAL, 2
 
@@ -93,6 +105,12 @@ class InvalidMetadata(ImagesError):
     """A companion file does not hold what it must: reported, never taken for "no metadata"."""
 
     reason, code, errno, exit_code = "INVALID_METADATA", "FAILED_PRECONDITION", errno.EIO, 5
+
+
+class TaskAlreadyRunning(ImagesError):
+    """There is one scan and one sweep of a datastore at a time."""
+
+    reason, code, errno, exit_code = "TASK_ALREADY_RUNNING", "FAILED_PRECONDITION", errno.EALREADY, 5
 
 
 class LockTimeout(ImagesError):

@@ -4,19 +4,29 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protos.images.v1 import datastore_service_pb2_grpc, image_service_pb2_grpc, staging_service_pb2_grpc
-from sidecar.config import ConfigError, SidecarConfig
+from protos.images.v1 import (
+    datastore_service_pb2_grpc,
+    image_service_pb2_grpc,
+    maintenance_service_pb2_grpc,
+    staging_service_pb2_grpc,
+)
+from sidecar.config import ConfigError, MaintenanceConfig, SidecarConfig
 from sidecar.datastores.kinds import DATASTORE_TYPES
 from sidecar.images.admission import Admission, most_copies
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.library import Library
+from sidecar.images.maintenance import Maintenance, Plan
 from sidecar.images.store import ImageStore
+from sidecar.images.usage import uses_of_vm, vm_directories
+from sidecar.images.vm_scan import VmSource
 from sidecar.images.watching import Watches
+from sidecar.locks.kinds import LOCK_KINDS
 from sidecar.server import Service
 from sidecar.services.datastore_service import DatastoreServicer
 from sidecar.services.image_service import ImageServicer
+from sidecar.services.maintenance_service import MaintenanceServicer
 from sidecar.services.requests import Requests
 from sidecar.services.staging_service import StagingServicer
 
@@ -43,7 +53,7 @@ def build(config: SidecarConfig) -> Parts:
     discoveries = []
     for place in config.datastores:
         store = ImageStore(
-            DATASTORE_TYPES[place.type](place.name, place.path),
+            DATASTORE_TYPES[place.type](place.name, place.path, LOCK_KINDS[place.locks]()),
             LAYOUTS[place.layout],
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,
@@ -55,11 +65,14 @@ def build(config: SidecarConfig) -> Parts:
             ),
         )
         discoveries.append(Discovery(store, catalog, rescan_seconds=place.rescan_seconds))
+    stores = [discovery.store for discovery in discoveries]
+    vms, plan = VmSource(vm_directories, uses_of_vm), _plan(config.maintenance)
     library = Library(
         discoveries,
         catalog,
         max_copies=most_copies(len(discoveries), config.limits.max_copies),
         lease_seconds=config.limits.staging_lease_seconds,
+        maintained=[Maintenance(store, stores, vms, plan) for store in stores],
     )
     watches = Watches(catalog, discoveries)
     requests = Requests()
@@ -67,6 +80,7 @@ def build(config: SidecarConfig) -> Parts:
     images = ImageServicer(library, requests, watches)
     staging = StagingServicer(library, requests)
     datastores = DatastoreServicer(library)
+    maintenance = MaintenanceServicer(library, requests)
 
     library.start()
     return Parts(
@@ -82,10 +96,28 @@ def build(config: SidecarConfig) -> Parts:
                 "images.v1.DatastoreService",
                 lambda s: datastore_service_pb2_grpc.add_DatastoreServiceServicer_to_server(datastores, s),
             ),
+            Service(
+                "images.v1.MaintenanceService",
+                lambda s: maintenance_service_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, s),
+            ),
         ),
         end_watches=watches.end,
         interrupt=library.interrupt,
         close=library.close,
+    )
+
+
+def _plan(config: MaintenanceConfig) -> Plan:
+    return Plan(
+        reap_interval=config.reap_interval_seconds,
+        staging_grace=config.staging_grace_seconds,
+        purge_interval=config.purge_interval_seconds,
+        tombstone_grace=config.tombstone_grace_seconds,
+        purge_below_free=config.purge_below_free,
+        sweep_interval=config.sweep_interval_seconds,
+        sweep_grace=config.sweep_grace_seconds,
+        rate=config.rate,
+        timeout=config.timeout_seconds,
     )
 
 

@@ -29,8 +29,13 @@ COMMANDS = {
     "validate": ("validate", "validate"),
     "import": ("import_", "import_image"),
     "export": ("export", "export"),
+    "scan": ("scan", "scan"),
+    "unused": ("unused", "unused"),
+    "sweep": ("sweep", "sweep"),
+    "reap": ("reap", "reap"),
     "watch": ("watch", "watch"),
     "datastores": ("datastores", "datastores"),
+    "locks": ("locks", "locks"),
 }
 USAGE = 2
 

@@ -216,6 +216,8 @@ class _Directory:
     def __init__(self, directory: str, known: dict[str, tuple[str, bool]]) -> None:
         self._directory = directory
         self._known = known
+        # Links to a disk that is all in one directory are as good as that.
+        self._places = {os.path.realpath(directory or "."), *(_directory_of(path) for path, _ in known.values())}
         self._heads: dict[str, bytes] = {}
 
     def located(self, name: str) -> tuple[str, bool]:
@@ -225,8 +227,15 @@ class _Directory:
             plain = os.path.lexists(path) or not os.path.lexists(f"{path}.gz")
             path = path if plain else f"{path}.gz"
             _require_file(path, os.stat(path))
+            self._require_beside(path)
             self._known[name] = (path, not plain)
         return self._known[name]
+
+    def _require_beside(self, path: str) -> None:
+        """InvalidDisk for a link to elsewhere: an archive may have one to a secret of whoever imports it."""
+        target = os.path.realpath(path)
+        if os.path.dirname(target) not in self._places:
+            raise errors.InvalidDisk(f"{path} is a link to {target}, in another directory than the disk: copy the file")
 
     def finds(self, name: str) -> bool:
         try:
@@ -250,6 +259,10 @@ class _Directory:
         if name not in self._heads:
             self._heads[name] = _read_head(path)[0]
         return self._heads[name]
+
+
+def _directory_of(path: str) -> str:
+    return os.path.dirname(os.path.realpath(path))
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:

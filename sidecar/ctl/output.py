@@ -20,6 +20,15 @@ def human_size(count: int) -> str:
     return f"{count} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {UNITS[unit]}"
 
 
+def human_time(seconds: float) -> str:
+    """A length of time for people, in its largest unit; what is not past yet, by another clock, is none."""
+    whole = max(int(seconds), 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
 def exact_size(count: int) -> str:
     """Bytes for people who look closely."""
     return human_size(count) if count < 1000 else f"{human_size(count)} ({count} bytes)"

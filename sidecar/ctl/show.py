@@ -17,10 +17,11 @@ from sidecar.strict_json import parse_json
 def show(session: Session, image: ImageRef) -> None:
     """Show all that is known about one image.
 
-    Its state, sizes, times, users, problems, files, metadata and manifest.
+    Its state, sizes, times, users, problems, files, metadata and manifest. Users are those who have it open, and the
+    VMs that need it, running or not.
     """
     with session.client() as sidecar:
-        found = sidecar.image(image)
+        found = sidecar.image(image, with_vms=True)
     session.answer(_text(found), full_document(found))
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from sidecar.locks.interface import HeldLock
+from sidecar.locks.interface import HeldLock, LockHolder
 
 
 class EntryKind(enum.Enum):
@@ -31,6 +31,8 @@ class Entry:
     modified_ns: int
     changed_ns: int
     inode: int
+    links: int = 1
+    """How many names the file has, on the whole file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,8 @@ class Datastore(Protocol):
     def open_readable(self, path: str) -> ReadableFile:
         """Opens a regular file and marks it as in use until it is closed; ImageInUse when it is being removed."""
 
-    def open_writable(self, path: str) -> WritableFile: ...
+    def open_writable(self, path: str) -> WritableFile:
+        """Opens a regular file, made when it is not there; InvalidRequest when it has another name, maybe elsewhere."""
 
     def shares_extents_with(self, other: "Datastore") -> bool:
         """Copies from there to here share their bytes instead of taking space."""
@@ -197,14 +200,20 @@ class Datastore(Protocol):
         `check` is called several times a second while it waits: what that raises ends the wait, and passes.
         """
 
+    def lock_holder(self, path: str) -> LockHolder | None:
+        """Who holds that lock, for showing; None when nobody does, also where a dead process left its file."""
+
     def interrupt(self) -> None:
         """Ends every wait for a lock, those to come too, with OperationCancelled. Free locks can be had still."""
 
-    def users(self, paths: Sequence[str]) -> list[str]:
-        """Who has one of these files open, in words; empty when nobody has."""
+    def users(self, paths: Sequence[str], image_id: str) -> list[str]:
+        """Who has one of these files of an image open, in words; empty when nobody has."""
 
-    def exclude_users(self, paths: Sequence[str]) -> AbstractContextManager[None]:
-        """Keeps every new reader of these files out until the end; ImageInUse, in words, when one is there already."""
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> AbstractContextManager[None]:
+        """Keeps every new reader of these files of an image out until the end; ImageInUse, in words, when one is there.
+
+        The image's id is what mounts have the files under: who has one open in there is named, too.
+        """
 
     def watcher(self) -> ChangeWatcher | None:
         """None where changes by others cannot be told, as on NFS."""

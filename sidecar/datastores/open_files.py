@@ -31,13 +31,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FileUser:
-    """A process that holds a lock on a file; `pid` is None when it is on another host or hidden from this process."""
+    """A process that holds a lock on a file; `pid` is None when it is on another host or hidden from this process.
+
+    With `through`, it has the file open in a mount, and that is the mount's daemon, which holds the lock.
+    """
 
     pid: int | None
     process: str
+    through: "FileUser | None" = None
 
     def __str__(self) -> str:
-        return self.process if self.pid is None else f"{self.process} (pid {self.pid})"
+        described = self.process if self.pid is None else f"{self.process} (pid {self.pid})"
+        return described if self.through is None else f"{described} through {self.through}"
 
 
 UNSEEN_USER = FileUser(None, "a process on another host or that this one cannot see")
@@ -151,7 +156,7 @@ def _lock_holders(fds: Sequence[int]) -> tuple[FileUser, ...]:
     own_pid = os.readlink("/proc/self")  # os.getpid() may count in another PID namespace than /proc does
     own = {f"/proc/{own_pid}/fd/{fd}" for fd in fds}
     pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
-    return tuple(_user(pid) for pid in pids if _holds_lock(pid, files, own))
+    return tuple(user_of(pid) for pid in pids if _holds_lock(pid, files, own))
 
 
 def _holds_lock(pid: int, files: set[tuple[int, int]], own: set[str]) -> bool:
@@ -175,7 +180,8 @@ def _holds_lock(pid: int, files: set[tuple[int, int]], own: set[str]) -> bool:
     return False
 
 
-def _user(pid: int) -> FileUser:
+def user_of(pid: int) -> FileUser:
+    """The process as a user."""
     try:
         name = _read(f"/proc/{pid}/comm").decode(errors="replace").strip()
         arguments = _read(f"/proc/{pid}/cmdline").decode(errors="replace").split("\0")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.datastores import open_files
+from sidecar.datastores.behind_mounts import with_openers
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.inotify import InotifyWatcher
 from sidecar.datastores.interface import Capacity, Datastore, Entry, OpenDirectory, ReadableFile, WritableFile
@@ -34,10 +35,12 @@ from sidecar.errors import (
     DatastoreUnavailable,
     ImageInUse,
     ImagesError,
+    InvalidRequest,
     OperationCancelled,
 )
-from sidecar.locks.files import FileLocks
-from sidecar.locks.interface import HeldLock
+from sidecar.locks.files import FileLocks, LockKind
+from sidecar.locks.flock import Flock
+from sidecar.locks.interface import DatastoreLocks, HeldLock, LockHolder
 
 _LOOK_AHEAD_BYTES = 4096
 # For how long a file that is just being closed is no reason to refuse a purge.
@@ -53,18 +56,21 @@ class _Root:
     fd: int
     device: int
     reflink: bool
-    locks: FileLocks
+    locks: DatastoreLocks
 
 
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
-    def __init__(self, name: str, root_path: str, datastore_type: str = "local") -> None:
-        """Opens nothing yet: a datastore that is away now may come back."""
+    def __init__(
+        self, name: str, root_path: str, datastore_type: str = "local", lock_kind: LockKind | None = None
+    ) -> None:
+        """Opens nothing yet: a datastore that is away now may come back. The locks are flock's when not told."""
         self.name = name
         self.type = datastore_type
         self.root_path = os.path.abspath(root_path)
-        self.shared = datastore_type == "nfs"
+        self.shared = datastore_type != "local"
+        self._lock_kind = lock_kind or Flock()
         self._faults = Faults(name, self.root_path)
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
@@ -96,7 +102,8 @@ class PosixDatastore:
                     raise DatastoreUnavailable(
                         f"datastore {self.name}: cannot open {self.root_path}: {error.strerror}; create or mount it"
                     ) from error
-                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), FileLocks(fd, wait=self._wait_for_lock))
+                locks = FileLocks(fd, self._lock_kind, wait=self._wait_for_lock)
+                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), locks)
             return self._root
 
     def open_directory(self, path: str) -> OpenDirectory:
@@ -234,7 +241,13 @@ class PosixDatastore:
 
     def open_writable(self, path: str) -> WritableFile:
         with self._faults.during("open", path):
-            return PosixWritable(self._faults, path, self._open_regular(path, os.O_RDWR | os.O_CREAT))
+            fd = self._open_regular(path, os.O_RDWR | os.O_CREAT)
+            if os.fstat(fd).st_nlink > 1:
+                os.close(fd)
+                raise InvalidRequest(
+                    f"{self.name}: {path} has another name, a hard link: what is written would be there"
+                )
+            return PosixWritable(self._faults, path, fd)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         if not isinstance(other, PosixDatastore):
@@ -246,6 +259,10 @@ class PosixDatastore:
         with self._faults.during("lock", path):
             return self._open_root().locks.acquire(path, operation, timeout, check)
 
+    def lock_holder(self, path: str) -> LockHolder | None:
+        with self._faults.during("ask who holds", path):
+            return self._open_root().locks.holder(path)
+
     def interrupt(self) -> None:
         self._interrupted.set()
 
@@ -253,20 +270,21 @@ class PosixDatastore:
         if self._interrupted.wait(seconds):
             raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
-    def users(self, paths: Sequence[str]) -> list[str]:
+    def users(self, paths: Sequence[str], image_id: str) -> list[str]:
         with ExitStack() as stack, self._faults.during("ask who has open", _described(paths)):
             descriptors = [self._enter_open(stack, path, os.O_RDONLY) for path in paths]
-            return [str(user) for user in open_files.open_users(descriptors)]
+            return [str(user) for user in with_openers(open_files.open_users(descriptors), self.name, image_id)]
 
     @contextmanager
-    def exclude_users(self, paths: Sequence[str]) -> Iterator[None]:
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> Iterator[None]:
         with ExitStack() as stack:
             with self._faults.during("ask who has open", _described(paths)):
                 descriptors = [self._enter_open(stack, path, os.O_RDWR) for path in paths]
                 try:
                     stack.enter_context(open_files.exclude_users(descriptors, patience=_CLOSING_SECONDS))
                 except open_files.FilesInUse as error:
-                    raise ImageInUse(open_files.describe(error.users)) from error
+                    users = with_openers(error.users, self.name, image_id)
+                    raise ImageInUse(open_files.describe(users)) from error
             yield
 
     def watcher(self) -> InotifyWatcher | None:
@@ -292,7 +310,7 @@ class PosixDatastore:
                     f"datastore {self.name}: another file system is mounted at {self.root_path}, or it was moved; "
                     "restart the sidecar"
                 )
-            os.listdir(self._root_fd) if self.type == "nfs" else os.fstatvfs(self._root_fd)
+            os.listdir(self._root_fd) if self.shared else os.fstatvfs(self._root_fd)
 
     def _is_at_its_path(self) -> bool:
         try:
@@ -320,7 +338,12 @@ class PosixDatastore:
     def _make_one_directory(self, path: str) -> None:
         with parent_of(self._root_fd, path) as (parent, name):
             os.mkdir(name, 0o755, dir_fd=parent)
-            os.fsync(parent)
+            try:
+                os.fsync(parent)
+            except BaseException:
+                # Else the next one who needs it would find it, and believe that it is durable.
+                os.rmdir(name, dir_fd=parent)
+                raise
 
 
 def _described(paths: Sequence[str]) -> str:

@@ -114,7 +114,8 @@ class PosixWritable:
         return done
 
     def close(self) -> None:
-        os.close(self._fd)
+        with self._faults.during("write to the disk", self._path):  # NFS writes what is left, and says so here
+            os.close(self._fd)
 
 
 def open_regular(faults: Faults, directory: int, path: str, flags: int) -> int:
@@ -134,7 +135,14 @@ def make_entry(name: str, status: os.stat_result) -> Entry:
     mode = status.st_mode
     kind = EntryKind.FILE if stat.S_ISREG(mode) else EntryKind.DIRECTORY if stat.S_ISDIR(mode) else EntryKind.OTHER
     return Entry(
-        name, kind, status.st_size, status.st_blocks * 512, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        name,
+        kind,
+        status.st_size,
+        status.st_blocks * 512,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_nlink,
     )
 
 

@@ -13,6 +13,8 @@ from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, is_bookkeeping, is_rese
 from sidecar.images.publishing import publish
 from sidecar.images.staging import StagingDirectory
 
+_MOST_DESCRIPTORS = 4  # looked at to find the one of the disk: those of extents are refused in any case
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ def commit(
     """Gives the files the image's names and publishes. Until the last moment, what `check` raises ends it.
 
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
-    committed again; after one while they are moved it is gone.
+    committed again unless it has `damage`; after one while they are moved it is gone.
     """
     disk = staged.disk
     raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
@@ -58,7 +60,7 @@ def commit(
         rewrite_staged_descriptor(staging, disk, staged.renames, raw)
         return publish(staging, check, lock_timeout=lock_timeout)
     except BaseException:
-        if staging.held:
+        if staging.held and staging.damage is None:
             _undo(staging, staged, renamed, raw if rewriting else None)
         raise
 
@@ -79,36 +81,48 @@ def _plain_files(staging: StagingDirectory) -> dict[str, int]:
     """The sizes of the staged files by name; InvalidDisk for anything that cannot be in an image."""
     sizes = {}
     for entry in staging.store.datastore.entries(staging.directory):
-        if entry.name.endswith(LOCK_SUFFIX) or entry.name == TIMESTAMP:
+        if entry.name.endswith(LOCK_SUFFIX):
             continue
-        if entry.kind is not EntryKind.FILE or is_bookkeeping(entry.name) or not _is_text(entry.name):
+        ours = entry.name == TIMESTAMP
+        if entry.kind is not EntryKind.FILE or not (ours or _can_be_published(entry.name)):
             raise InvalidDisk(
                 f"{entry.name!r} cannot be part of an image: only plain files, with names in UTF-8 and no dot first"
             )
+        if entry.links > 1:
+            # By that name an image could be changed, which is never done; and its descriptor is rewritten here.
+            raise InvalidDisk(f"{entry.name!r} has another name, a hard link: copy the file instead")
+        if ours:
+            continue
         sizes[entry.name] = entry.size
     return sizes
 
 
-def _is_text(name: str) -> bool:
+def _can_be_published(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return not is_bookkeeping(name)
 
 
 def _find_disk(reader: DirectoryReader, sizes: dict[str, int]) -> vmdk.Disk:
     """The one disk of the directory, checked whole. A file that is an extent of another is no disk of its own."""
-    disks: dict[str, vmdk.Disk] = {}
+    disks: list[str] = []
+    extents: set[str] = set()
     faults = []
     for name in sorted(sizes):
         if not name.endswith(".vmdk"):
             continue
         try:
-            disks[name] = vmdk.read_disk(name, reader)
+            disk = vmdk.read_disk(name, reader)
         except InvalidDisk as error:
             faults.append(error.message)
-    extents = {file.name for name, disk in disks.items() for file in disk.files if file.name != name}
+            continue
+        # Not the disks: a descriptor of 1 MiB takes 20 MiB of memory when it is read.
+        disks.append(name)
+        extents.update(file.name for file in disk.files if file.name != name)
+        if len(disks) > _MOST_DESCRIPTORS:
+            raise InvalidDisk(f"more than one disk: {', '.join(disks)}, and maybe more; an image has one")
     tops = [name for name in disks if name not in extents]
     if not tops:
         raise InvalidDisk("; ".join(faults[:3]) or "no VMDK descriptor among the files; a disk is named *.vmdk")

@@ -138,7 +138,7 @@ def _clone_file(opened: OpenImage, name: str, staging: StagingDirectory, new_nam
             raise DiskFileFault(
                 f"{opened.image.key}: {name} ended after {done} of {source.size} bytes; validate the image"
             )
-        target.sync()
+        staging.sync_written(target)
     finally:
         target.close()
 
@@ -158,6 +158,6 @@ def put_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, name: str,
         target.write(disk.descriptor_offset, content)
         if not disk.embedded:
             target.resize(len(content))
-        target.sync()
+        staging.sync_written(target)
     finally:
         target.close()

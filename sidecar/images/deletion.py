@@ -1,12 +1,14 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
 from sidecar.images.image import Image, ImageState, not_found
 from sidecar.images.names import TIMESTAMP, TOMBSTONE, descriptor_name
 from sidecar.images.store import ImageStore
+from sidecar.images.usage import require_no_vm
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +45,18 @@ def restore_image(store: ImageStore, image_id: str, *, lock_timeout: float | Non
     return replace(image, state=ImageState.VALID, tombstoned_ns=None)
 
 
-def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_timeout: float | None = None) -> int:
+def purge_image(
+    store: ImageStore,
+    image_id: str,
+    *,
+    stores: Sequence[ImageStore] = (),
+    force: bool = False,
+    lock_timeout: float | None = None,
+) -> int:
     """Frees a tombstoned image, with `force` also one that is not; returns the allocated bytes of its files.
 
-    ImageInUse, and no change, when somebody has one of its files open.
+    `stores`: every datastore of this host, whose VMs may use the image; without, this one. ImageInUse, and no change,
+    when a VM does, or somebody has a file of the image open; UseUnknown and the like when a VM cannot be read.
     """
     try:
         with store.lock(image_id, "purge", timeout=lock_timeout):
@@ -55,6 +65,7 @@ def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_t
                 raise ImageNotTombstoned(
                     f"{image.key} is not deleted; delete it first (imagectl rm {image.key}), or force the deletion"
                 )
+            require_no_vm(stores or (store,), image.key)
             trash = discard_unused(store, image)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
@@ -64,13 +75,13 @@ def purge_image(store: ImageStore, image_id: str, *, force: bool = False, lock_t
 
 
 def discard_unused(store: ImageStore, image: Image) -> str | None:
-    """Takes the image's directory away, when nobody uses it; call under the image's lock.
+    """Takes the image's directory away, when nobody has it open; call under the image's lock.
 
     Readers are kept out from the check to the rename: none can begin in between. Returns what `free_discarded` frees.
     """
     paths = [image.path(file.name) for file in image.files]
     try:
-        with store.datastore.exclude_users(paths):
+        with store.datastore.exclude_users(paths, image.key.image_id):
             return store.layout.discard(store.datastore, image.key.image_id, store.new_token())
     except ImageInUse as error:
         raise ImageInUse(f"{image.key} is in use by {error.message}; end that use first") from error
@@ -81,9 +92,9 @@ def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:
 
     The image is gone already: what cannot be freed now, or is not because of a crash, stays in the trash.
     """
+    if trash is None:
+        return
     try:
-        if trash is not None:
-            store.datastore.remove_tree(trash)
-        store.layout.tidy(store.datastore, image_id)
+        store.datastore.remove_tree(trash)
     except (ImagesError, OSError) as error:
         _log.warning("trash not freed image=%s trash=%s error=%s", store.key(image_id), trash, error)

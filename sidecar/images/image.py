@@ -1,6 +1,7 @@
 """An image as it is on its datastore now: its state, its files, its times."""
 
 import enum
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sidecar.images.names import (
 _MARKER_LIMIT = 64
 _LATEST_SECONDS = 253_402_300_799  # the end of the year 9999, where the contract's times end
 _START_BYTES = 4096
+_MOST_MISPLACED = 100  # names that are told
 
 
 class ImageState(enum.Enum):
@@ -123,7 +125,7 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         place = opened.entry()
         entries = {entry.name: entry for entry in opened.entries()}
         _require_something(key, set(entries))
-        problems = [f"{entry.name!r} is not a plain file" for entry in entries.values() if _is_misplaced(entry)]
+        problems = _misplaced(entries)
         disk, fault = _read_disk(opened, image_id, entries)
         if fault:
             problems.append(fault)
@@ -219,10 +221,11 @@ def _read_marker(directory: OpenDirectory, entries: dict[str, Entry], problems: 
     if marker is None or marker.kind is not EntryKind.FILE:
         return None
     try:
-        seconds = int(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT))
+        # Others may write a fraction. Rounded down, that is: less is taken for unused.
+        seconds = math.floor(float(directory.read_range(UNUSED_MARKER, 0, _MARKER_LIMIT)))
     except FileNotFoundError:
         return None
-    except (ValueError, InvalidRequest):  # the latter: it is no plain file any more
+    except (ValueError, OverflowError, InvalidRequest):  # the last: it is no plain file any more
         seconds = -1
     if not 0 <= seconds <= _LATEST_SECONDS:
         problems.append(f"{UNUSED_MARKER} does not hold a time")
@@ -234,6 +237,15 @@ def _require_something(key: ImageKey, names: set[str]) -> None:
     # Staging directories and locks inside an image's directory (layout vsan) make no image.
     if not any(name in (TIMESTAMP, TOMBSTONE) or not is_bookkeeping(name) for name in names):
         raise not_found(key)
+
+
+def _misplaced(entries: dict[str, Entry]) -> list[str]:
+    """What is not a plain file and should be; not of every one, or nobody could be told of the image."""
+    names = [entry.name for entry in entries.values() if _is_misplaced(entry)]
+    problems = [f"{name!r} is not a plain file" for name in names[:_MOST_MISPLACED]]
+    if more := len(names) - len(problems):
+        problems.append(f"{more} more are not plain files")
+    return problems
 
 
 def _is_misplaced(entry: Entry) -> bool:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from sidecar.errors import DatastoreNotFound
+from sidecar.errors import DatastoreNotFound, DatastoreUnavailable
 from sidecar.images.catalog import Catalog
 from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
 from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
+from sidecar.images.maintenance import Maintenance
 from sidecar.images.operations import Operation, Operations
 from sidecar.images.progress import Progress
 from sidecar.images.sessions import StagingSessions
@@ -21,10 +22,17 @@ class Library:
     """The datastores by name, the catalogue of their images, and the operations that run."""
 
     def __init__(
-        self, discoveries: Sequence[Discovery], catalog: Catalog, *, max_copies: int, lease_seconds: float
+        self,
+        discoveries: Sequence[Discovery],
+        catalog: Catalog,
+        *,
+        max_copies: int,
+        lease_seconds: float,
+        maintained: Sequence[Maintenance] = (),
     ) -> None:
         self.catalog = catalog
         self.discoveries = {discovery.store.datastore.name: discovery for discovery in discoveries}
+        self.maintained = {each.store.datastore.name: each for each in maintained}
         self.sessions = StagingSessions(lease_seconds)
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         self.clones: Operations[None] = Operations(max_copies, "clone")
@@ -36,6 +44,8 @@ class Library:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
         for discovery in self.discoveries.values():
             discovery.start()
+        for maintenance in self.maintained.values():
+            maintenance.start()
         self.sessions.start(discovery.store for discovery in self.discoveries.values())
 
     def interrupt(self) -> None:
@@ -49,9 +59,25 @@ class Library:
         Does not return while a datastore hangs; what is of the others ends cleanly all the same.
         """
         discoveries = self.discoveries.values()
-        end_all((self.copies.close, self.clones.close, self.sessions.close, *(d.close for d in discoveries)))
+        maintained = self.maintained.values()
+        end_all(
+            (
+                self.copies.close,
+                self.clones.close,
+                self.sessions.close,
+                *(m.close for m in maintained),
+                *(d.close for d in discoveries),
+            )
+        )
         # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
         end_all(d.store.datastore.close for d in discoveries)
+
+    def stores(self) -> list[ImageStore]:
+        """All of them, to look at what is on each; DatastoreUnavailable when one hangs: who asked would hang, too."""
+        for name, discovery in self.discoveries.items():
+            if silence := discovery.silence():
+                raise DatastoreUnavailable(f"datastore {name}: {silence}; try again when it answers")
+        return [discovery.store for discovery in self.discoveries.values()]
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store
@@ -63,12 +89,19 @@ class Library:
             raise DatastoreNotFound(f"there is no datastore {datastore[:128]!r}; this sidecar has {names}")
         return discovery
 
+    def maintenance(self, datastore: str) -> Maintenance:
+        """Of a datastore; DatastoreNotFound."""
+        return self.maintained[self.discovery(datastore).store.datastore.name]
+
     @contextmanager
-    def using(self, datastore: str, wanted: Callable[[], bool]) -> Iterator[ImageStore]:
-        """The datastore's images for a call, while its caller wants it; DatastoreUnavailable when it seems to hang."""
-        store = self.store(datastore)
-        with store.admission.call(wanted):
-            yield store
+    def using(self, datastore: str, wanted: Callable[[], bool], *, long: bool = False) -> Iterator[ImageStore]:
+        """The datastore's images for a call, a `long` one or a small one, while its caller wants it.
+
+        DatastoreUnavailable when the datastore seems to hang, TooManyCalls when too many wait for it.
+        """
+        admission = self.store(datastore).admission
+        with admission.long_call(wanted) if long else admission.call(wanted):
+            yield self.store(datastore)
 
     def start_copy(
         self, source: ImageKey, destination: ImageKey, request_id: str, *, lock_timeout: float | None = None

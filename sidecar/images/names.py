@@ -10,6 +10,7 @@ TOMBSTONE = "image_tombstone.txt"  # present: deleted, restorable
 UNUSED_MARKER = "unused_image_marker.txt"  # seconds since the epoch: the scan that found the image unused
 LOCK_SUFFIX = ".ec_lock"
 STAGING_PREFIX = "tmp_image_"
+VM_PREFIX = "vm_"  # of a VM's directory
 
 _BOOKKEEPING = {TIMESTAMP, TIMESTAMP_RENAMED, TOMBSTONE, UNUSED_MARKER}
 _IMAGE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)

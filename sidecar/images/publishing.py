@@ -8,7 +8,6 @@ from sidecar.errors import ImageIncomplete, ImageNotFound, InvalidRequest
 from sidecar.images.checking import restore_timestamp
 from sidecar.images.deletion import discard_unused, free_discarded
 from sidecar.images.image import Image, ImageState
-from sidecar.images.names import TIMESTAMP
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore, already_exists
 
@@ -21,7 +20,7 @@ def publish(
     """Makes a staged image durable and publishes it. Once it is published, nothing is an error any more.
 
     Until the last moment, what `check` raises ends it. After an error before the files are moved the staging directory
-    is there, and can be published again; after one while they are moved it is gone.
+    is there, and can be published again unless it has `damage`; after one while they are moved it is gone.
 
     ImageAlreadyExists when somebody was faster, LockTimeout, or what the datastore says. A crash at any point
     leaves either no image or the whole image.
@@ -30,8 +29,7 @@ def publish(
     trash: str | None = None
     now = store.clock()
     try:
-        store.datastore.create_file(staging.path(TIMESTAMP), now)
-        staging.sync()
+        staging.complete(now)
         with store.lock(image_id, "publish", timeout=lock_timeout, new=True, check=check):
             trash = _clear_the_way(store, image_id)
             check()

@@ -12,11 +12,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from sidecar.errors import DeadlineExceeded, ImageAlreadyExists, InvalidRequest, StagingNotFound, StagingPublished
+from sidecar.errors import (
+    DeadlineExceeded,
+    ImageAlreadyExists,
+    ImagesError,
+    InvalidRequest,
+    NoSpace,
+    StagingLost,
+    StagingNotFound,
+    StagingPublished,
+)
 from sidecar.images.committing import StagedDisk, commit
 from sidecar.images.ending import end_all
 from sidecar.images.image import Image, ImageKey
-from sidecar.images.staging import StagingDirectory
+from sidecar.images.staging import REFUSALS, StagingDirectory
 from sidecar.images.store import ImageStore
 
 # The lease of one whose maker was gone before it could be told of it: time to repeat the call.
@@ -25,7 +34,10 @@ UNTOLD_SECONDS = 30.0
 # cancelled them, waits less.
 _CALLS_SECONDS = 30.0
 _CANCELLED_CALLS_SECONDS = 2.0
+_LOOK_SECONDS = 0.1
 _MOST_WAIT_SECONDS = 3600.0  # for a caller without a deadline
+# A removal of what is expired that takes longer may have hung.
+_SLOW_SECONDS = 5.0
 _REMEMBERED = 1_000  # published ones, so that their abort is told so
 
 _log = logging.getLogger(__name__)
@@ -37,7 +49,11 @@ Published: TypeAlias = tuple[Image, dict[str, str]]
 class State(enum.Enum):
     OPEN = enum.auto()
     COMMITTING = enum.auto()  # it is OPEN or ENDING afterwards
-    ENDING = enum.auto()  # nobody finds it any more
+    ENDING = enum.auto()  # being removed: who aborts it waits for what comes of that, nobody else finds it
+    LEFT = enum.auto()  # could not be removed: the next abort, or the end of its lease, tries again
+
+
+_GOING = (State.ENDING, State.LEFT)
 
 
 @dataclass(eq=False)
@@ -122,36 +138,65 @@ class StagingSessions:
                 if request_id:
                     self._by_request[request_id] = session
                 return session
-        staging.abort()  # the same call came twice, at the same time
-        return known
+        with staging:  # the same call came twice, at the same time
+            return known
+
+    def renew(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
+        """What `create` would give for the request id of one that there is; None when it would make one.
+
+        Asks nothing of the datastore: also while that hangs, a maker keeps what is staged.
+        """
+        with self._changed:
+            return self._renewed(store, image_id, request_id)
 
     def store(self, staging_id: str) -> ImageStore | None:
-        """Where the staging directory is; None when there is none."""
+        """Where the staging directory is; None when there is none.
+
+        Whoever asks names it, which renews its lease: should the call that this is for be refused, that is no reason to
+        drop it.
+        """
         with self._changed:
             session = self._sessions.get(staging_id)
-            return session.staging.store if session else None
+            if session is None:
+                return None
+            if session.state not in _GOING:
+                session.expires = self._monotonic() + self.lease_seconds
+            return session.staging.store
 
     @contextmanager
     def using(self, staging_id: str) -> Iterator[StagingDirectory]:
-        """The staging directory, which is neither committed nor dropped before the block ends; StagingNotFound."""
+        """The staging directory, which is neither committed nor dropped before the block ends; StagingNotFound.
+
+        When it has `damage` afterwards it is dropped: StagingLost, or NoSpace where that was the reason.
+        """
         session = self._enter(staging_id)
         try:
             yield session.staging
         except FileNotFoundError as error:
             # Taken away by somebody who does not heed the lock: what was staged is lost.
             raise _gone(staging_id) from error
+        except ImagesError as error:
+            if (damage := session.staging.damage) is not None:
+                raise _lost(session, damage) from error
+            raise
         finally:
             with self._changed:
                 session.calls -= 1
                 session.expires = self._monotonic() + self.lease_seconds
+                lost = session.staging.damage is not None and session.state is State.OPEN and not session.calls
+                if lost:
+                    session.state = State.ENDING
                 self._changed.notify_all()
+            if lost:
+                self._drop(session)
 
     def commit(self, staging_id: str, timeout: float | None = None, *, lock_timeout: float | None = None) -> Published:
         """Publishes; while it is being published by another call, waits for that one and answers the same.
 
         After an error the staging directory is as it was: it can be mended, and committed again. Gone is it after
-        ImageAlreadyExists, when it was aborted meanwhile (StagingNotFound), and when its files could not be moved into
-        the image's place. DeadlineExceeded when the other call has not ended within `timeout` seconds.
+        ImageAlreadyExists, when it was aborted meanwhile (StagingNotFound), when it could not be made durable
+        (StagingLost, NoSpace), and when its files could not be moved into the image's place. DeadlineExceeded when the
+        other call has not ended within `timeout` seconds.
         """
         with self._changed:
             session = self._find(staging_id)
@@ -161,7 +206,7 @@ class StagingSessions:
                 session.commit = Future()
             running = session.commit
         if waiting:
-            return self._outcome(staging_id, running, timeout)
+            return self._outcome(session, running, timeout)
         try:
             published = self._commit(session, lock_timeout)
         except BaseException as error:
@@ -172,41 +217,58 @@ class StagingSessions:
         return published
 
     def abort(self, staging_id: str, timeout: float | None = None) -> None:
-        """Drops a staging directory; one that is gone already is no error.
+        """Drops a staging directory; one that is gone already is no error, one that cannot be removed is.
 
         One that is being committed is dropped by that, unless it is past the point where it can be: this waits for
-        the end of it. StagingPublished when it became the image, and DeadlineExceeded when that is not known within
-        `timeout` seconds.
+        the end of it, as for that of another abort. StagingPublished when it became the image, and DeadlineExceeded
+        when that is not known within `timeout` seconds. After what the datastore says, another abort tries again.
         """
-        with self._changed:
-            session = self._sessions.get(staging_id)
-            if session is None or session.state is State.ENDING:
-                if staging_id in self._published:
-                    raise _published(staging_id, self._published[staging_id])
+        seconds = _MOST_WAIT_SECONDS if timeout is None else min(timeout, _MOST_WAIT_SECONDS)
+        until = time.monotonic() + seconds
+        while True:
+            with self._changed:
+                session = self._wait_while_ending(staging_id, until)
+                if session is None:
+                    if staging_id in self._published:
+                        raise _published(staging_id, self._published[staging_id])
+                    return
+                running = session.commit if session.state is State.COMMITTING else None
+                if running is not None:
+                    session.abandoned = True
+                else:
+                    before, session.state = session.state, State.ENDING
+                    try:
+                        self._wait_for_calls(session)
+                    except BaseException:
+                        session.state = before
+                        self._changed.notify_all()
+                        raise
+            if running is None:
+                self._end(session)
                 return
-            committing = session.state is State.COMMITTING
-            if committing:
-                session.abandoned = True
-            else:
-                session.state = State.ENDING
-                try:
-                    self._wait_for_calls(session)
-                except BaseException:
-                    session.state = State.OPEN
-                    raise
-            running = session.commit
-        if not committing:
-            self._end(session)
-            return
-        try:
-            image, _ = self._outcome(staging_id, running, timeout)
-        except DeadlineExceeded:
-            raise
-        except Exception:
-            if session.state is State.OPEN:  # it could not be dropped, either
+            try:
+                image, _ = self._outcome(session, running, until - time.monotonic())
+            except DeadlineExceeded:
                 raise
-            return
-        raise _published(staging_id, image.key)
+            except Exception:
+                continue  # the commit dropped it, or it is still there for this to do so
+            raise _published(staging_id, image.key)
+
+    def _wait_while_ending(self, staging_id: str, until: float) -> StagingSession | None:
+        """The session, which nobody is removing; None when there is none. Call with the lock."""
+        session = self._sessions.get(staging_id)
+        if session is None:
+            return None
+        with session.staging.store.admission.stepping_aside() as step:
+            while self._sessions.get(staging_id) is session and session.state is State.ENDING:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(
+                        f"staging directory {staging_id} is being dropped, and that has not ended yet: ask again later"
+                    )
+                if not self._changed.wait(min(left, _LOOK_SECONDS)):
+                    step()
+        return self._sessions.get(staging_id)
 
     def _commit(self, session: StagingSession, lock_timeout: float | None) -> Published:
         def check() -> None:
@@ -216,11 +278,21 @@ class StagingSessions:
         with self._changed:
             self._wait_for_calls(session)
         check()
+        staging = session.staging
+        if staging.damage is not None:
+            raise _lost(session, staging.damage)
         try:
-            staged = StagedDisk(session.staging)
-            image = commit(session.staging, staged, check, lock_timeout=lock_timeout)
+            staged = StagedDisk(staging)
+            image = commit(staging, staged, check, lock_timeout=lock_timeout)
         except FileNotFoundError as error:
             raise _gone(session.id) from error
+        except ImagesError as error:
+            if staging.damage is not None:
+                raise _lost(session, staging.damage) from error
+            if not staging.held and isinstance(error, REFUSALS):
+                # While its files were moved. Not to be tried again: it is gone, which says less than this.
+                raise _lost(session, error) from error
+            raise
         with self._changed:
             self._published[session.id] = image.key
             if len(self._published) > _REMEMBERED:
@@ -231,7 +303,8 @@ class StagingSessions:
     def _end_commit(self, session: StagingSession, error: BaseException) -> None:
         """After a commit that failed: open again, or dropped when there is nothing to be mended, or nobody to do it."""
         with self._changed:
-            lost = isinstance(error, ImageAlreadyExists) or not session.staging.held
+            staging = session.staging
+            lost = isinstance(error, ImageAlreadyExists) or staging.damage is not None or not staging.held
             if not lost and (session.calls or not session.abandoned):
                 session.state = State.OPEN
                 session.abandoned = False
@@ -240,22 +313,23 @@ class StagingSessions:
             session.state = State.ENDING
         self._drop(session)
 
-    def _outcome(self, staging_id: str, running: Future[Published], timeout: float | None) -> Published:
-        """Of a commit, once it has ended."""
-        try:
-            error = running.exception(min(_MOST_WAIT_SECONDS if timeout is None else timeout, _MOST_WAIT_SECONDS))
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"staging directory {staging_id} is being committed, and that has not ended yet: ask again later"
-            ) from None
-        if error is not None:
-            raise error
+    def _outcome(self, session: StagingSession, running: Future[Published], timeout: float | None) -> Published:
+        """Of a commit, once it has ended. Whoever waits for it steps aside for other calls."""
+        until = time.monotonic() + min(_MOST_WAIT_SECONDS if timeout is None else timeout, _MOST_WAIT_SECONDS)
+        with session.staging.store.admission.stepping_aside() as step:
+            while not wait((running,), min(max(until - time.monotonic(), 0), _LOOK_SECONDS)).done:
+                if time.monotonic() >= until:
+                    raise DeadlineExceeded(
+                        f"staging directory {session.id} is being committed, and that has not ended yet: "
+                        "ask again later"
+                    )
+                step()
         return running.result()
 
     def _renewed(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
         """The session of that request id, its lease renewed; call with the lock."""
         known = self._by_request.get(request_id) if request_id else None
-        if known is None or known.state is State.ENDING:
+        if known is None or known.state in _GOING or known.staging.damage is not None:
             return None
         if known.staging.store is not store or known.staging.image_id != image_id:
             raise InvalidRequest(f"request id {request_id} was used for another image; take a new one")
@@ -273,14 +347,23 @@ class StagingSessions:
     def _find(self, staging_id: str) -> StagingSession:
         """Call with the lock."""
         session = self._sessions.get(staging_id)
-        if session is None or session.state is State.ENDING:
+        if session is None or session.state in _GOING:
             raise _gone(staging_id)
+        if session.state is State.OPEN and session.staging.damage is not None:
+            raise _lost(session, session.staging.damage)
         return session
 
     def _wait_for_calls(self, session: StagingSession) -> None:
-        """Until none that names it runs, now that its state keeps new ones out; call with the lock."""
-        if not self._changed.wait_for(lambda: session.calls == 0, timeout=_CALLS_SECONDS):
-            raise InvalidRequest(f"staging directory {session.id} is being written to; end those calls first")
+        """Until none that names it runs, now that its state keeps new ones out; call with the lock.
+
+        Steps aside for other calls meanwhile.
+        """
+        until = time.monotonic() + _CALLS_SECONDS
+        with session.staging.store.admission.stepping_aside() as step:
+            while not self._changed.wait_for(lambda: session.calls == 0, timeout=_LOOK_SECONDS):
+                if time.monotonic() >= until:
+                    raise InvalidRequest(f"staging directory {session.id} is being written to; end those calls first")
+                step()
 
     def _close(self, store: ImageStore) -> None:
         """Drops what there is on one datastore, and waits for the commits that run there."""
@@ -289,51 +372,88 @@ class StagingSessions:
             committing = [session.commit for session in sessions if session.state is State.COMMITTING]
             for session in sessions:
                 session.abandoned = True
-            ending = [session for session in sessions if session.state is State.OPEN]
+            ending = [session for session in sessions if session.state in (State.OPEN, State.LEFT)]
             for session in ending:
                 session.state = State.ENDING
             self._changed.wait_for(lambda: not any(s.calls for s in ending), timeout=_CANCELLED_CALLS_SECONDS)
         for session in ending:
             self._drop(session)
+            session.staging.leave()
         wait(committing)  # each is gone with its commit, as it is abandoned
 
-    def _drop(self, session: StagingSession) -> None:
+    def _drop(self, session: StagingSession) -> bool:
         """Ends it; what its datastore says against that is logged, so that the others are dropped all the same."""
         try:
             self._end(session)
         except Exception as error:
             _log.warning("staging not dropped id=%s error=%s", session.id, error)
+            return False
+        return True
 
     def _end(self, session: StagingSession) -> None:
+        """Removes what is ENDING, or lets go of what was published, and forgets it.
+
+        After an error it is LEFT: not forgotten, so that nobody is told that it is gone.
+        """
+        try:
+            session.staging.abort()
+        except BaseException:
+            with self._changed:
+                session.state = State.LEFT
+                session.expires = self._monotonic() + min(self.lease_seconds, UNTOLD_SECONDS)
+                self._changed.notify_all()
+            raise
         with self._changed:
             self._sessions.pop(session.id, None)
             if self._by_request.get(session.request_id) is session:
                 del self._by_request[session.request_id]
-        session.staging.abort()
+            self._changed.notify_all()
 
     def _drop_expired(self, store: ImageStore) -> None:
+        # No lease runs while the datastore is silent: whoever goes on with an import is refused, or waits for it.
+        silent = False
         while not self._stopping.wait(min(self.lease_seconds / 4, UNTOLD_SECONDS)):
+            before, silent = silent, bool(store.admission.silence)
             now = self._monotonic()
             with self._changed:
+                if before or silent:
+                    self._begin_anew(store, now)
                 expired = [
                     session
                     for session in self._sessions.values()
                     if session.staging.store is store
-                    and session.state is State.OPEN
+                    and session.state in (State.OPEN, State.LEFT)
                     and session.expires < now
                     and not session.calls
                 ]
                 for session in expired:
                     session.state = State.ENDING
             for session in expired:
-                _log.info("staging dropped image=%s", store.key(session.staging.image_id))
-                self._drop(session)
+                if self._drop(session):
+                    _log.info("staging dropped image=%s", store.key(session.staging.image_id))
+            # A removal that hung is silence, too, which nobody has seen from here.
+            silent = silent or self._monotonic() - now > _SLOW_SECONDS
+
+    def _begin_anew(self, store: ImageStore, now: float) -> None:
+        """The leases on one datastore; call with the lock."""
+        for session in self._sessions.values():
+            if session.staging.store is store and session.state is State.OPEN:
+                session.expires = max(session.expires, now + self.lease_seconds)
 
 
 def _gone(staging_id: str) -> StagingNotFound:
     return StagingNotFound(
         f"there is no staging directory {staging_id[:64]!r}: it was published, dropped, or the sidecar was restarted; "
         "begin anew"
+    )
+
+
+def _lost(session: StagingSession, cause: ImagesError) -> ImagesError:
+    """That it is dropped, since nobody knows what of it the disk has: an error that no client answers by committing."""
+    kind = NoSpace if isinstance(cause, NoSpace) else StagingLost
+    return kind(
+        f"{session.staging.store.key(session.staging.image_id)} was not published: {cause.message}. Some of what was "
+        "staged never reached the disk, so it is dropped: start the import again"
     )
 
 

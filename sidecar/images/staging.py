@@ -4,15 +4,19 @@ import contextlib
 import enum
 import logging
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import ReadableFile, WritableFile
-from sidecar.errors import DatastoreUnavailable, ImagesError, StagingNotFound
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError, NoSpace, StagingLost, StagingNotFound
+from sidecar.images.names import TIMESTAMP
 from sidecar.images.store import ImageStore
 from sidecar.locks.interface import HeldLock
 
 _TRIES = 8
+# What the disk may answer to an fsync; other errors are about what is there, and can be mended.
+REFUSALS = (DatastoreDenied, DatastoreUnavailable, NoSpace)
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +24,8 @@ _log = logging.getLogger(__name__)
 class _State(enum.Enum):
     HELD = enum.auto()
     PUBLISHING = enum.auto()  # its files are being moved into the image's place
+    REMOVING = enum.auto()
+    LEFT = enum.auto()  # removed in part, or not at all: good for nothing but another try
     ENDED = enum.auto()
 
 
@@ -27,7 +33,8 @@ class StagingDirectory:
     """A staging directory and its lock. As a context manager it is gone afterwards, unless it was published.
 
     The lock says that somebody is making it, however long that takes; when this process dies it goes with it.
-    Either whoever publishes ends it, from `begin_publishing` on, or who aborts it before that: never both.
+    Either whoever publishes ends it, from `begin_publishing` on, or who aborts it before that: never both. When it
+    cannot be removed, the lock stays with it for another `abort`, until `leave` gives it up.
     """
 
     def __init__(self, store: ImageStore, image_id: str, operation: str) -> None:
@@ -36,6 +43,8 @@ class StagingDirectory:
         self.image_id = image_id
         self.token = store.new_token()
         self.place = store.layout.staging_place(image_id, self.token)
+        # Why it can never be published: the disk refused some of what was written, and will not say so again.
+        self.damage: ImagesError | None = None
         self._lock: HeldLock | None = None
         self._state = _State.HELD
         self._changing = threading.Lock()  # guards the state
@@ -62,8 +71,10 @@ class StagingDirectory:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
             if self._lock:
-                self._remove()
+                with self._lock:
+                    store.datastore.remove_tree(self.place.directory)
                 self._lock = None
+                self._tidy()
             else:
                 store.datastore.remove_tree(self.place.directory)
                 self._tidy()
@@ -88,26 +99,65 @@ class StagingDirectory:
     def open_readable(self, name: str) -> ReadableFile:
         return self.store.datastore.open_readable(self.path(name))
 
-    def sync(self) -> None:
-        """Makes every file and then the directory durable."""
+    def complete(self, modified_ns: int) -> None:
+        """Adds the timestamp, and makes every file and then the directory durable.
+
+        After an error of that, nothing makes it durable any more: see `damage`.
+        """
         datastore = self.store.datastore
+        self.open_writable(TIMESTAMP).close()
+        with self._syncing():
+            datastore.set_modified(self.path(TIMESTAMP), modified_ns)
         for entry in datastore.entries(self.directory):
-            datastore.sync_file(self.path(entry.name))
-        datastore.sync_directory(self.directory)
+            with self._syncing():
+                datastore.sync_file(self.path(entry.name))
+        with self._syncing():
+            datastore.sync_directory(self.directory)
+
+    def sync_written(self, file: WritableFile) -> None:
+        """Makes what was written to one of its files durable; the error is as that of `complete`."""
+        with self._syncing():
+            file.sync()
+
+    @contextlib.contextmanager
+    def _syncing(self) -> Iterator[None]:
+        """For an fsync. Linux tells of a write that failed once: the next fsync succeeds, and the bytes are not there.
+
+        That the open before it failed is not told apart: rather dropped than published with a hole in it.
+        """
+        try:
+            yield
+        except REFUSALS as error:
+            self.damage = self.damage or error
+            raise
 
     def abort(self) -> None:
-        """Removes the directory; no error when it was published or aborted before, or is being published."""
-        if self._turn(_State.HELD, _State.ENDED):
+        """Removes the directory; no error when it was published or aborted before, or is being published or aborted.
+
+        After an error it is still there in whole or in part, held, and nobody can publish it: abort it again.
+        """
+        if self._turn(_State.HELD, _State.REMOVING) or self._turn(_State.LEFT, _State.REMOVING):
             self._remove()
+
+    def leave(self) -> None:
+        """Lets go of what could not be removed, for others to remove; nothing else is left then."""
+        if self._turn(_State.LEFT, _State.ENDED):
+            assert self._lock
+            self._lock.release()
 
     def begin_publishing(self) -> None:
         """From here on no abort touches the directory; StagingNotFound when there was one before."""
+        if self.damage is not None:
+            raise StagingLost(f"the staging directory {self.directory} cannot be published: {self.damage.message}")
         if not self._turn(_State.HELD, _State.PUBLISHING):
             raise StagingNotFound(f"the staging directory {self.directory} was dropped before it was published")
 
     def not_published(self) -> None:
-        """Removes the directory after `begin_publishing`: some of its files may be in the image's place."""
-        if self._turn(_State.PUBLISHING, _State.ENDED):
+        """Removes the directory after `begin_publishing`: some of its files may be in the image's place.
+
+        After an error: as after that of `abort`.
+        """
+        if self._turn(_State.PUBLISHING, _State.REMOVING):
             self._remove()
 
     def published(self) -> None:
@@ -126,8 +176,13 @@ class StagingDirectory:
 
     def _remove(self) -> None:
         assert self._lock
-        with self._lock:
+        try:
             self.store.datastore.remove_tree(self.directory)
+        except BaseException:
+            self._turn(_State.REMOVING, _State.LEFT)
+            raise
+        self._turn(_State.REMOVING, _State.ENDED)
+        self._lock.release()
         self._tidy()
 
     def _tidy(self) -> None:
@@ -146,4 +201,7 @@ class StagingDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.abort()
+        try:
+            self.abort()
+        finally:
+            self.leave()

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sidecar.datastores.interface import Datastore
-from sidecar.errors import ImageAlreadyExists, ImageIncomplete, ImageNotFound, ImageTombstoned, LockTimeout, NoSpace
+from sidecar.errors import (
+    ImageAlreadyExists,
+    ImageIncomplete,
+    ImageNotFound,
+    ImagesError,
+    ImageTombstoned,
+    LockTimeout,
+    NoSpace,
+)
 from sidecar.images.admission import Admission
 from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
 from sidecar.images.layouts.interface import Layout
@@ -113,6 +121,15 @@ class ImageStore:
         FileNotFoundError.
         """
         check_image_id(image_id)
+        try:
+            with self._acquired(image_id, operation, timeout, new, check):
+                yield
+        finally:
+            self._tidy(image_id)
+
+    def _acquired(
+        self, image_id: str, operation: str, timeout: float | None, new: bool, check: Callable[[], None]
+    ) -> HeldLock:
         path = self.layout.image_lock(image_id)
         left = self._lock_timeout if timeout is None else min(timeout, self._lock_timeout)
         until = time.monotonic() + left
@@ -120,17 +137,20 @@ class ImageStore:
             if new:
                 self.layout.make_lockable(self.datastore, image_id)
             try:
-                held = self._take(path, f"{operation} {image_id}", left, check)
-                break
+                return self._take(path, f"{operation} {image_id}", left, check)
             except FileNotFoundError:
                 # Whoever just removed the image may take away the directory that was made for the lock.
                 if not new:
                     raise
                 left = max(until - time.monotonic(), 0.0)
-        else:
-            raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
-        with held:
-            yield
+        raise LockTimeout(f"{self.key(image_id)}: its directory is being removed again and again; try again")
+
+    def _tidy(self, image_id: str) -> None:
+        """After each lock: of two who lock what is not there any more, the first finds the other one's lock in it."""
+        try:
+            self.layout.tidy(self.datastore, image_id)
+        except ImagesError as error:
+            _log.warning("directory not tidied image=%s error=%s", self.key(image_id), error)
 
     def _take(self, path: str, operation: str, timeout: float, check: Callable[[], None]) -> HeldLock:
         with self.admission.stepping_aside() as step:

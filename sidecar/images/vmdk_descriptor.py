@@ -78,7 +78,7 @@ _EXTENT_START = re.compile(rb"[ \t]*(?:RW|RDONLY|NOACCESS)(?:[ \t=]|$)", re.IGNO
 _MOST_LEFT_BEHIND = 7  # of a CID, which has 1 to 8 digits
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_PARENT_HINT = re.compile(rb'parentFileNameHint[ \t]*=?[ \t]*"?([^"\r\n]*)', re.IGNORECASE)
+PARENT_HINT = re.compile(rb'parentFileNameHint[ \t]*=?[ \t]*"?([^"\r\n]*)', re.IGNORECASE)
 _ESCAPE = re.compile(r"\|[0-9A-Fa-f]{2}")
 
 
@@ -187,10 +187,10 @@ def parse_descriptor(raw: bytes) -> Descriptor:
     create_type = _text(entries["createtype"])
     if create_type.casefold() not in _CREATE_TYPES:
         raise InvalidDisk(f"a disk of type {shown(create_type)} cannot be an image; {_CONVERT}")
-    codec = _codec(entries)
+    codec = codec_of(entries)
     extents = tuple(_extent(match, codec) for _, match in extent_lines)
     _check_extents(extents)
-    hint = _PARENT_HINT.search(raw)
+    hint = PARENT_HINT.search(raw)
     adapter_type = entries.get("ddb.adaptertype")
     return Descriptor(
         create_type=create_type,
@@ -222,7 +222,7 @@ def rewrite_descriptor(raw: bytes, renames: Mapping[str, str]) -> bytes:
     parse_descriptor(raw)
     lines = _lines(raw)
     entries, extent_lines = _read_lines(lines)
-    codec = _codec(entries)
+    codec = codec_of(entries)
     for index, match in extent_lines:
         if match[4] is None:
             continue
@@ -379,7 +379,7 @@ def _check_extents(extents: tuple[Extent, ...]) -> None:
                 raise InvalidDisk(f"two extents overlap in {shown(name)} at sector {following.offset_sectors}")
 
 
-def _codec(entries: Mapping[str, bytes]) -> str:
+def codec_of(entries: Mapping[str, bytes]) -> str:
     """The codec for file names. An encoding that is not known is no fault as long as the names are ASCII."""
     declared = _text(entries.get("encoding", b"UTF-8"))
     return _ENCODINGS.get(declared.lower().replace("_", "-"), "ascii")

@@ -13,6 +13,7 @@ from sidecar.images.image import Image, ImageKey
 
 FIRST_SCAN_SECONDS = 30.0
 LOOK_SECONDS = 5.0
+_REVISION_DIGITS = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,9 @@ class Watches:
 
     def _revision(self, resume_token: str) -> int:
         life, _, revision = resume_token.partition(":")
-        return int(revision) if life == self._life and revision.isdecimal() else 0
+        # None of ours is longer, and Python refuses to read thousands of digits.
+        known = life == self._life and len(revision) <= _REVISION_DIGITS and revision.isascii() and revision.isdecimal()
+        return int(revision) if known else 0
 
     def _wait_complete(self, discoveries: list[Discovery], wanted: Callable[[], bool]) -> None:
         until = time.monotonic() + FIRST_SCAN_SECONDS

@@ -1,18 +1,17 @@
-"""Locks of POSIX file systems: flock on a lock file that its holder removes.
+"""Locks that lie on the datastore: a lock file that its holder opened and removes. What all kinds of them share.
 
 The rules that keep it to one holder:
 
-- The lock is the flock, not the file: a file that a dead process left behind is simply taken.
-- Only the holder unlinks the file, and does so before letting go. So whoever gets the flock may have got it on a file
+- The lock is what the system grants on the open file, not the file: one that a dead process left behind is taken.
+- Only the holder unlinks the file, and does so before letting go. So whoever gets the lock may have got it on a file
   that is no longer at the path, while a third creates and locks a new one. After getting it, and before believing it,
-  the file's inode is compared with that of the path; they differ: start again.
-- EWOULDBLOCK is the only refusal. ENOLCK, EIO and the rest say nothing about who holds the lock, and are raised.
-- flock belongs to the open file description: each attempt opens its own, so two threads exclude each other as two
-  processes do, and the kernel lets go when the holder dies.
+  the file is compared with the one at the path; they differ: start again.
+- Each kind has one error that means "held". All others say nothing about who holds the lock, and are raised.
+- The lock belongs to the open file: each attempt opens its own, so two threads exclude each other as two processes
+  do, and the system lets go when the holder dies.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -22,23 +21,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from sidecar.beneath import open_beneath, parent_of
+from sidecar.beneath import parent_of
 from sidecar.errors import LockTimeout
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two tries: doubles from one to the other
+# Who asks for the holder of a lock that nobody holds has it for microseconds, and longer when its thread is not run:
+# nobody is refused because of that.
+ASKED_SECONDS = 0.05
 TRIES_AT_A_MOVING_PATH = 32
 
-_OPEN_TO_LOCK = os.O_RDWR | os.O_CREAT
-_OPEN_TO_READ = os.O_RDONLY | os.O_NONBLOCK  # should a FIFO stand at the path, opening it does not hang
+OPEN_TO_READ = os.O_RDONLY | os.O_NONBLOCK  # should a FIFO stand at the path, opening it does not hang
 
 _log = logging.getLogger(__name__)
 
 
+class LockKind(Protocol):
+    """One way to get a file for oneself alone. Threads may share it.
+
+    Every method raises OSError for what does not mean "held", and leaves no descriptor open then.
+    """
+
+    def take(self, root_fd: int, path: LockPath) -> int | LockHolder:
+        """The lock file's descriptor, locked, and made when there was no file; or who has it."""
+
+    def holder(self, root_fd: int, path: LockPath) -> LockHolder | None:
+        """Who has the lock file; None when nobody has. FileNotFoundError when there is no such file."""
+
+    def is_at(self, root_fd: int, path: LockPath, fd: int) -> bool:
+        """Whether the file that is open and locked is the one at the path."""
+
+    def write(self, fd: int, content: bytes) -> None:
+        """Puts the holder's name into the lock file, which is empty, for others to read."""
+
+    def let_go(self, fd: int) -> None:
+        """Unlocks what is closed next, also where a forked child has a copy of the descriptor."""
+
+
 class FileLocks:
-    """The flock locks of the datastore whose root directory is open as `root_fd`, which outlives this object.
+    """The locks of one kind, of the datastore whose root directory is open as `root_fd`, which outlives this object.
 
     `monotonic` and `wait` (seconds) are the clock of the timeout, `now` that of the holder's `since`.
     """
@@ -46,25 +69,25 @@ class FileLocks:
     def __init__(
         self,
         root_fd: int,
+        kind: LockKind,
         *,
         host: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        flock: Callable[[int, int], None] = fcntl.flock,
     ) -> None:
         self._root_fd = root_fd
+        self._kind = kind
         self._host = host or socket.gethostname()
         self._monotonic = monotonic
         self._wait = wait
         self._now = now
-        self._flock = flock
 
     def acquire(
         self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
     ) -> HeldLock:
         """See DatastoreLocks. A parent or a lock file that is a symbolic link is refused (OSError)."""
-        deadline = self._monotonic() + timeout
+        deadline = self._monotonic() + max(timeout, ASKED_SECONDS)
         delay = FIRST_WAIT
         while isinstance(taken := self._try_once(path), LockHolder):
             left = deadline - self._monotonic()
@@ -76,72 +99,48 @@ class FileLocks:
             self._wait(min(delay, left))
             check()
             delay = min(2 * delay, LONGEST_WAIT)
-        held = _HeldFileLock(self._root_fd, path, taken)
+        held = _HeldFileLock(self._root_fd, self._kind, path, taken)
         try:
-            _write_holder(taken, LockHolder(self._host, os.getpid(), _process_name(), operation, self._now()))
+            self._write_holder(taken, LockHolder(self._host, os.getpid(), _process_name(), operation, self._now()))
         except BaseException:
             held.release()
             raise
         return held
 
     def holder(self, path: LockPath) -> LockHolder | None:
-        """Who holds the lock `path` now; None when nobody does, whether or not a file was left behind.
-
-        For showing, not for deciding: it may have changed on return. Raises OSError when the datastore could not say.
-        Asking takes a shared flock for a few microseconds: an `acquire` with timeout 0 at that very moment is refused.
-        """
+        """See DatastoreLocks."""
         try:
-            fd = open_beneath(self._root_fd, path, _OPEN_TO_READ)
+            return self._kind.holder(self._root_fd, path)
         except FileNotFoundError:
             return None
-        try:
-            if not self._lock_now(fd, fcntl.LOCK_SH):
-                return _read_holder(fd)
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            return None
-        finally:
-            os.close(fd)
 
     def _try_once(self, path: LockPath) -> int | LockHolder:
         """The descriptor of the lock file, locked and at its path; or who holds it."""
         # The limit is for a file system whose inode numbers do not last: there, no lock is better than a false one.
         for _ in range(TRIES_AT_A_MOVING_PATH):
-            fd = open_beneath(self._root_fd, path, _OPEN_TO_LOCK)
+            taken = self._kind.take(self._root_fd, path)
+            if isinstance(taken, LockHolder):
+                return taken
             keep = False
             try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                if not stat.S_ISREG(os.fstat(taken).st_mode):
                     raise OSError(errno.EISDIR, "the lock file is not a regular file", path)
-                if not self._lock_now(fd, fcntl.LOCK_EX):
-                    return _read_holder(fd)
-                keep = self._is_at(path, fd)
+                keep = self._kind.is_at(self._root_fd, path, taken)
                 if keep:
-                    return fd
+                    return taken
             finally:
                 if not keep:
-                    os.close(fd)
+                    os.close(taken)
         return LockHolder.unknown(self._now())
 
-    def _lock_now(self, fd: int, kind: int) -> bool:
-        """Whether the flock was got; raises every error that does not mean "held"."""
+    def _write_holder(self, fd: int, holder: LockHolder) -> None:
         try:
-            self._flock(fd, kind | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            self._kind.write(fd, holder.to_bytes())
         except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:
+            # Deleting on a full datastore has to work: the lock is held, only its holder stays unnamed.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return False
-        return True
-
-    def _is_at(self, path: LockPath, fd: int) -> bool:
-        # By opening it anew, from the root: over NFS a stat may be answered from this host's cache, an open asks the
-        # server; and a parent directory may have been moved away together with the lock file.
-        try:
-            at_path = open_beneath(self._root_fd, path, _OPEN_TO_READ)
-        except FileNotFoundError:
-            return False
-        try:
-            return os.path.sameopenfile(at_path, fd)
-        finally:
-            os.close(at_path)
 
     def _full_path(self, path: LockPath) -> str:
         try:
@@ -151,8 +150,9 @@ class FileLocks:
 
 
 class _HeldFileLock:
-    def __init__(self, root_fd: int, path: LockPath, fd: int) -> None:
+    def __init__(self, root_fd: int, kind: LockKind, path: LockPath, fd: int) -> None:
         self._root_fd = root_fd
+        self._kind = kind
         self._path = path
         self._fd: int | None = fd
         self._owner_pid = os.getpid()
@@ -171,8 +171,7 @@ class _HeldFileLock:
                 with self._logged("left behind"):
                     self._unlink(fd)
                 with self._logged("not unlocked"):
-                    # Not left to close: a forked child's copy of the descriptor would keep the lock.
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+                    self._kind.let_go(fd)
         finally:
             with self._logged("closed with an error"):
                 os.close(fd)
@@ -200,19 +199,8 @@ class _HeldFileLock:
         self.release()
 
 
-def _write_holder(fd: int, holder: LockHolder) -> None:
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, holder.to_bytes(), 0)
-        # NFS sends it to the server, for the other hosts to read, when any copy of the descriptor is closed.
-        os.close(os.dup(fd))
-    except OSError as error:
-        # Deleting on a full datastore has to work: the lock is held, only its holder stays unnamed.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-
-
-def _read_holder(fd: int) -> LockHolder:
+def read_holder(fd: int) -> LockHolder:
+    """Who wrote the lock file last, which is open to read; an unknown when it does not say so."""
     holder = LockHolder.from_bytes(os.pread(fd, MAX_HOLDER_BYTES + 1, 0))
     return holder or LockHolder.unknown(datetime.fromtimestamp(os.fstat(fd).st_mtime, UTC))
 

@@ -103,7 +103,7 @@ class DatastoreLocks(Protocol):
     def acquire(
         self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
     ) -> HeldLock:
-        """Take the lock `path`, waiting up to `timeout` seconds; 0 tries once.
+        """Take the lock `path`, waiting up to `timeout` seconds for whoever holds it; 0: not at all.
 
         `check` is called several times a second while it waits: what that raises ends the wait, and passes.
 
@@ -115,6 +115,14 @@ class DatastoreLocks(Protocol):
             LockTimeout: somebody else held it the whole time; the message says who.
             FileNotFoundError: the directory of the lock file does not exist.
             OSError: the datastore could not say who holds it: that is never taken for "free" nor for "held".
+        """
+        ...
+
+    def holder(self, path: LockPath) -> LockHolder | None:
+        """Who holds the lock `path` now; None when nobody does, whether or not a file was left behind.
+
+        For showing, not for deciding: it may have changed on return. Asking may take a free lock for microseconds,
+        which every `acquire` waits for, also with timeout 0. Raises OSError when the datastore could not say.
         """
         ...
 

@@ -5,7 +5,8 @@ import grpc
 from protos.images.v1 import datastore_service_pb2 as pb
 from protos.images.v1 import datastore_service_pb2_grpc as pb_grpc
 from sidecar.images.library import Library
-from sidecar.services.messages import datastore_message
+from sidecar.images.locked import held_locks
+from sidecar.services.messages import datastore_message, lock_message
 
 
 class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
@@ -28,3 +29,7 @@ class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
             with self._library.using(request.name, context.is_active):
                 discovery.check()
         return pb.GetDatastoreResponse(datastore=datastore_message(discovery))
+
+    def ListLocks(self, request: pb.ListLocksRequest, context: grpc.ServicerContext) -> pb.ListLocksResponse:
+        with self._library.using(request.datastore, context.is_active) as store:
+            return pb.ListLocksResponse(locks=[lock_message(request.datastore, held) for held in held_locks(store)])

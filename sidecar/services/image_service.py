@@ -10,14 +10,15 @@ import grpc
 from protos.images.v1 import image_service_pb2 as pb
 from protos.images.v1 import image_service_pb2_grpc as pb_grpc
 from protos.images.v1 import types_pb2
-from sidecar.errors import InvalidMetadata, InvalidRequest
+from sidecar.errors import ImagesError, InvalidMetadata, InvalidRequest, OperationCancelled
 from sidecar.images.checking import touch_image, validate_image
 from sidecar.images.deletion import delete_image, purge_image, restore_image
-from sidecar.images.image import Image
+from sidecar.images.image import Image, ImageKey
 from sidecar.images.library import Library
 from sidecar.images.metadata import read_metadata, update_companions
 from sidecar.images.names import manifest_name, metadata_name
 from sidecar.images.store import ImageStore
+from sidecar.images.usage import uses_of_image
 from sidecar.images.watching import Watches
 from sidecar.services.messages import (
     datastore_message,
@@ -98,7 +99,10 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 except InvalidMetadata as error:
                     message.problems.append(error.message)
             with suppress(FileNotFoundError):  # deleted just now
-                message.users.extend(store.datastore.users([image.path(file.name) for file in image.files]))
+                paths = [image.path(file.name) for file in image.files]
+                message.users.extend(store.datastore.users(paths, key.image_id))
+            if request.with_vms:
+                message.users.extend(self._vms_using(key, context.is_active))
         return pb.GetImageResponse(image=message)
 
     def ValidateImage(
@@ -151,12 +155,12 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 
         def work(store: ImageStore) -> pb.DeleteImageResponse:
             if request.force:
-                purge_image(store, key.image_id, force=True, lock_timeout=timeout)
+                purge_image(store, key.image_id, stores=self._library.stores(), force=True, lock_timeout=timeout)
             else:
                 delete_image(store, key.image_id, lock_timeout=timeout)
             return pb.DeleteImageResponse()
 
-        return self._once("DeleteImage", request, context, work)
+        return self._once("DeleteImage", request, context, work, long=request.force)
 
     def RestoreImage(self, request: pb.RestoreImageRequest, context: grpc.ServicerContext) -> pb.RestoreImageResponse:
         key, timeout = image_key(request.ref), lock_timeout(request)
@@ -172,9 +176,11 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.PurgeImageResponse:
-            return pb.PurgeImageResponse(freed_bytes=purge_image(store, key.image_id, lock_timeout=timeout))
+            stores = self._library.stores()
+            freed = purge_image(store, key.image_id, stores=stores, lock_timeout=timeout)
+            return pb.PurgeImageResponse(freed_bytes=freed)
 
-        return self._once("PurgeImage", request, context, work)
+        return self._once("PurgeImage", request, context, work, long=True)
 
     def UpdateMetadata(
         self, request: pb.UpdateMetadataRequest, context: grpc.ServicerContext
@@ -211,13 +217,38 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                     incomplete_datastores=event.incomplete if event.everything else [],
                 )
 
+    def _vms_using(self, key: ImageKey, wanted: Callable[[], bool]) -> list[str]:
+        """In words. When that cannot be known, so it says: no answer here would read as "nobody"."""
+
+        def check() -> None:
+            if not wanted():
+                raise OperationCancelled(f"nobody waits for the users of {key} any more")
+
+        try:
+            return [use.what for use in uses_of_image(self._library.stores(), key, check=check)]
+        except ImagesError as error:
+            return [f"unknown, {error.message}"]
+
     def _once(
-        self, method: str, request: Change, context: grpc.ServicerContext, work: Callable[[ImageStore], Answer]
+        self,
+        method: str,
+        request: Change,
+        context: grpc.ServicerContext,
+        work: Callable[[ImageStore], Answer],
+        *,
+        long: bool = False,
     ) -> Answer:
-        """One change of one image. Whoever waits for a call of the same request id takes a place as that one does."""
-        with self._library.using(request.ref.datastore, context.is_active) as store:
+        """One change of one image. Whoever waits for a call of the same request id steps aside for others.
+
+        `long`: one that frees the bytes of an image, which on some file systems takes as long as there are many.
+        """
+        with self._library.using(request.ref.datastore, context.is_active, long=long) as store:
             return self._requests.run(
-                request.request_id, fingerprint(method, request), lambda: work(store), context.time_remaining()
+                request.request_id,
+                fingerprint(method, request),
+                lambda: work(store),
+                context.time_remaining(),
+                store.admission.stepping_aside,
             )
 
 

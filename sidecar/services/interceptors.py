@@ -17,6 +17,7 @@ from sidecar.errors import (
     InternalError,
     OperationCancelled,
     SidecarUnavailable,
+    StagingLost,
 )
 from sidecar.images.admission import Slots
 from sidecar.services.errors import to_status
@@ -209,7 +210,7 @@ class _Call:
             return
         if isinstance(error, ImagesError) and not isinstance(error, InternalError):
             # What the caller did wrong is the caller's; what the storage did is the operator's.
-            serious = isinstance(error, DatastoreUnavailable | DiskFileFault)
+            serious = isinstance(error, DatastoreUnavailable | DiskFileFault | StagingLost)
             self._log(logging.WARNING if serious else self._level(), error.reason, error.message)
             self._context.abort_with_status(to_status(error))
         logger.error("call failed method=%s%s", self._method, self._subject, exc_info=error)

@@ -1,15 +1,18 @@
 """The domain's values as messages, and back."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Literal, Protocol
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from protos.images.v1 import datastore_service_pb2 as datastore_pb
 from protos.images.v1 import types_pb2 as pb
 from sidecar.errors import ImagesError, InvalidRequest
 from sidecar.images.discovery import Discovery, fault_of
 from sidecar.images.image import FileKind, Image, ImageFile, ImageKey, ImageState
+from sidecar.images.locked import Held
 from sidecar.images.names import check_image_id
 
 _STATES = {
@@ -26,6 +29,9 @@ _KINDS = {
 
 _LONGEST_SECONDS = 315_576_000_000  # of a Duration, as its definition says: 10,000 years
 _MAX_FILES = 10_000  # of one image: 3 MiB of a message at most
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_LARGEST = (1 << 63) - 1  # of an int64
 
 # The years 1 to 9999.
 _EARLIEST_NS, _LATEST_NS = -62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1
@@ -133,6 +139,21 @@ def datastore_message(discovery: Discovery) -> pb.Datastore:
             message.reflink = store.datastore.reflink
         except ImagesError as error:
             message.accessible, message.fault = False, fault_of(store.datastore, error)
+    return message
+
+
+def lock_message(datastore: str, held: Held) -> datastore_pb.Lock:
+    holder = held.holder
+    message = datastore_pb.Lock(
+        datastore=datastore,
+        path=_text(held.path),
+        kind=datastore_pb.LOCK_KIND_STAGING if held.staging else datastore_pb.LOCK_KIND_IMAGE,
+        image_id=held.image_id,
+        since_time=timestamp((holder.since - _EPOCH) // timedelta(microseconds=1) * 1000),
+    )
+    if holder.pid:
+        message.host, message.pid = holder.host, min(holder.pid, _LARGEST)
+        message.process, message.operation = holder.process, holder.operation
     return message
 
 

@@ -5,8 +5,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -14,6 +15,8 @@ from sidecar.errors import DeadlineExceeded, ImagesError, InternalError, Invalid
 from sidecar.images.operations import check_request_id
 
 T = TypeVar("T")
+Aside: TypeAlias = Callable[[], AbstractContextManager[Callable[[], None]]]
+"""Gives, for a wait, what is called again and again meanwhile; what that raises ends the wait."""
 
 # An error that says nothing about the next try is not remembered.
 TRANSIENT = frozenset({"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL"})
@@ -21,6 +24,7 @@ TRANSIENT = frozenset({"UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED", "CANCELLE
 PERSONAL = frozenset({"CANCELLED", "DEADLINE_EXCEEDED"})
 # A caller without a deadline has an infinite one, which no wait takes.
 MAX_WAIT_SECONDS = 3600.0
+_LOOK_SECONDS = 0.1
 
 
 def fingerprint(method: str, request: Message) -> bytes:
@@ -28,7 +32,8 @@ def fingerprint(method: str, request: Message) -> bytes:
     bare = type(request)()
     bare.CopyFrom(request)
     bare.ClearField("request_id")
-    bare.ClearField("lock_timeout")
+    if "lock_timeout" in bare.DESCRIPTOR.fields_by_name:
+        bare.ClearField("lock_timeout")
     return hashlib.sha256(method.encode() + b"\0" + bare.SerializeToString(deterministic=True)).digest()
 
 
@@ -72,11 +77,19 @@ class Requests:
         self._running: dict[str, _Running] = {}
         self._remembered: OrderedDict[str, _Outcome] = OrderedDict()
 
-    def run(self, request_id: str, fingerprint: bytes, work: Callable[[], T], timeout: float | None) -> T:
+    def run(
+        self,
+        request_id: str,
+        fingerprint: bytes,
+        work: Callable[[], T],
+        timeout: float | None,
+        aside: Aside | None = None,
+    ) -> T:
         """The result of `work`, or of an earlier or running call of the same id; its error likewise.
 
         `timeout`: seconds to wait for a running one, the caller's deadline. Raises DeadlineExceeded after that, and
         InvalidRequest when the id was used for another change. An empty id is nobody's: the work is just done.
+        `aside`: for the wait for a running one.
         """
         if not request_id:
             return work()
@@ -94,7 +107,7 @@ class Requests:
                     "call with the same arguments"
                 )
             if isinstance(found, _Running):
-                if not found.done.wait(max(until - self._clock(), 0)):
+                if not _wait(found.done, max(until - self._clock(), 0), aside):
                     raise DeadlineExceeded(f"the call with request_id {request_id} still runs: ask again later")
                 outcome = found.outcome
             else:
@@ -142,3 +155,13 @@ class Requests:
                     if len(self._remembered) > self._max_remembered:
                         self._remembered.popitem(last=False)
             mine.done.set()
+
+
+def _wait(done: threading.Event, seconds: float, aside: Aside | None) -> bool:
+    until = time.monotonic() + seconds
+    with aside() if aside else nullcontext(lambda: None) as step:
+        while not done.wait(min(max(until - time.monotonic(), 0), _LOOK_SECONDS)):
+            if time.monotonic() >= until:
+                return False
+            step()
+    return True

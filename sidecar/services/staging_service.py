@@ -18,6 +18,7 @@ from sidecar.images.names import check_file_name
 from sidecar.images.operations import Operation
 from sidecar.images.progress import Progress
 from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
 from sidecar.services.image_service import PROGRESS_SECONDS
 from sidecar.services.messages import image_key, image_message, lock_timeout, timestamp
 from sidecar.services.requests import Requests, fingerprint
@@ -42,14 +43,18 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CreateStagingRequest, context: grpc.ServicerContext
     ) -> pb.CreateStagingResponse:
         key = image_key(request.ref)
-        with self._library.using(key.datastore, context.is_active) as store:
-            session = self._library.sessions.create(
-                store, key.image_id, request.expected_bytes, request.request_id, context.is_active
-            )
+        sessions = self._library.sessions
+        # A renewal needs no disk, and no place.
+        session = sessions.renew(self._library.store(key.datastore), key.image_id, request.request_id)
+        if session is None:
+            with self._library.using(key.datastore, context.is_active) as store:
+                session = sessions.create(
+                    store, key.image_id, request.expected_bytes, request.request_id, context.is_active
+                )
         return pb.CreateStagingResponse(
             staging_id=session.id,
             directory=session.staging.directory,
-            lease_seconds=int(self._library.sessions.lease_seconds),
+            lease_seconds=int(sessions.lease_seconds),
         )
 
     def WriteFile(
@@ -166,34 +171,37 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         self, request: pb.CommitStagingRequest, context: grpc.ServicerContext
     ) -> pb.CommitStagingResponse:
         wait = lock_timeout(request)
+        copied_from = image_key(request.copied_from) if request.HasField("copied_from") else "-"
 
         def work() -> pb.CommitStagingResponse:
             image, renames = self._library.sessions.commit(
                 request.staging_id, context.time_remaining(), lock_timeout=wait
             )
-            source = request.copied_from
-            copied_from = f"{source.datastore}/{source.image_id}"[:300] if request.HasField("copied_from") else "-"
             _log.info("published image=%s copied_from=%s", image.key, copied_from)
             return pb.CommitStagingResponse(
                 image=image_message(image), renamed_files=renames, publish_time=timestamp(image.touched_ns or 0)
             )
 
-        with self._call(request.staging_id, context):
+        store = self._library.sessions.store(request.staging_id)
+        with self._call(store, context):
             return self._requests.run(
-                request.request_id, fingerprint("CommitStaging", request), work, context.time_remaining()
+                request.request_id,
+                fingerprint("CommitStaging", request),
+                work,
+                context.time_remaining(),
+                store.admission.stepping_aside if store else None,
             )
 
     def AbortStaging(self, request: pb.AbortStagingRequest, context: grpc.ServicerContext) -> pb.AbortStagingResponse:
-        with self._call(request.staging_id, context, frees=True):
+        with self._call(self._library.sessions.store(request.staging_id), context, frees=True):
             self._library.sessions.abort(request.staging_id, context.time_remaining())
         return pb.AbortStagingResponse()
 
     def _call(
-        self, staging_id: str, context: grpc.ServicerContext, *, frees: bool = False
+        self, store: ImageStore | None, context: grpc.ServicerContext, *, frees: bool = False
     ) -> AbstractContextManager[None]:
-        """A place on the datastore of the staging directory, if there is one."""
-        store = self._library.sessions.store(staging_id)
-        return store.admission.call(context.is_active, frees=frees) if store else nullcontext()
+        """A place for a long call on the datastore of a staging directory, if there is one."""
+        return store.admission.long_call(context.is_active, frees=frees) if store else nullcontext()
 
     def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
         store = self._library.sessions.store(staging_id)

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar import errors
 from sidecar.datastores.posix import PosixDatastore
-from sidecar.images.admission import RESERVED, Admission
+from sidecar.images.admission import LINE, RESERVED, Admission
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.image import ImageKey
@@ -79,6 +79,7 @@ def test_calls_to_a_datastore_that_hangs_hold_up_no_other(tmp_path: Path, hangin
         impatient.touch("fine/a")
         with impatient.watch("fine") as watch:
             assert next(watch).snapshot_complete
+        wait_until(lambda: answers(lambda: client.delete("hanging/a1")) != "TOO_MANY_CALLS", "the line is refused")
         with pytest.raises(errors.DatastoreUnavailable, match="none came back in the last 5 s"):
             impatient.delete("hanging/a1")
     assert {outcome.result(60) for outcome in outcomes} <= {
@@ -266,6 +267,50 @@ def test_who_got_the_lock_does_not_wait_for_a_place() -> None:
         call.result(10)
 
 
+def test_one_locked_image_takes_no_more_of_the_sidecar_than_its_datastores_share(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    """More calls for it than there are threads: beyond those in line, they are told so at once."""
+    for name in ("one", "two"):
+        write_image(tmp_path / name, "compound", "a")
+    config = "[limits]\nmax_calls = 1\nmax_copies = 1\nmax_watches = 1\nmax_transfers = 1\nlock_timeout_seconds = 20\n"
+    datastores = [f"{name}={tmp_path / name}" for name in ("one", "two")]
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", *datastores, config=config))
+    client = stack.enter_context(sidecar.client())
+    quick = stack.enter_context(sidecar.client(timeout=QUICK))
+    wait_until(lambda: len(list(client.images())) == 2, "all are listed")
+    pool = stack.enter_context(ThreadPoolExecutor(350))
+    with Place("one", "compound", tmp_path / "one").locked("a"):
+        touches = [pool.submit(answers, lambda: client.touch("one/a")) for _ in range(350)]
+        wait_until(lambda: any(touch.done() for touch in touches), "the line is full")
+        for _ in range(5):
+            assert health(sidecar.address)
+            quick.touch("two/a")
+    assert {touch.result(60) for touch in touches} == {"ok", "TOO_MANY_CALLS"}
+    client.touch("one/a")
+
+
+def test_the_line_is_bounded_and_whoever_frees_what_others_hold_has_room_in_it() -> None:
+    admission = Admission("one", calls=1, patience=3600)
+    wanted = [True]
+
+    def wait(*, frees: bool) -> str:
+        return answers(lambda: admission.long_call(lambda: wanted[0], frees=frees).__enter__())
+
+    with ExitStack() as stack, ThreadPoolExecutor(LINE + RESERVED) as pool:
+        stack.enter_context(admission.long_call())
+        waiting = [pool.submit(wait, frees=False) for _ in range(LINE)]
+        wait_until(lambda: wait_briefly(admission) == "TOO_MANY_CALLS", "the line is full")
+        for _ in range(RESERVED):
+            stack.enter_context(admission.long_call(frees=True))
+        wanted[0] = False
+        assert {each.result(10) for each in waiting} == {"CANCELLED"}
+
+
+def wait_briefly(admission: Admission) -> str:
+    return answers(lambda: admission.long_call(lambda: False).__enter__())
+
+
 def test_a_burst_of_calls_that_wait_for_one_lock_is_served(narrow: Sidecar) -> None:
     with narrow.client() as client, ThreadPoolExecutor(32) as pool:
         assert set(pool.map(lambda _: answers(lambda: client.touch("one/a")), range(64))) == {"ok"}
@@ -274,11 +319,11 @@ def test_a_burst_of_calls_that_wait_for_one_lock_is_served(narrow: Sidecar) -> N
 def test_aborting_does_not_wait_behind_what_hangs() -> None:
     admission = Admission("one", calls=1, patience=3600)
     with ExitStack() as stack:
-        stack.enter_context(admission.call())
+        stack.enter_context(admission.long_call())
         for _ in range(RESERVED):
-            stack.enter_context(admission.call(lambda: False, frees=True))
+            stack.enter_context(admission.long_call(lambda: False, frees=True))
         with pytest.raises(errors.OperationCancelled):  # also of them, what hangs takes no more than that
-            stack.enter_context(admission.call(lambda: False, frees=True))
+            stack.enter_context(admission.long_call(lambda: False, frees=True))
 
 
 def test_a_call_on_two_datastores_holds_no_place_of_one_while_it_waits_for_the_other() -> None:

@@ -347,7 +347,7 @@ def test_too_many_files_are_counted_and_not_listed(datastore: PosixDatastore) ->
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
     try:
         with pytest.raises(DatastoreUnavailable, match="1100 files in image_a") as caught:
-            datastore.users(["image_a/a.vmdk"] * 1100)
+            datastore.users(["image_a/a.vmdk"] * 1100, "a")
         assert "a.vmdk" not in str(caught.value)
         raise_open_files_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)

@@ -236,6 +236,28 @@ def test_an_abort_that_ran_out_of_time_still_keeps_it_from_being_published(
     own_place.assert_holds({})
 
 
+def test_an_abort_that_comes_while_another_one_fails_is_not_answered_before_it_is_gone(
+    sessions: StagingSessions, store: ImageStore, gated: Gated, own_place: Place, pool: ThreadPoolExecutor, gate: Gate
+) -> None:
+    def fail() -> None:
+        gated.while_removing = lambda: None
+        gate()
+        raise errors.DatastoreUnavailable("away")
+
+    staging_id = stage(sessions, store, own_place)
+    gated.while_removing = fail
+    first = pool.submit(sessions.abort, staging_id)
+    gate.wait()
+    with pytest.raises(errors.DeadlineExceeded, match="not ended"):
+        sessions.abort(staging_id, timeout=0.01)
+    second = pool.submit(sessions.abort, staging_id)
+    gate.open()
+    with pytest.raises(errors.DatastoreUnavailable):
+        first.result(LIMIT)
+    second.result(LIMIT)
+    own_place.assert_holds({})
+
+
 def test_an_abort_waits_for_a_writer_that_a_commit_waits_for(
     sessions: StagingSessions, store: ImageStore, own_place: Place, pool: ThreadPoolExecutor
 ) -> None:

@@ -2,18 +2,27 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from protos.images.v1 import staging_service_pb2 as wire
+from protos.images.v1.types_pb2 import ImageRef
 from sidecar import errors
 from sidecar.datastores.interface import WritableFile
 from sidecar.datastores.posix import PosixDatastore
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS as SIDECAR_LAYOUTS
+from sidecar.images.library import Library
 from sidecar.images.sessions import StagingSessions
 from sidecar.images.store import ImageStore
+from sidecar.locks.interface import HeldLock
+from sidecar.services.requests import Requests
+from sidecar.services.staging_service import StagingServicer
 from tests.support.places import LAYOUTS, Place, flat_files, write_flat_disk
 from tests.support.processes import wait_until
 
@@ -61,6 +70,41 @@ def sessions(store: ImageStore, clock: Clock) -> Iterator[StagingSessions]:
     with contextlib.closing(StagingSessions(LEASE, clock)) as sessions:
         sessions.start([store])
         yield sessions
+
+
+class Failing(PosixDatastore):
+    """A datastore that goes away when a lock is asked for, until `away` is cleared; or that removes nothing."""
+
+    fails = away = stuck = False
+    before_removal: Callable[[], object] = staticmethod(lambda: None)
+
+    def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
+        self.away = self.away or self.fails
+        self._check()
+        return super().lock(path, operation, timeout, check)
+
+    def open_writable(self, path: str) -> WritableFile:
+        self._check()
+        return super().open_writable(path)
+
+    def rename(self, source: str, destination: str) -> None:
+        self._check()
+        super().rename(source, destination)
+
+    def remove_tree(self, path: str) -> int:
+        if self.stuck:
+            raise errors.DatastoreUnavailable("stuck")
+        self.before_removal()
+        return super().remove_tree(path)
+
+    def _check(self) -> None:
+        if self.away:
+            raise errors.DatastoreUnavailable("away")
+
+
+@pytest.fixture
+def failing(place: Place, stack: ExitStack) -> Failing:
+    return stack.enter_context(contextlib.closing(Failing(place.name, str(place.root))))
 
 
 def test_a_staging_directory_lives_as_long_as_its_lease(
@@ -113,6 +157,75 @@ def test_a_call_that_takes_longer_than_the_lease_keeps_it(
     wait_until(lambda: place.holds({}), "it is dropped")
 
 
+def test_no_lease_runs_while_the_datastore_is_silent(
+    sessions: StagingSessions, store: ImageStore, place: Place, clock: Clock
+) -> None:
+    sessions.create(store, "a", 0, "")
+    silence = ["it has not answered since noon"]
+    store.admission.ask(lambda: silence[0])
+    for _ in range(3):
+        clock.now += 100 * LEASE
+        clock.wait_looks(3)
+    clock.now += 100 * LEASE
+    silence[0] = ""
+    clock.wait_looks(3)
+    assert len(place.staging_directories()) == 1, "the end of the silence came after the last look at it"
+    clock.now += 2 * LEASE
+    wait_until(lambda: place.holds({}), "it is dropped")
+
+
+def test_no_lease_runs_while_the_removal_of_another_one_hangs(
+    failing: Failing, place: Place, clock: Clock, stack: ExitStack
+) -> None:
+    layout = SIDECAR_LAYOUTS[place.layout]
+    layout.prepare(failing)
+    store = ImageStore(failing, layout)
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(LEASE, clock)))
+    expired = sessions.create(store, "a", 0, "")
+    clock.now += LEASE * 0.6
+    sessions.create(store, "b", 0, "")
+    failing.before_removal = lambda: setattr(clock, "now", clock.now + 1000)
+    clock.now += LEASE * 0.6
+    sessions.start([store])
+    wait_until(lambda: not (place.root / expired.staging.directory).exists(), "it is dropped")
+    clock.wait_looks(3)
+    assert len(place.staging_directories()) == 1
+    clock.now += 2 * LEASE
+    wait_until(lambda: place.holds({}), "the other one, too")
+
+
+@pytest.fixture
+def served(store: ImageStore, clock: Clock, stack: ExitStack) -> tuple[StagingServicer, StagingSessions]:
+    catalog = Catalog()
+    library = Library([Discovery(store, catalog)], catalog, max_copies=1, lease_seconds=LEASE)
+    stack.callback(library.copies.close)
+    library.sessions = stack.enter_context(contextlib.closing(StagingSessions(LEASE, clock)))
+    return StagingServicer(library, Requests()), library.sessions
+
+
+def test_a_maker_keeps_what_is_staged_while_the_datastore_does_not_answer(
+    served: tuple[StagingServicer, StagingSessions], store: ImageStore, place: Place, clock: Clock
+) -> None:
+    servicer, sessions = served
+    context = mock.Mock(is_active=lambda: True, time_remaining=lambda: 10.0)
+    request = wire.CreateStagingRequest(ref=ImageRef(datastore=place.name, image_id="a"), request_id="request")
+    staging_id = servicer.CreateStaging(request, context).staging_id
+    session = sessions.create(store, "a", 0, "request")
+    store.admission.ask(lambda: "it has not answered since noon")
+    calls: list[Callable[[], object]] = [
+        lambda: servicer.WriteFile(iter([wire.WriteFileRequest(staging_id=staging_id, name="a.vmdk")]), context),
+        lambda: servicer.CommitStaging(wire.CommitStagingRequest(staging_id=staging_id), context),
+    ]
+    for call in calls:
+        clock.now += LEASE * 0.9
+        with pytest.raises(errors.DatastoreUnavailable):
+            call()
+        assert session.expires == clock.now + LEASE, "that it is refused is no reason to drop it"
+    clock.now += LEASE * 0.9
+    assert servicer.CreateStaging(request, context).staging_id == staging_id
+    assert session.expires == clock.now + LEASE
+
+
 def test_only_the_abandoned_one_is_dropped(
     sessions: StagingSessions, store: ImageStore, place: Place, clock: Clock
 ) -> None:
@@ -124,39 +237,6 @@ def test_only_the_abandoned_one_is_dropped(
     assert place.staging_directories() == [place.root / kept.staging.directory]
     # The request of the dropped one is free: it makes another.
     assert sessions.create(store, "a", 0, "first").id not in (kept.id, "")
-
-
-class Failing(PosixDatastore):
-    """A datastore that goes away while files are made durable, until `away` is cleared; or that removes nothing."""
-
-    fails = away = stuck = False
-
-    def sync_file(self, path: str) -> None:
-        self.away = self.away or self.fails
-        self._check()
-        super().sync_file(path)
-
-    def open_writable(self, path: str) -> WritableFile:
-        self._check()
-        return super().open_writable(path)
-
-    def rename(self, source: str, destination: str) -> None:
-        self._check()
-        super().rename(source, destination)
-
-    def remove_tree(self, path: str) -> int:
-        if self.stuck:
-            raise errors.DatastoreUnavailable("stuck")
-        return super().remove_tree(path)
-
-    def _check(self) -> None:
-        if self.away:
-            raise errors.DatastoreUnavailable("away")
-
-
-@pytest.fixture
-def failing(place: Place, stack: ExitStack) -> Failing:
-    return stack.enter_context(contextlib.closing(Failing(place.name, str(place.root))))
 
 
 def staged_disk(sessions: StagingSessions, store: ImageStore, place: Place) -> tuple[str, Path]:
@@ -198,6 +278,49 @@ def test_a_commit_during_an_outage_loses_nothing_and_can_be_repeated_after_it(
     failing.fails = failing.away = False
     sessions.commit(staging_id)
     place.assert_holds({"a": flat_files("a", "a.ecv")})
+
+
+@pytest.fixture
+def in_trouble(failing: Failing, place: Place) -> ImageStore:
+    layout = SIDECAR_LAYOUTS[place.layout]
+    layout.prepare(failing)
+    return ImageStore(failing, layout)
+
+
+def test_an_abort_that_failed_is_not_answered_with_ok_when_it_is_repeated(
+    in_trouble: ImageStore, failing: Failing, place: Place, stack: ExitStack
+) -> None:
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(600)))
+    staging = sessions.create(in_trouble, "a", 0, "").staging
+    failing.stuck = True
+    for _ in range(2):
+        with pytest.raises(errors.DatastoreUnavailable):
+            sessions.abort(staging.token)
+    with pytest.raises(errors.StagingNotFound):
+        sessions.commit(staging.token)
+    with pytest.raises(errors.LockTimeout):
+        failing.lock(staging.place.lock, "reap", timeout=0)
+    failing.stuck = False
+    sessions.abort(staging.token)
+    place.assert_holds({})
+
+
+def test_what_an_abort_could_not_remove_goes_with_its_lease(
+    in_trouble: ImageStore, failing: Failing, place: Place, clock: Clock, stack: ExitStack
+) -> None:
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(LEASE, clock)))
+    sessions.start([in_trouble])
+    staging_id = sessions.create(in_trouble, "a", 0, "request").id
+    failing.stuck = True
+    with pytest.raises(errors.DatastoreUnavailable):
+        sessions.abort(staging_id)
+    assert sessions.create(in_trouble, "a", 0, "request").id != staging_id, "nobody is given what is to be removed"
+    clock.now += 2 * LEASE
+    clock.wait_looks(3)
+    assert len(place.staging_directories()) == 2
+    failing.stuck = False
+    clock.now += 2 * LEASE
+    wait_until(lambda: place.holds({}), "the lease tries again")
 
 
 def test_a_datastore_in_trouble_keeps_no_other_ones_staging_directory(

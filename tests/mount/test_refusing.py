@@ -54,6 +54,19 @@ def test_a_published_image_is_read_only(image: Path, tmp_path: Path, mount: Moun
     assert names(image) == {"a.vmdk", "a-flat.vmdk"}
 
 
+@pytest.mark.parametrize("name", ["a.vmdk", "a-flat.vmdk"])
+def test_forcing_a_file_into_an_image_does_not_delete_it(
+    name: str, image: Path, client: SidecarClient, disk: Path
+) -> None:
+    """What may not be written to is unlinked then, to be made anew."""
+    assert message_of("cp", "-f", disk, image / name) == "Read-only file system"
+    assert message_of("busybox", "cp", "-f", disk, image / name) == "Read-only file system"
+    assert run("perl", "-e", 'open(F, "+<", $ARGV[0]) || unlink($ARGV[0]) || die', image / name, check=False).returncode
+    assert [each.ref.image_id for each in client.images("one")] == ["a"]
+    run("rm", image / name)
+    assert not list(client.images("one"))
+
+
 def test_only_images_are_in_a_datastore_and_only_datastores_in_the_root(mount: Mount) -> None:
     assert message_of("mkdir", mount.path / "four") == "Operation not permitted"
     assert message_of("rmdir", mount.path / "one") == "Operation not permitted"

@@ -109,7 +109,11 @@ class Mount:
     def start(self) -> Self:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_until(self._is_ready, f"the mount is there; its log:\n{self.log.read_text()}")
+        try:
+            wait_until(self._is_ready, f"the mount is there; its log:\n{self.log.read_text()}")
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def stop(self, timeout: float = 30.0) -> int:
@@ -146,7 +150,8 @@ class Mount:
 
 
 def is_mounted(path: Path) -> bool:
-    return any(line.split()[1] == str(path) for line in Path("/proc/self/mounts").read_text().splitlines())
+    written = str(path).replace(" ", r"\040")
+    return any(line.split()[1] == written for line in Path("/proc/self/mounts").read_text().splitlines())
 
 
 def run(*command: str | Path, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:

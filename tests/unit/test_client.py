@@ -319,6 +319,16 @@ def test_unavailable_for_good_is_said_after_three_tries(client: SidecarClient, s
     assert len(scripted.requests) == 3
 
 
+@pytest.mark.parametrize("refusal", [errors.TooManyCalls, errors.DatastoreUnavailable])
+def test_a_try_that_is_refused_does_not_say_that_one_before_it_did_nothing(
+    refusal: type[errors.ImagesError], client: SidecarClient, scripted: Scripted
+) -> None:
+    """The mount would let its files be written again, while the lost try publishes them."""
+    scripted.behaviors["DeleteImage"] = raising(Bare(grpc.StatusCode.UNAVAILABLE, "Socket closed"), refusal("no room"))
+    with pytest.raises(errors.SidecarUnavailable, match="Socket closed"):
+        client.delete("one/a")
+
+
 @pytest.mark.parametrize("kind", [errors.LockTimeout, errors.NoSpace, errors.TooManyCalls, errors.InternalError])
 def test_no_other_error_is_tried_again(
     kind: type[errors.ImagesError], client: SidecarClient, scripted: Scripted

@@ -2,10 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from sidecar.config import CONFIG, DATASTORES, LISTEN, ConfigError, Flags, SidecarConfig, load_config
+from sidecar.config import CONFIG, DATASTORES, LISTEN, ConfigError, DatastoreConfig, Flags, SidecarConfig, load_config
+from sidecar.datastores.kinds import DATASTORE_TYPES
+from sidecar.images.layouts import LAYOUTS
+from sidecar.locks.kinds import LOCK_KINDS
 
 ONE = '[datastore.one]\npath = "/one"\n'
 
@@ -51,6 +55,26 @@ def test_a_local_datastore_without_events_is_listed_within_the_five_seconds_that
     assert config.datastores[0].rescan_seconds < 5
 
 
+def test_the_type_says_how_a_datastore_is_locked_unless_it_is_told() -> None:
+    given = ("local", "nfs", "vmfs", "nfs,locks=exclusive-open", "vmfs,locks=flock")
+    flags = [f"d{number}=/d{number},type={words}" for number, words in enumerate(given)]
+    config = load_config(None, {}, Flags(datastores=flags))
+    assert [place.locks for place in config.datastores] == [
+        "flock",
+        "flock",
+        "exclusive-open",
+        "exclusive-open",
+        "flock",
+    ]
+
+
+def test_everything_that_can_be_configured_is_there() -> None:
+    fields = DatastoreConfig.model_fields
+    assert set(get_args(fields["type"].annotation)) == set(DATASTORE_TYPES)
+    assert set(get_args(fields["locks"].annotation)) == set(LOCK_KINDS)
+    assert set(get_args(fields["layout"].annotation)) == set(LAYOUTS)
+
+
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "images.toml"
     file.write_text('listen = "127.0.0.1:1"\nlog_level = "error"\n' + ONE)
@@ -91,7 +115,8 @@ def test_without_an_address_the_sidecar_listens_where_its_clients_look(monkeypat
             '[datastore.one]\npath = "/one"\nlayout = "foo"\n',
             "images.toml: datastore.one.layout: 'foo' is not one of compound, sharded, vsan",
         ),
-        ('[datastore.one]\npath = "/one"\ntype = "vmfs"\n', "images.toml: datastore.one.type: 'vmfs' is not one of"),
+        (ONE + 'type = "vsan"\n', "images.toml: datastore.one.type: 'vsan' is not one of local, nfs, vmfs"),
+        (ONE + 'locks = "none"\n', "images.toml: datastore.one.locks: 'none' is not one of flock, exclusive-open"),
         ('[datastore.one]\npath = "one"\n', "images.toml: datastore.one.path: 'one' is not an absolute path"),
         ('[datastore.one]\npath = "/a/../b"\n', "images.toml: datastore.one.path: '/a/../b' has a '..' in it"),
         ('[datastore.one]\nlayout = "vsan"\n', "images.toml: datastore.one.path: is missing"),

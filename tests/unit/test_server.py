@@ -88,8 +88,9 @@ class Running:
     """A server with the two servicers, and a channel to it."""
 
     def __init__(self, config: SidecarConfig) -> None:
-        self.datastores = Datastores()
-        self.images = Images()  # type: ignore[abstract]  # only in its stub: the class answers UNIMPLEMENTED
+        # Abstract only in their stubs: the classes answer UNIMPLEMENTED.
+        self.datastores = Datastores()  # type: ignore[abstract]
+        self.images = Images()  # type: ignore[abstract]
         self.server = SidecarServer(
             [
                 Service(

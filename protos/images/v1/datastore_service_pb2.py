@@ -22,24 +22,33 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from protos.images.v1 import types_pb2 as images_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!images/v1/datastore_service.proto\x12\timages.v1\x1a\x15images/v1/types.proto\"\x17\n\x15ListDatastoresRequest\"B\n\x16ListDatastoresResponse\x12(\n\ndatastores\x18\x01 \x03(\x0b\x32\x14.images.v1.Datastore\"#\n\x13GetDatastoreRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetDatastoreResponse\x12\'\n\tdatastore\x18\x01 \x01(\x0b\x32\x14.images.v1.Datastore2\xba\x01\n\x10\x44\x61tastoreService\x12U\n\x0eListDatastores\x12 .images.v1.ListDatastoresRequest\x1a!.images.v1.ListDatastoresResponse\x12O\n\x0cGetDatastore\x12\x1e.images.v1.GetDatastoreRequest\x1a\x1f.images.v1.GetDatastoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!images/v1/datastore_service.proto\x12\timages.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"\x17\n\x15ListDatastoresRequest\"B\n\x16ListDatastoresResponse\x12(\n\ndatastores\x18\x01 \x03(\x0b\x32\x14.images.v1.Datastore\"#\n\x13GetDatastoreRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetDatastoreResponse\x12\'\n\tdatastore\x18\x01 \x01(\x0b\x32\x14.images.v1.Datastore\"%\n\x10ListLocksRequest\x12\x11\n\tdatastore\x18\x01 \x01(\t\"3\n\x11ListLocksResponse\x12\x1e\n\x05locks\x18\x01 \x03(\x0b\x32\x0f.images.v1.Lock\"\xcb\x01\n\x04Lock\x12\x11\n\tdatastore\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.images.v1.LockKind\x12\x10\n\x08image_id\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12\x0f\n\x07process\x18\x07 \x01(\t\x12\x11\n\toperation\x18\x08 \x01(\t\x12.\n\nsince_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp*Q\n\x08LockKind\x12\x19\n\x15LOCK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLOCK_KIND_IMAGE\x10\x01\x12\x15\n\x11LOCK_KIND_STAGING\x10\x02\x32\x82\x02\n\x10\x44\x61tastoreService\x12U\n\x0eListDatastores\x12 .images.v1.ListDatastoresRequest\x1a!.images.v1.ListDatastoresResponse\x12O\n\x0cGetDatastore\x12\x1e.images.v1.GetDatastoreRequest\x1a\x1f.images.v1.GetDatastoreResponse\x12\x46\n\tListLocks\x12\x1b.images.v1.ListLocksRequest\x1a\x1c.images.v1.ListLocksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'images.v1.datastore_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTDATASTORESREQUEST']._serialized_start=71
-  _globals['_LISTDATASTORESREQUEST']._serialized_end=94
-  _globals['_LISTDATASTORESRESPONSE']._serialized_start=96
-  _globals['_LISTDATASTORESRESPONSE']._serialized_end=162
-  _globals['_GETDATASTOREREQUEST']._serialized_start=164
-  _globals['_GETDATASTOREREQUEST']._serialized_end=199
-  _globals['_GETDATASTORERESPONSE']._serialized_start=201
-  _globals['_GETDATASTORERESPONSE']._serialized_end=264
-  _globals['_DATASTORESERVICE']._serialized_start=267
-  _globals['_DATASTORESERVICE']._serialized_end=453
+  _globals['_LOCKKIND']._serialized_start=597
+  _globals['_LOCKKIND']._serialized_end=678
+  _globals['_LISTDATASTORESREQUEST']._serialized_start=104
+  _globals['_LISTDATASTORESREQUEST']._serialized_end=127
+  _globals['_LISTDATASTORESRESPONSE']._serialized_start=129
+  _globals['_LISTDATASTORESRESPONSE']._serialized_end=195
+  _globals['_GETDATASTOREREQUEST']._serialized_start=197
+  _globals['_GETDATASTOREREQUEST']._serialized_end=232
+  _globals['_GETDATASTORERESPONSE']._serialized_start=234
+  _globals['_GETDATASTORERESPONSE']._serialized_end=297
+  _globals['_LISTLOCKSREQUEST']._serialized_start=299
+  _globals['_LISTLOCKSREQUEST']._serialized_end=336
+  _globals['_LISTLOCKSRESPONSE']._serialized_start=338
+  _globals['_LISTLOCKSRESPONSE']._serialized_end=389
+  _globals['_LOCK']._serialized_start=392
+  _globals['_LOCK']._serialized_end=595
+  _globals['_DATASTORESERVICE']._serialized_start=681
+  _globals['_DATASTORESERVICE']._serialized_end=939
 # @@protoc_insertion_point(module_scope)

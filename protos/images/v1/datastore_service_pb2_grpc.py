@@ -44,6 +44,11 @@ class DatastoreServiceStub:
                 request_serializer=images_dot_v1_dot_datastore__service__pb2.GetDatastoreRequest.SerializeToString,
                 response_deserializer=images_dot_v1_dot_datastore__service__pb2.GetDatastoreResponse.FromString,
                 _registered_method=True)
+        self.ListLocks = channel.unary_unary(
+                '/images.v1.DatastoreService/ListLocks',
+                request_serializer=images_dot_v1_dot_datastore__service__pb2.ListLocksRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_datastore__service__pb2.ListLocksResponse.FromString,
+                _registered_method=True)
 
 
 class DatastoreServiceServicer:
@@ -61,6 +66,13 @@ class DatastoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLocks(self, request, context):
+        """The locks of one datastore that somebody holds now, this sidecar or another process, on any host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatastoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_DatastoreServiceServicer_to_server(servicer, server):
                     servicer.GetDatastore,
                     request_deserializer=images_dot_v1_dot_datastore__service__pb2.GetDatastoreRequest.FromString,
                     response_serializer=images_dot_v1_dot_datastore__service__pb2.GetDatastoreResponse.SerializeToString,
+            ),
+            'ListLocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLocks,
+                    request_deserializer=images_dot_v1_dot_datastore__service__pb2.ListLocksRequest.FromString,
+                    response_serializer=images_dot_v1_dot_datastore__service__pb2.ListLocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +146,33 @@ class DatastoreService:
             '/images.v1.DatastoreService/GetDatastore',
             images_dot_v1_dot_datastore__service__pb2.GetDatastoreRequest.SerializeToString,
             images_dot_v1_dot_datastore__service__pb2.GetDatastoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/images.v1.DatastoreService/ListLocks',
+            images_dot_v1_dot_datastore__service__pb2.ListLocksRequest.SerializeToString,
+            images_dot_v1_dot_datastore__service__pb2.ListLocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

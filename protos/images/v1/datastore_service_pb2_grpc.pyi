@@ -33,12 +33,16 @@ class DatastoreServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DatastoreServiceAsyncStub: ...
     ListDatastores: _grpc.UnaryUnaryMultiCallable[_datastore_service_pb2.ListDatastoresRequest, _datastore_service_pb2.ListDatastoresResponse]
     GetDatastore: _grpc.UnaryUnaryMultiCallable[_datastore_service_pb2.GetDatastoreRequest, _datastore_service_pb2.GetDatastoreResponse]
+    ListLocks: _grpc.UnaryUnaryMultiCallable[_datastore_service_pb2.ListLocksRequest, _datastore_service_pb2.ListLocksResponse]
+    """The locks of one datastore that somebody holds now, this sidecar or another process, on any host."""
 
 @_typing.type_check_only
 class DatastoreServiceAsyncStub(DatastoreServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListDatastores: _aio.UnaryUnaryMultiCallable[_datastore_service_pb2.ListDatastoresRequest, _datastore_service_pb2.ListDatastoresResponse]  # type: ignore[assignment]
     GetDatastore: _aio.UnaryUnaryMultiCallable[_datastore_service_pb2.GetDatastoreRequest, _datastore_service_pb2.GetDatastoreResponse]  # type: ignore[assignment]
+    ListLocks: _aio.UnaryUnaryMultiCallable[_datastore_service_pb2.ListLocksRequest, _datastore_service_pb2.ListLocksResponse]  # type: ignore[assignment]
+    """The locks of one datastore that somebody holds now, this sidecar or another process, on any host."""
 
 class DatastoreServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -54,5 +58,13 @@ class DatastoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _datastore_service_pb2.GetDatastoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datastore_service_pb2.GetDatastoreResponse, _abc.Awaitable[_datastore_service_pb2.GetDatastoreResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListLocks(
+        self,
+        request: _datastore_service_pb2.ListLocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datastore_service_pb2.ListLocksResponse, _abc.Awaitable[_datastore_service_pb2.ListLocksResponse]]:
+        """The locks of one datastore that somebody holds now, this sidecar or another process, on any host."""
 
 def add_DatastoreServiceServicer_to_server(servicer: DatastoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from protos.images.v1 import types_pb2 as images_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dimages/v1/image_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"\x86\x01\n\x11ListImagesRequest\x12\x11\n\tdatastore\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.images.v1.ImageState\x12\x10\n\x08image_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x82\x01\n\x12ListImagesResponse\x12 \n\x06images\x18\x01 \x03(\x0b\x32\x10.images.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\x12\x1d\n\x15incomplete_datastores\x18\x04 \x03(\t\"3\n\x0fGetImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\"3\n\x10GetImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"\x8d\x01\n\x14ValidateImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x0e\n\x06repair\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"J\n\x15ValidateImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12\x10\n\x08repaired\x18\x02 \x01(\x08\"z\n\x11TouchImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x12TouchImageResponse\x12.\n\ntouch_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa6\x01\n\x10\x43opyImageRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12(\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x11\x43opyImageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\x12\x1f\n\x05image\x18\x04 \x01(\x0b\x32\x10.images.v1.Image\"\x8a\x01\n\x12\x44\x65leteImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x15\n\x13\x44\x65leteImageResponse\"|\n\x13RestoreImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"7\n\x14RestoreImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"z\n\x11PurgeImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\")\n\x12PurgeImageResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\xfe\x01\n\x15UpdateMetadataRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12:\n\x05\x66iles\x18\x02 \x03(\x0b\x32+.images.v1.UpdateMetadataRequest.FilesEntry\x12\x14\n\x0cremove_files\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12/\n\x0clock_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"9\n\x16UpdateMetadataResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"=\n\x12WatchImagesRequest\x12\x11\n\tdatastore\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xef\x01\n\x13WatchImagesResponse\x12\x16\n\x0esnapshot_start\x18\x01 \x01(\x08\x12\x19\n\x11snapshot_complete\x18\x02 \x01(\x08\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.images.v1.Image\x12$\n\x07removed\x18\x04 \x03(\x0b\x32\x13.images.v1.ImageRef\x12\x14\n\x0cresume_token\x18\x05 \x01(\t\x12(\n\ndatastores\x18\x06 \x03(\x0b\x32\x14.images.v1.Datastore\x12\x1d\n\x15incomplete_datastores\x18\x07 \x03(\t2\x98\x06\n\x0cImageService\x12I\n\nListImages\x12\x1c.images.v1.ListImagesRequest\x1a\x1d.images.v1.ListImagesResponse\x12\x43\n\x08GetImage\x12\x1a.images.v1.GetImageRequest\x1a\x1b.images.v1.GetImageResponse\x12R\n\rValidateImage\x12\x1f.images.v1.ValidateImageRequest\x1a .images.v1.ValidateImageResponse\x12I\n\nTouchImage\x12\x1c.images.v1.TouchImageRequest\x1a\x1d.images.v1.TouchImageResponse\x12H\n\tCopyImage\x12\x1b.images.v1.CopyImageRequest\x1a\x1c.images.v1.CopyImageResponse0\x01\x12L\n\x0b\x44\x65leteImage\x12\x1d.images.v1.DeleteImageRequest\x1a\x1e.images.v1.DeleteImageResponse\x12O\n\x0cRestoreImage\x12\x1e.images.v1.RestoreImageRequest\x1a\x1f.images.v1.RestoreImageResponse\x12I\n\nPurgeImage\x12\x1c.images.v1.PurgeImageRequest\x1a\x1d.images.v1.PurgeImageResponse\x12U\n\x0eUpdateMetadata\x12 .images.v1.UpdateMetadataRequest\x1a!.images.v1.UpdateMetadataResponse\x12N\n\x0bWatchImages\x12\x1d.images.v1.WatchImagesRequest\x1a\x1e.images.v1.WatchImagesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dimages/v1/image_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"\x86\x01\n\x11ListImagesRequest\x12\x11\n\tdatastore\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.images.v1.ImageState\x12\x10\n\x08image_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x82\x01\n\x12ListImagesResponse\x12 \n\x06images\x18\x01 \x03(\x0b\x32\x10.images.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\x12\x1d\n\x15incomplete_datastores\x18\x04 \x03(\t\"E\n\x0fGetImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x10\n\x08with_vms\x18\x02 \x01(\x08\"3\n\x10GetImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"\x8d\x01\n\x14ValidateImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x0e\n\x06repair\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"J\n\x15ValidateImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12\x10\n\x08repaired\x18\x02 \x01(\x08\"z\n\x11TouchImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x12TouchImageResponse\x12.\n\ntouch_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa6\x01\n\x10\x43opyImageRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12(\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x11\x43opyImageResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\x12\x1f\n\x05image\x18\x04 \x01(\x0b\x32\x10.images.v1.Image\"\x8a\x01\n\x12\x44\x65leteImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x15\n\x13\x44\x65leteImageResponse\"|\n\x13RestoreImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"7\n\x14RestoreImageResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"z\n\x11PurgeImageRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0clock_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\")\n\x12PurgeImageResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\xfe\x01\n\x15UpdateMetadataRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12:\n\x05\x66iles\x18\x02 \x03(\x0b\x32+.images.v1.UpdateMetadataRequest.FilesEntry\x12\x14\n\x0cremove_files\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12/\n\x0clock_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"9\n\x16UpdateMetadataResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\"=\n\x12WatchImagesRequest\x12\x11\n\tdatastore\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xef\x01\n\x13WatchImagesResponse\x12\x16\n\x0esnapshot_start\x18\x01 \x01(\x08\x12\x19\n\x11snapshot_complete\x18\x02 \x01(\x08\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.images.v1.Image\x12$\n\x07removed\x18\x04 \x03(\x0b\x32\x13.images.v1.ImageRef\x12\x14\n\x0cresume_token\x18\x05 \x01(\t\x12(\n\ndatastores\x18\x06 \x03(\x0b\x32\x14.images.v1.Datastore\x12\x1d\n\x15incomplete_datastores\x18\x07 \x03(\t2\x98\x06\n\x0cImageService\x12I\n\nListImages\x12\x1c.images.v1.ListImagesRequest\x1a\x1d.images.v1.ListImagesResponse\x12\x43\n\x08GetImage\x12\x1a.images.v1.GetImageRequest\x1a\x1b.images.v1.GetImageResponse\x12R\n\rValidateImage\x12\x1f.images.v1.ValidateImageRequest\x1a .images.v1.ValidateImageResponse\x12I\n\nTouchImage\x12\x1c.images.v1.TouchImageRequest\x1a\x1d.images.v1.TouchImageResponse\x12H\n\tCopyImage\x12\x1b.images.v1.CopyImageRequest\x1a\x1c.images.v1.CopyImageResponse0\x01\x12L\n\x0b\x44\x65leteImage\x12\x1d.images.v1.DeleteImageRequest\x1a\x1e.images.v1.DeleteImageResponse\x12O\n\x0cRestoreImage\x12\x1e.images.v1.RestoreImageRequest\x1a\x1f.images.v1.RestoreImageResponse\x12I\n\nPurgeImage\x12\x1c.images.v1.PurgeImageRequest\x1a\x1d.images.v1.PurgeImageResponse\x12U\n\x0eUpdateMetadata\x12 .images.v1.UpdateMetadataRequest\x1a!.images.v1.UpdateMetadataResponse\x12N\n\x0bWatchImages\x12\x1d.images.v1.WatchImagesRequest\x1a\x1e.images.v1.WatchImagesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,43 +41,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTIMAGESRESPONSE']._serialized_start=270
   _globals['_LISTIMAGESRESPONSE']._serialized_end=400
   _globals['_GETIMAGEREQUEST']._serialized_start=402
-  _globals['_GETIMAGEREQUEST']._serialized_end=453
-  _globals['_GETIMAGERESPONSE']._serialized_start=455
-  _globals['_GETIMAGERESPONSE']._serialized_end=506
-  _globals['_VALIDATEIMAGEREQUEST']._serialized_start=509
-  _globals['_VALIDATEIMAGEREQUEST']._serialized_end=650
-  _globals['_VALIDATEIMAGERESPONSE']._serialized_start=652
-  _globals['_VALIDATEIMAGERESPONSE']._serialized_end=726
-  _globals['_TOUCHIMAGEREQUEST']._serialized_start=728
-  _globals['_TOUCHIMAGEREQUEST']._serialized_end=850
-  _globals['_TOUCHIMAGERESPONSE']._serialized_start=852
-  _globals['_TOUCHIMAGERESPONSE']._serialized_end=920
-  _globals['_COPYIMAGEREQUEST']._serialized_start=923
-  _globals['_COPYIMAGEREQUEST']._serialized_end=1089
-  _globals['_COPYIMAGERESPONSE']._serialized_start=1091
-  _globals['_COPYIMAGERESPONSE']._serialized_end=1206
-  _globals['_DELETEIMAGEREQUEST']._serialized_start=1209
-  _globals['_DELETEIMAGEREQUEST']._serialized_end=1347
-  _globals['_DELETEIMAGERESPONSE']._serialized_start=1349
-  _globals['_DELETEIMAGERESPONSE']._serialized_end=1370
-  _globals['_RESTOREIMAGEREQUEST']._serialized_start=1372
-  _globals['_RESTOREIMAGEREQUEST']._serialized_end=1496
-  _globals['_RESTOREIMAGERESPONSE']._serialized_start=1498
-  _globals['_RESTOREIMAGERESPONSE']._serialized_end=1553
-  _globals['_PURGEIMAGEREQUEST']._serialized_start=1555
-  _globals['_PURGEIMAGEREQUEST']._serialized_end=1677
-  _globals['_PURGEIMAGERESPONSE']._serialized_start=1679
-  _globals['_PURGEIMAGERESPONSE']._serialized_end=1720
-  _globals['_UPDATEMETADATAREQUEST']._serialized_start=1723
-  _globals['_UPDATEMETADATAREQUEST']._serialized_end=1977
-  _globals['_UPDATEMETADATAREQUEST_FILESENTRY']._serialized_start=1933
-  _globals['_UPDATEMETADATAREQUEST_FILESENTRY']._serialized_end=1977
-  _globals['_UPDATEMETADATARESPONSE']._serialized_start=1979
-  _globals['_UPDATEMETADATARESPONSE']._serialized_end=2036
-  _globals['_WATCHIMAGESREQUEST']._serialized_start=2038
-  _globals['_WATCHIMAGESREQUEST']._serialized_end=2099
-  _globals['_WATCHIMAGESRESPONSE']._serialized_start=2102
-  _globals['_WATCHIMAGESRESPONSE']._serialized_end=2341
-  _globals['_IMAGESERVICE']._serialized_start=2344
-  _globals['_IMAGESERVICE']._serialized_end=3136
+  _globals['_GETIMAGEREQUEST']._serialized_end=471
+  _globals['_GETIMAGERESPONSE']._serialized_start=473
+  _globals['_GETIMAGERESPONSE']._serialized_end=524
+  _globals['_VALIDATEIMAGEREQUEST']._serialized_start=527
+  _globals['_VALIDATEIMAGEREQUEST']._serialized_end=668
+  _globals['_VALIDATEIMAGERESPONSE']._serialized_start=670
+  _globals['_VALIDATEIMAGERESPONSE']._serialized_end=744
+  _globals['_TOUCHIMAGEREQUEST']._serialized_start=746
+  _globals['_TOUCHIMAGEREQUEST']._serialized_end=868
+  _globals['_TOUCHIMAGERESPONSE']._serialized_start=870
+  _globals['_TOUCHIMAGERESPONSE']._serialized_end=938
+  _globals['_COPYIMAGEREQUEST']._serialized_start=941
+  _globals['_COPYIMAGEREQUEST']._serialized_end=1107
+  _globals['_COPYIMAGERESPONSE']._serialized_start=1109
+  _globals['_COPYIMAGERESPONSE']._serialized_end=1224
+  _globals['_DELETEIMAGEREQUEST']._serialized_start=1227
+  _globals['_DELETEIMAGEREQUEST']._serialized_end=1365
+  _globals['_DELETEIMAGERESPONSE']._serialized_start=1367
+  _globals['_DELETEIMAGERESPONSE']._serialized_end=1388
+  _globals['_RESTOREIMAGEREQUEST']._serialized_start=1390
+  _globals['_RESTOREIMAGEREQUEST']._serialized_end=1514
+  _globals['_RESTOREIMAGERESPONSE']._serialized_start=1516
+  _globals['_RESTOREIMAGERESPONSE']._serialized_end=1571
+  _globals['_PURGEIMAGEREQUEST']._serialized_start=1573
+  _globals['_PURGEIMAGEREQUEST']._serialized_end=1695
+  _globals['_PURGEIMAGERESPONSE']._serialized_start=1697
+  _globals['_PURGEIMAGERESPONSE']._serialized_end=1738
+  _globals['_UPDATEMETADATAREQUEST']._serialized_start=1741
+  _globals['_UPDATEMETADATAREQUEST']._serialized_end=1995
+  _globals['_UPDATEMETADATAREQUEST_FILESENTRY']._serialized_start=1951
+  _globals['_UPDATEMETADATAREQUEST_FILESENTRY']._serialized_end=1995
+  _globals['_UPDATEMETADATARESPONSE']._serialized_start=1997
+  _globals['_UPDATEMETADATARESPONSE']._serialized_end=2054
+  _globals['_WATCHIMAGESREQUEST']._serialized_start=2056
+  _globals['_WATCHIMAGESREQUEST']._serialized_end=2117
+  _globals['_WATCHIMAGESRESPONSE']._serialized_start=2120
+  _globals['_WATCHIMAGESRESPONSE']._serialized_end=2359
+  _globals['_IMAGESERVICE']._serialized_start=2362
+  _globals['_IMAGESERVICE']._serialized_end=3154
 # @@protoc_insertion_point(module_scope)

@@ -97,16 +97,20 @@ class GetImageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
+    WITH_VMS_FIELD_NUMBER: _builtins.int
+    with_vms: _builtins.bool
+    """Its users are also the VMs that need it, running or not. Reads the directory of every VM on every datastore."""
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
     def __init__(
         self,
         *,
         ref: _types_pb2.ImageRef | None = ...,
+        with_vms: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "with_vms", b"with_vms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

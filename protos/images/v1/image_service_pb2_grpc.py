@@ -141,7 +141,7 @@ class ImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteImage(self, request, context):
-        """Tombstones an image; with force, purges it at once unless it is in use.
+        """Tombstones an image; with force, purges it at once unless it is in use: a VM needs it, or somebody has it open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

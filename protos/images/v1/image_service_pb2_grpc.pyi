@@ -52,7 +52,7 @@ class ImageServiceStub:
     CopyImage: _grpc.UnaryStreamMultiCallable[_image_service_pb2.CopyImageRequest, _image_service_pb2.CopyImageResponse]
     """Copies an image; the destination appears complete or not at all. Cancelled when the call is."""
     DeleteImage: _grpc.UnaryUnaryMultiCallable[_image_service_pb2.DeleteImageRequest, _image_service_pb2.DeleteImageResponse]
-    """Tombstones an image; with force, purges it at once unless it is in use."""
+    """Tombstones an image; with force, purges it at once unless it is in use: a VM needs it, or somebody has it open."""
     RestoreImage: _grpc.UnaryUnaryMultiCallable[_image_service_pb2.RestoreImageRequest, _image_service_pb2.RestoreImageResponse]
     """Takes the tombstone away."""
     PurgeImage: _grpc.UnaryUnaryMultiCallable[_image_service_pb2.PurgeImageRequest, _image_service_pb2.PurgeImageResponse]
@@ -86,7 +86,7 @@ class ImageServiceAsyncStub(ImageServiceStub):
     CopyImage: _aio.UnaryStreamMultiCallable[_image_service_pb2.CopyImageRequest, _image_service_pb2.CopyImageResponse]  # type: ignore[assignment]
     """Copies an image; the destination appears complete or not at all. Cancelled when the call is."""
     DeleteImage: _aio.UnaryUnaryMultiCallable[_image_service_pb2.DeleteImageRequest, _image_service_pb2.DeleteImageResponse]  # type: ignore[assignment]
-    """Tombstones an image; with force, purges it at once unless it is in use."""
+    """Tombstones an image; with force, purges it at once unless it is in use: a VM needs it, or somebody has it open."""
     RestoreImage: _aio.UnaryUnaryMultiCallable[_image_service_pb2.RestoreImageRequest, _image_service_pb2.RestoreImageResponse]  # type: ignore[assignment]
     """Takes the tombstone away."""
     PurgeImage: _aio.UnaryUnaryMultiCallable[_image_service_pb2.PurgeImageRequest, _image_service_pb2.PurgeImageResponse]  # type: ignore[assignment]
@@ -153,7 +153,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_service_pb2.DeleteImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_service_pb2.DeleteImageResponse, _abc.Awaitable[_image_service_pb2.DeleteImageResponse]]:
-        """Tombstones an image; with force, purges it at once unless it is in use."""
+        """Tombstones an image; with force, purges it at once unless it is in use: a VM needs it, or somebody has it open."""
 
     @_abc_1.abstractmethod
     def RestoreImage(

@@ -192,7 +192,9 @@ class Image(_message.Message):
 
     @_builtins.property
     def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who has a file of the disk open; set by GetImage only."""
+        """Who uses it, in words: who has a file of the disk open and, when asked for, the VMs whose disks are made on it;
+        "unknown, …" when a VM cannot be read. Set by GetImage only.
+        """
 
     def __init__(
         self,
@@ -242,7 +244,7 @@ class Datastore(_message.Message):
     IMAGE_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _builtins.str
-    """`local`, `nfs`."""
+    """`local`, `nfs`, `vmfs`."""
     layout: _builtins.str
     """`compound`, `sharded`, `vsan`."""
     root_path: _builtins.str

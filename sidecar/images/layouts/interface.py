@@ -12,6 +12,7 @@ class StagingPlace:
 
     directory: str
     lock: str
+    image_id: str = ""  # of the image in whose directory it is, where there is one
 
 
 class Layout(Protocol):
@@ -37,10 +38,19 @@ class Layout(Protocol):
     def image_id(self, collection: str, name: str) -> str | None:
         """The id of the image that a name in a collection may be; None for what is no image's name."""
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        """What may be the directories of VMs now, by name alone; something else of such a name is among them."""
+
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         """Makes what the lock of an image that is not there yet needs."""
 
     def staging_place(self, image_id: str, token: str) -> StagingPlace: ...
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        """Of all staging directories there are, in use or abandoned, and of their locks where only those are left."""
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        """What was discarded and is not freed."""
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         """Turns a staging directory, durable already, into the image, durably. Call under the image's lock.

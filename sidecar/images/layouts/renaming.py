@@ -2,11 +2,12 @@
 
 import contextlib
 
-from sidecar.datastores.interface import Datastore
+from sidecar.datastores.interface import Datastore, EntryKind
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, is_image_id
+from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, VM_PREFIX, is_image_id
 
 TRASH = "deleted_images"
+STAGING = "tmp_images"
 
 
 def parent(path: str) -> str:
@@ -30,6 +31,12 @@ class RenamingLayout:
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         if directory := parent(self.image_directory(image_id)):
             _make(datastore, directory)
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        raise NotImplementedError
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        return [f"{TRASH}/{name}" for name in sorted(_names(datastore, TRASH))]
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
@@ -79,9 +86,16 @@ class CompoundLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return prefixed_image_id(name)
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        return prefixed_vm_directories(datastore)
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
         directory = f"{STAGING_PREFIX}{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        names = {name.removesuffix(LOCK_SUFFIX) for name in datastore.names("")}
+        return [StagingPlace(name, name + LOCK_SUFFIX) for name in sorted(names) if name.startswith(STAGING_PREFIX)]
 
 
 class ShardedLayout(RenamingLayout):
@@ -91,7 +105,7 @@ class ShardedLayout(RenamingLayout):
 
     def prepare(self, datastore: Datastore) -> None:
         super().prepare(datastore)
-        for directory in ("images", "tmp_images"):
+        for directory in ("images", STAGING):
             _make(datastore, directory)
 
     def image_directory(self, image_id: str) -> str:
@@ -106,9 +120,24 @@ class ShardedLayout(RenamingLayout):
     def image_id(self, collection: str, name: str) -> str | None:
         return name if name[:2] == collection.rpartition("/")[2] and is_image_id(name) else None
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        found = []
+        shards: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # no VM was made yet
+            shards = datastore.names("vms")
+        for shard in shards:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if datastore.entry(f"vms/{shard}").kind is not EntryKind.FILE:
+                    found += [f"vms/{shard}/{name}" for name in datastore.names(f"vms/{shard}")]
+        return found
+
     def staging_place(self, image_id: str, token: str) -> StagingPlace:
-        directory = f"tmp_images/{token}"
+        directory = f"{STAGING}/{token}"
         return StagingPlace(directory, directory + LOCK_SUFFIX)
+
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        names = {name.removesuffix(LOCK_SUFFIX) for name in _names(datastore, STAGING)}
+        return [StagingPlace(f"{STAGING}/{name}", f"{STAGING}/{name}{LOCK_SUFFIX}") for name in sorted(names)]
 
 
 def prefixed_image_id(name: str) -> str | None:
@@ -117,6 +146,19 @@ def prefixed_image_id(name: str) -> str | None:
     return image_id if image_id != name and is_image_id(image_id) else None
 
 
+def prefixed_vm_directories(datastore: Datastore) -> list[str]:
+    """The names in the root of the form `vm_<id>`."""
+    return [name for name in datastore.names("") if name.startswith(VM_PREFIX) and name != VM_PREFIX]
+
+
 def _make(datastore: Datastore, directory: str) -> None:
     with contextlib.suppress(FileExistsError):
         datastore.make_directory(directory, parents=True)
+
+
+def _names(datastore: Datastore, directory: str) -> list[str]:
+    """None where the directory was not made yet."""
+    try:
+        return datastore.names(directory)
+    except FileNotFoundError:
+        return []

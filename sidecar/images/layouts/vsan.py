@@ -7,8 +7,9 @@ in between there is an incomplete image, which nobody uses and the next publish 
 import contextlib
 
 from sidecar.datastores.interface import Datastore
+from sidecar.errors import InvalidRequest
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.layouts.renaming import prefixed_image_id
+from sidecar.images.layouts.renaming import prefixed_image_id, prefixed_vm_directories
 from sidecar.images.names import (
     LOCK_SUFFIX,
     STAGING_PREFIX,
@@ -46,6 +47,9 @@ class VsanLayout:
     def image_id(self, collection: str, name: str) -> str | None:
         return prefixed_image_id(name)
 
+    def vm_directories(self, datastore: Datastore) -> list[str]:
+        return prefixed_vm_directories(datastore)
+
     def make_lockable(self, datastore: Datastore, image_id: str) -> None:
         with contextlib.suppress(FileExistsError):
             datastore.make_directory(self.image_directory(image_id))
@@ -54,6 +58,24 @@ class VsanLayout:
         directory = f"{self.image_directory(image_id)}/{STAGING_PREFIX}{token}"
         return StagingPlace(directory, f"{directory}/{_LOCK}")
 
+    def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
+        places = []
+        for name in sorted(datastore.names("")):
+            image_id = prefixed_image_id(name)
+            if image_id is None:
+                continue
+            # Gone meanwhile; or a file or a link, which is no image's directory.
+            with contextlib.suppress(FileNotFoundError, InvalidRequest):
+                for inner in sorted(datastore.names(name)):
+                    if inner.startswith(STAGING_PREFIX) and "." not in inner:
+                        directory = f"{name}/{inner}"
+                        places.append(StagingPlace(directory, f"{directory}/{_LOCK}", image_id))
+        return places
+
+    def trash(self, datastore: Datastore) -> list[str]:
+        """Nothing is put aside there."""
+        return []
+
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
         if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
@@ -61,15 +83,19 @@ class VsanLayout:
         # The descriptor after what it names, and the timestamp, which makes the image valid, after everything.
         last = (descriptor_name(image_id), TIMESTAMP)
         names = [name for name in datastore.names(staging.directory) if not is_lock_or_staging(name)]
-        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
-            if name == TIMESTAMP:
-                datastore.sync_directory(destination)
-            datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+        moved: list[str] = []
         try:
+            for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+                if name == TIMESTAMP:
+                    datastore.sync_directory(destination)
+                datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+                moved.append(name)
             datastore.sync_directory(destination)
         except BaseException:
-            # Who is told that it failed must not find a valid image there, to be lost by the next power cut.
-            datastore.rename(f"{destination}/{TIMESTAMP}", f"{staging.directory}/{TIMESTAMP}")
+            # Who is told that it failed must not find a valid image there, to be lost by the next power cut; nor a
+            # whole one without its timestamp, which the next repair would take for durable.
+            for name in reversed(moved):
+                datastore.rename(f"{destination}/{name}", f"{staging.directory}/{name}")
             raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:

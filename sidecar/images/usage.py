@@ -1,0 +1,86 @@
+"""In use: the images that the disks of VMs are made on, whether a VM runs or not.
+
+What cannot be read is an error and never "no use": a VM that is not known may use any image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sidecar.errors import DatastoreUnavailable, ImageInUse
+from sidecar.images.image import ImageKey
+from sidecar.images.store import ImageStore
+from sidecar.images.usage_paths import Places
+from sidecar.images.vm_disks import VmDisks
+
+_MOST_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A use of an image; `what` is in words: `VM web (disk /srv/images/vm_1/disk.vmdk)`."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def vm_directories(store: ImageStore) -> list[str]:
+    """What may be a VM's, relative to the datastore's root. The datastore must be usable: else DatastoreUnavailable."""
+    try:
+        store.datastore.check()
+        return store.layout.vm_directories(store.datastore)
+    except FileNotFoundError as error:  # never taken for an image that is not there
+        raise DatastoreUnavailable(f"{store.datastore.name}: {error.filename or 'its root'} vanished") from error
+
+
+def uses_of_vm(stores: Sequence[ImageStore], store: ImageStore, vm_directory: str) -> dict[ImageKey, list[Use]]:
+    """The images that any disk of a VM needs, there or not; nothing when the VM is gone.
+
+    `stores`: every datastore of this host, in which those images may be. UseUnknown, DatastoreDenied or
+    DatastoreUnavailable, with the VM and the file, when anything of it cannot be read.
+    """
+    return _uses(_places(stores), store, vm_directory)
+
+
+def uses_of_image(
+    stores: Sequence[ImageStore], key: ImageKey, *, check: Callable[[], None] = lambda: None
+) -> list[Use]:
+    """Which VMs need an image; raises as `uses_of_vm`: one VM that cannot be read may be another user.
+
+    `check` is called before each VM, and what it raises ends the search.
+    """
+    places = _places(stores)
+    uses: list[Use] = []
+    for store in stores:
+        for vm_directory in vm_directories(store):
+            check()
+            uses += _uses(places, store, vm_directory).get(key, [])
+    return uses
+
+
+def require_no_vm(stores: Sequence[ImageStore], key: ImageKey) -> None:
+    """ImageInUse, with the VMs, when one needs the image; raises as `uses_of_vm` when that cannot be known.
+
+    Call under the image's lock: who makes a VM of an image touches it first, under that lock.
+    """
+    uses = uses_of_image(stores, key)
+    if uses:
+        more = f" and {len(uses) - _MOST_TOLD} more" if len(uses) > _MOST_TOLD else ""
+        told = ", ".join(use.what for use in uses[:_MOST_TOLD])
+        raise ImageInUse(f"{key} is in use by {told}{more}; remove or convert those disks first")
+
+
+def _uses(places: Places, store: ImageStore, vm_directory: str) -> dict[ImageKey, list[Use]]:
+    name, found = VmDisks(places, store, vm_directory).images()
+    return {key: [Use(f"VM {name} (disk {disk})") for disk in disks] for key, disks in found.items()}
+
+
+def _places(stores: Sequence[ImageStore]) -> Places:
+    try:
+        return Places(stores)
+    except OSError as error:
+        raise DatastoreUnavailable(
+            f"{error.filename} cannot be looked at: {error.strerror}; VMs may use images there, so none can be purged: "
+            "make that datastore available again, or take it out of the configuration"
+        ) from error

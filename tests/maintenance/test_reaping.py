@@ -1,0 +1,174 @@
+"""Reap: what nobody makes any more goes, and what somebody makes stays, however old it is."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sidecar.datastores import posix, posix_files
+from sidecar.errors import DatastoreUnavailable, OperationCancelled
+from sidecar.images.reaping import reap
+from sidecar.images.staging import StagingDirectory
+from tests.maintenance.conftest import DAY, Site
+from tests.support.places import MARKER, TIMESTAMP, flat_files
+
+HOURS = 3600.0
+
+
+def staging(site: Site, name: str, age: float, image_id: str = "new") -> Path:
+    """A staging directory as a dead process leaves it."""
+    directory = site.store.layout.staging_place(image_id, name).directory
+    path = site.place.root / directory
+    path.mkdir(parents=True)
+    (path / f"{image_id}-flat.vmdk").write_bytes(b"x" * 4096)
+    site.set_age(path, age)
+    return path
+
+
+def test_an_abandoned_staging_directory_goes_when_it_is_older_than_the_grace_time(site: Site) -> None:
+    old, young = staging(site, "old", 3 * HOURS), staging(site, "young", 1 * HOURS)
+    reaped = reap(site.store, 2 * HOURS)
+    assert not old.exists()
+    assert young.exists()
+    assert reaped.staging == [str(old.relative_to(site.place.root))]
+    assert reaped.freed >= 4096
+    assert len(reaped.kept) == 1
+    assert reap(site.store, 0).staging == [str(young.relative_to(site.place.root))]
+    site.place.assert_holds({})
+
+
+def test_a_copy_that_runs_for_longer_than_the_grace_time_is_not_eaten(site: Site) -> None:
+    # In the origin the lock of the temporary directory was documented, and never taken.
+    with StagingDirectory(site.store, "new", "copy") as live:
+        path = site.place.root / live.directory
+        (path / "new-flat.vmdk").write_bytes(b"x")
+        site.set_age(path, 10 * DAY)
+        reaped = reap(site.store, 2 * HOURS)
+        assert reaped.staging == []
+        assert "for copy new" in reaped.kept[0]
+        assert (path / "new-flat.vmdk").exists()
+    site.place.assert_holds({})
+
+
+def test_a_directory_that_is_written_to_without_a_lock_is_not_eaten(site: Site) -> None:
+    """As an agent of the origin does that works on the same datastore."""
+    path = staging(site, "origin", 10 * DAY)
+    site.set_age(path / "new-flat.vmdk", HOURS)
+    assert reap(site.store, 2 * HOURS).staging == []
+    assert path.exists()
+
+
+def test_the_trash_goes_always_and_no_link_in_it_is_followed(make_site: Callable[[str], Site], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    for name in ("one", "two"):
+        site = make_site(name)
+        trash = site.place.root / "deleted_images"
+        (trash / "a" / "deep").mkdir(parents=True)
+        (trash / "a" / "deep" / "a.vmdk").write_bytes(b"x" * 8192)
+        (trash / "link").symlink_to(tmp_path / "precious")
+        (trash / "file").touch()
+        reaped = reap(site.store, DAY)
+        assert len(reaped.trash) == 3
+        assert reaped.freed >= 8192
+        site.place.assert_holds({})
+    assert (tmp_path / "precious" / "file").exists()
+
+
+def test_images_vms_and_what_is_not_ours_are_left_alone(site: Site) -> None:
+    site.plant("a", marked_ago=10 * DAY)
+    site.place.root.joinpath("vm_1").mkdir()
+    site.place.root.joinpath("tmp_image_file").touch()
+    site.place.root.joinpath("notes.ec_lock").touch()
+    site.set_age(site.place.root, 10 * DAY)
+    before = site.place.contents()
+    reaped = reap(site.store, 0)
+    assert not reaped
+    assert reaped.faults == []
+    assert site.place.contents() == before
+
+
+def test_lock_files_and_half_written_files_of_the_dead_go(site: Site) -> None:
+    site.plant("a")
+    site.place.file("a", "." + "0" * 32).touch()
+    site.place.file("a", ".bashrc").touch()
+    site.place.lock_file("a").touch()
+    place = site.store.layout.staging_place("gone", "gone")
+    lock = site.place.root / place.lock
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    site.set_age(site.place.root, DAY)
+    reap(site.store, 2 * HOURS)
+    site.place.assert_holds({"a": flat_files("a", ".bashrc")})
+
+
+def test_a_lock_that_is_held_stays_where_it_is(site: Site) -> None:
+    site.plant("a")
+    with site.place.locked("a"):
+        site.set_age(site.place.root, DAY)
+        reap(site.store, 0)
+        assert site.place.lock_file("a").exists()
+
+
+def test_remains_without_any_file_of_an_image_are_not_in_the_way_of_the_next_one(site: Site) -> None:
+    directory = site.place.directory("a")
+    directory.mkdir(parents=True)
+    (directory / MARKER).write_text("1")
+    site.set_age(directory, HOURS)
+    reap(site.store, 2 * HOURS)
+    assert directory.exists()  # somebody may be about to fill it
+    site.set_age(directory, DAY)
+    reap(site.store, 2 * HOURS)
+    site.place.assert_holds({})
+
+
+def test_an_image_without_descriptor_or_timestamp_is_not_reaped(site: Site) -> None:
+    site.plant("a")
+    site.place.file("a", TIMESTAMP).unlink()
+    site.plant("b")
+    for name in ("b.vmdk", "b-flat.vmdk"):
+        site.place.file("b", name).unlink()
+    site.set_age(site.place.root, 10 * DAY)
+    before = site.place.contents()
+    reap(site.store, 0)
+    assert site.place.contents() == before
+
+
+def test_what_cannot_be_freed_is_told_and_the_rest_is_freed(
+    make_site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site("one")
+    for name in ("a", "b"):
+        (site.place.root / "deleted_images" / name).mkdir(parents=True)
+    remove = posix_files.remove_tree
+
+    def fail(parent: int, name: str) -> int:
+        if name == "a":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return remove(parent, name)
+
+    monkeypatch.setattr(posix, "remove_tree", fail)
+    reaped = reap(site.store, 0)
+    assert reaped.trash == ["deleted_images/b"]
+    assert len(reaped.faults) == 1
+    assert "Input/output error" in reaped.faults[0]
+
+
+def test_a_datastore_that_is_away_is_an_error_and_not_empty(site: Site) -> None:
+    reap(site.store, 0)
+    site.place.root.rename(site.place.root.with_name("away"))
+    with pytest.raises(DatastoreUnavailable):
+        reap(site.store, 0)
+
+
+def test_a_reaping_ends_when_the_sidecar_does(site: Site) -> None:
+    path = staging(site, "old", 3 * HOURS)
+
+    def check() -> None:
+        raise OperationCancelled("the sidecar is shutting down")
+
+    with pytest.raises(OperationCancelled):
+        reap(site.store, 0, check)
+    assert path.exists()
