@@ -98,6 +98,7 @@ class StagedDirectory:
         self.number = number
         self.maker = maker  # the process that made the directory; 0: not known
         self._owner = maker  # who alone writes into it; 0: whoever likes
+        self._refused: set[int] = set()  # processes that found it another's
         self._clock = clock
         self._condition = threading.Condition()
         self._naming = threading.Lock()
@@ -144,6 +145,7 @@ class StagedDirectory:
         if not owner or process in {0, owner} or descends_from(process, owner):
             return
         if (self.writers or self.quiet_seconds < _MAKER_SECONDS) and runs_a_program(owner):
+            self._refused.add(process)
             fail(errno.EBUSY, f"{self} is being made by process {owner}")
         self._owner = 0
 
