@@ -342,3 +342,16 @@ def test_a_volume_of_esx_that_is_a_link_on_this_host_is_resolved(
     write(vm, f"{volumes}/datastore 1/image_a/a.vmdk")
     write(vm, "[datastore 1] image_b/b.vmdk", "second.vmdk")
     assert host.used(vm) == {"three/a", "three/b"}
+
+
+@pytest.mark.parametrize(
+    "hint", [b"a\0b.vmdk", b"\xff\xfe.vmdk", b"x" * 300 + b".vmdk", b"x/" * 3000 + b"y.vmdk", b"|00"]
+)
+def test_a_name_that_no_file_can_have_is_a_fault_of_the_vm(host: Host, hint: bytes) -> None:
+    vm = host.vm("1")
+    path = write(vm, "HINT")
+    path.write_bytes(path.read_bytes().replace(b"HINT", hint))
+    with pytest.raises(errors.UseUnknown, match="VM 1: ") as raised:
+        host.uses(vm)
+    assert raised.value.message.isprintable()
+    raised.value.message.encode()

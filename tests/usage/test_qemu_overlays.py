@@ -158,3 +158,13 @@ def test_whatever_is_in_a_header_is_an_answer_or_a_fault(tmp_path: Path) -> None
                     names_in("x.qcow2", len(damaged), lambda at, length, data=damaged: bytes(data[at : at + length]))  # type: ignore[misc]
                 except errors.InvalidDisk:
                     continue
+
+
+@pytest.mark.parametrize("name", ["\\u0000", "\\ud800", "x" * 400])
+def test_a_json_name_that_no_file_can_have_is_a_fault_of_the_vm(host: Host, name: str) -> None:
+    vm = host.vm("1")
+    backing = f'json:{{"driver":"file","filename":"{name}"}}'
+    disk = overlay(vm / "disk.qcow2", "x" * len(backing))
+    disk.write_bytes(disk.read_bytes().replace(b"x" * len(backing), backing.encode()))
+    with pytest.raises(errors.UseUnknown, match="VM 1: "):
+        host.uses(vm)
