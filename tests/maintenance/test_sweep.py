@@ -130,6 +130,17 @@ def test_a_touch_by_who_asks_for_no_lock_is_noticed_by_the_renamed_timestamp(
     assert site.place.file("a", TIMESTAMP).stat().st_mtime == NOW
 
 
+def test_a_vm_that_was_made_without_a_touch_while_the_sweep_runs_keeps_its_image(site: Site) -> None:
+    site.plant("a", marked_ago=3600)
+    site.plant("b", marked_ago=3600)
+    made = (site.place.name, "vm_1")
+    site.clock.on_wait = lambda: site.vms.found.update({made: [f"{site.place.name}/b"]})
+    results = site.sweep(rate=10)
+    assert (results["a"].deleted, results["b"].deleted) == (True, False)
+    assert "VM vm_1" in results["b"].reason
+    site.place.assert_holds({"b": flat_files("b")})
+
+
 def test_an_image_that_was_replaced_since_its_mark_was_read_stays(site: Site) -> None:
     site.plant("a", marked_ago=3600)
     site.plant("b", marked_ago=3600)
