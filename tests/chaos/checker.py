@@ -124,7 +124,7 @@ class Checker:
         scans = [
             scan
             for scan in self._history.operations
-            if scan.kind == "scan" and scan.target.partition("/")[0] == datastore and scan.begin < sweep.end
+            if scan.target.partition("/")[0] == datastore and scan.begin < sweep.end and _may_have_scanned(scan)
         ]
         for use in self._by_target[sweep.target]:
             is_use = use.outcome == OK and (use.kind == "touch" or use.kind in PUBLISHING)
@@ -377,6 +377,12 @@ def _lives(events: Iterable[Event]) -> dict[str, list[tuple[float, float]]]:
         elif event.what == "started" and spans and spans[-1][1] == math.inf:
             spans[-1] = (spans[-1][0], event.time)
     return found
+
+
+def _may_have_scanned(operation: Operation) -> bool:
+    if operation.kind in SWEEPING:
+        return operation.outcome != OK or bool(operation.said.get("scanned"))
+    return operation.kind == "scan"
 
 
 def _surely_removed(operation: Operation, before: float) -> bool:
