@@ -106,7 +106,8 @@ class Checker:
             if operation.kind in SWEEPING and operation.outcome == OK and operation.said["deleted"]:
                 self._check_sweep(operation)
             if operation.said.get("fault"):
-                self._found("whole", f"a reader was given other bytes: {operation.said['fault']}", [operation])
+                promise = "mount reads" if operation.is_mounts else "whole"
+                self._found(promise, f"a reader was given other bytes: {operation.said['fault']}", [operation])
 
     def _check_read(self, read: Operation) -> None:
         """The mount may show what was there a moment ago, and nothing that never was."""
@@ -143,7 +144,8 @@ class Checker:
                 case "ended" if event.details.get("status") not in (0, None):
                     self._found("processes", f"{event.process} ended with {event.details['status']}", [event])
                 case "hangs":
-                    self._found("hangs", f"{event.process} did not end {event.details['when']}", [event])
+                    when = event.details["when"]
+                    self._found(f"hangs {when}", f"{event.process} did not end", [event])
                 case "listing" if event.details["differs"]:
                     self._found("restart", "a started sidecar lists other images than there are", [event])
                 case "sample":
