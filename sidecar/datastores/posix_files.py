@@ -4,7 +4,6 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 
 from sidecar.beneath import open_beneath
 from sidecar.datastores.faults import Faults
@@ -13,6 +12,7 @@ from sidecar.datastores.transfer import data_in, punch_hole, transfer_range
 from sidecar.errors import InvalidRequest
 
 _CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
+_TRIES = 8  # to remove a directory in which there is something new each time
 _DEEPEST = 64  # directories in one another that are removed: each one takes a descriptor
 
 
@@ -167,6 +167,8 @@ def write_all(fd: int, data: bytes, offset: int = 0) -> None:
 def remove_tree(parent: int, name: str, depth: int = _DEEPEST) -> int:
     """Removes what is at `name`, following no link; another remover meanwhile is no error. Returns allocated bytes.
 
+    What is put into a directory while it is removed goes too, unless more comes again and again.
+
     InvalidRequest when directories are nested deeper than `depth`: no image's are.
     """
     if not depth:
@@ -179,12 +181,21 @@ def remove_tree(parent: int, name: str, depth: int = _DEEPEST) -> int:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         return _remove_file(parent, name)
+    freed = 0
     try:
-        freed = sum(remove_tree(fd, child, depth - 1) for child in os.listdir(fd))
+        for last in (False,) * (_TRIES - 1) + (True,):
+            freed += sum(remove_tree(fd, child, depth - 1) for child in os.listdir(fd))
+            try:
+                os.rmdir(name, dir_fd=parent)
+                break
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                # Who looks whether somebody has it, as a reap does, puts a lock file into it for a moment.
+                if error.errno != errno.ENOTEMPTY or last:
+                    raise
     finally:
         os.close(fd)
-    with suppress(FileNotFoundError):
-        os.rmdir(name, dir_fd=parent)
     return freed
 
 

@@ -106,7 +106,8 @@ class Checker:
             if operation.kind in SWEEPING and operation.outcome == OK and operation.said["deleted"]:
                 self._check_sweep(operation)
             if operation.said.get("fault"):
-                self._found("whole", f"a reader was given other bytes: {operation.said['fault']}", [operation])
+                promise = "mount reads" if operation.is_mounts else "whole"
+                self._found(promise, f"a reader was given other bytes: {operation.said['fault']}", [operation])
 
     def _check_read(self, read: Operation) -> None:
         """The mount may show what was there a moment ago, and nothing that never was."""
@@ -124,7 +125,7 @@ class Checker:
         scans = [
             scan
             for scan in self._history.operations
-            if scan.kind == "scan" and scan.target.partition("/")[0] == datastore and scan.begin < sweep.end
+            if scan.target.partition("/")[0] == datastore and scan.begin < sweep.end and _may_have_scanned(scan)
         ]
         for use in self._by_target[sweep.target]:
             is_use = use.outcome == OK and (use.kind == "touch" or use.kind in PUBLISHING)
@@ -143,7 +144,8 @@ class Checker:
                 case "ended" if event.details.get("status") not in (0, None):
                     self._found("processes", f"{event.process} ended with {event.details['status']}", [event])
                 case "hangs":
-                    self._found("hangs", f"{event.process} did not end {event.details['when']}", [event])
+                    when = event.details["when"]
+                    self._found(f"hangs {when}", f"{event.process} did not end", [event])
                 case "listing" if event.details["differs"]:
                     self._found("restart", "a started sidecar lists other images than there are", [event])
                 case "sample":
@@ -377,6 +379,12 @@ def _lives(events: Iterable[Event]) -> dict[str, list[tuple[float, float]]]:
         elif event.what == "started" and spans and spans[-1][1] == math.inf:
             spans[-1] = (spans[-1][0], event.time)
     return found
+
+
+def _may_have_scanned(operation: Operation) -> bool:
+    if operation.kind in SWEEPING:
+        return operation.outcome != OK or bool(operation.said.get("scanned"))
+    return operation.kind == "scan"
 
 
 def _surely_removed(operation: Operation, before: float) -> bool:

@@ -90,7 +90,7 @@ class Run:
         self._recorder = recorder
         self._names = Names([store.name for store in stage.stores])
         self._gate = Gate()
-        self._tools = Tools()
+        self._tools = Tools(plan.directory)
         self._stopping = threading.Event()
         self._failed: list[BaseException] = []
         self._scratch = plan.directory / "scratch"

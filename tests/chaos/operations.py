@@ -33,7 +33,7 @@ from tests.chaos.history import Operation
 
 TOOL_SECONDS = 60.0
 A_MINUTE, RUN_SECONDS = 1_000_000, 20.0
-SWEEP_GRACE = 1.0
+SWEEP_GRACES = (0.0, 1.0)
 Said = dict[str, Any]
 
 
@@ -47,8 +47,9 @@ class ToolError(Exception):
 
 @dataclass
 class Tools:
-    """The tools that run, so that they can be ended when all is to end."""
+    """The tools that run, so that they can be ended when all is to end. `shown`: what paths are told without."""
 
+    shown: Path
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
@@ -78,7 +79,9 @@ class Tools:
                 self.running.discard(process)
         if process.returncode:
             message = said.strip().splitlines()[0] if said.strip() else f"status {process.returncode}"
-            raise ToolError(message, is_harmless=not printed and message.startswith(tuple(harmless)))
+            raise ToolError(
+                message.replace(f"{self.shown}/", ""), is_harmless=not printed and message.startswith(tuple(harmless))
+            )
         return printed.splitlines()
 
     def end(self) -> None:
@@ -203,17 +206,25 @@ def listing(bench: Bench, operation: Operation) -> Said:
 
 
 def scan(bench: Bench, operation: Operation) -> Said:
-    datastore = operation.target.partition("/")[0]
+    _scan(bench, operation.target.partition("/")[0])
+    return {}
+
+
+def _scan(bench: Bench, datastore: str) -> None:
     run = bench.client.maintenance.start_scan(datastore, vm_rate=A_MINUTE, image_rate=A_MINUTE, timeout=RUN_SECONDS).run
-    done = bench.client.maintenance.wait_scan(datastore, run.run_id, lambda scan: None, pause=0.05)
-    return {"images": done.run.done_items}
+    bench.client.maintenance.wait_scan(datastore, run.run_id, lambda scan: None, pause=0.05)
 
 
 def sweep(bench: Bench, operation: Operation) -> Said:
     datastore, _, image_id = operation.target.partition("/")
     maintenance = bench.client.maintenance
-    run = maintenance.start_sweep(datastore, [image_id], rate=A_MINUTE, timeout=RUN_SECONDS, grace=SWEEP_GRACE).run
-    said: Said = {"deleted": False, "grace": SWEEP_GRACE}
+    grace = bench.choose.choice(SWEEP_GRACES)
+    # Mostly with a scan of its own: what others marked is used again soon, or gone.
+    scanned = bench.choose.random() < 0.7
+    if scanned:
+        _scan(bench, datastore)
+    run = maintenance.start_sweep(datastore, [image_id], rate=A_MINUTE, timeout=RUN_SECONDS, grace=grace).run
+    said: Said = {"deleted": False, "grace": grace, "scanned": scanned}
 
     def note(sweep: object, results: Sequence[SweepResult]) -> None:
         for result in results:

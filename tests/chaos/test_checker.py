@@ -345,7 +345,7 @@ def events_that_tell() -> Iterable[tuple[str, str, dict[str, object]]]:
     yield "processes", "died", {"status": -11}
     yield "processes", "not-started", {"error": "no"}
     yield "processes", "ended", {"status": 1}
-    yield "hangs", "hangs", {"when": "after SIGTERM"}
+    yield "hangs after SIGTERM", "hangs", {"when": "after SIGTERM"}
     yield "restart", "listing", {"differs": {"one/a": [1, 3]}}
 
 
@@ -367,6 +367,8 @@ def test_a_reader_who_is_given_other_bytes(made: Made) -> None:
     made.did("read", content=1, fault="block 3 is zeroed")
     made.there(1)
     assert made.promises() == {"whole"}
+    made.history.operations[-1].kind = "mount-read"
+    assert made.promises() == {"mount reads"}
 
 
 def test_a_history_is_read_as_it_was_written(tmp_path: Path) -> None:
