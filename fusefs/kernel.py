@@ -4,6 +4,7 @@ It keeps a name for `entry_timeout` seconds after the lookup that found it. A na
 because another host deleted the image or because what was staged is dropped, would be taken for a directory until then.
 """
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -11,7 +12,7 @@ import os
 import queue
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from fusefs.binding import Session
 
@@ -30,11 +31,17 @@ class _FileHandle(ctypes.Structure):
 
 
 class KernelMemory:
-    """Owns a thread: `start`, then `stop`, which joins it. Does nothing while there is no session."""
+    """Owns a thread: `start`, then `stop`, which joins it. Does nothing while there is no session.
+
+    Who makes the kernel forget waits, in the kernel and deaf to every signal, for the requests that are under way in
+    that directory. So it has to be over before the session stops to answer: else neither ever ends.
+    """
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = mountpoint
         self._session: Session | None = None
+        self._idle = threading.Condition()  # guards the number
+        self._running = 0  # calls that make the kernel forget
         self._gone: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -44,11 +51,14 @@ class KernelMemory:
         self._thread.start()
 
     def stop(self) -> None:
-        """After the session has ended, so that nothing waits for it any more."""
-        self._session = None
+        """Returns when the kernel is not being made to forget anything, and will not be any more."""
+        with self._idle:
+            self._session = None
         self._gone.put(None)
         if self._thread is not None:
             self._thread.join()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._running)
 
     def serve(self, session: Session) -> None:
         """The mount answers."""
@@ -56,8 +66,9 @@ class KernelMemory:
 
     def changed(self, paths: Iterable[str]) -> None:
         """Makes the kernel ask again what is at the paths."""
-        if (session := self._session) is not None:
-            session.invalidate(paths)
+        with self._forgetting() as session:
+            if session is not None:
+                session.invalidate(paths)
 
     def gone(self, path: str) -> None:
         """Makes the kernel forget the name, soon: whoever calls may be answering a request in the same directory.
@@ -69,15 +80,28 @@ class KernelMemory:
 
     def _run(self, is_there: Callable[[str], bool]) -> None:
         while (path := self._gone.get()) is not None:
+            with self._forgetting() as session:
+                if session is None or is_there(path):
+                    continue
+                try:
+                    parent, _, name = path.rpartition("/")
+                    session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
+                except OSError as error:
+                    # It is forgotten by itself when its time is over.
+                    _log.info("name not forgotten at once path=%s cause=%s", path, error)
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[Session | None]:
+        """The session, which is not ended by us before the block is; None when there is none."""
+        with self._idle:
             session = self._session
-            if session is None or is_there(path):
-                continue
-            try:
-                parent, _, name = path.rpartition("/")
-                session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
-            except OSError as error:
-                # It is forgotten by itself when its time is over.
-                _log.info("name not forgotten at once path=%s cause=%s", path, error)
+            self._running += 1
+        try:
+            yield session
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
 
 def node_number(path: str) -> int:

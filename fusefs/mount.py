@@ -144,6 +144,8 @@ class _Mount:
         if session is None:
             os._exit(1)  # still starting: nothing is made yet
         self._publisher.wait_settled(min(self._options.settle_seconds, _MOST_SETTLE_SECONDS) + 1.0)
+        # Before: what is making the kernel forget waits for requests, which nobody answers afterwards.
+        self._kernel.stop()
         session.exit()
         with contextlib.suppress(OSError):
             os.statvfs(self._path)

@@ -98,6 +98,7 @@ class StagedDirectory:
         self.number = number
         self.maker = maker  # the process that made the directory; 0: not known
         self._owner = maker  # who alone writes into it; 0: whoever likes
+        self._refused: set[int] = set()  # processes that found it another's
         self._clock = clock
         self._condition = threading.Condition()
         self._naming = threading.Lock()
@@ -138,12 +139,16 @@ class StagedDirectory:
         """EBUSY while the directory's maker is at it, and the process is neither that nor a child of it.
 
         Of several `cp -r` to the same new name one makes the directory. The others find it there and would write over
-        what it writes, or make a file that it is about to make, so that none of them succeeds.
+        what it writes, or make a file that it is about to make, so that none of them succeeds. Who was refused once
+        stays so: it goes on with its next file when the maker has ended, and parts of two copies are no image.
         """
+        if process in self._refused:
+            fail(errno.EBUSY, f"{self} was another's when process {process} came to write into it")
         owner = self._owner
         if not owner or process in {0, owner} or descends_from(process, owner):
             return
         if (self.writers or self.quiet_seconds < _MAKER_SECONDS) and runs_a_program(owner):
+            self._refused.add(process)
             fail(errno.EBUSY, f"{self} is being made by process {owner}")
         self._owner = 0
 

@@ -43,7 +43,7 @@ from sidecar.locks.flock import Flock
 from sidecar.locks.interface import DatastoreLocks, HeldLock, LockHolder
 
 _LOOK_AHEAD_BYTES = 4096
-# For how long a file that is just being closed is no reason to refuse a purge.
+# For how long a file that may just be being closed is no reason to refuse a purge.
 _CLOSING_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)

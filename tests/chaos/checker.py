@@ -14,16 +14,19 @@ from tests.chaos.effects import (
     REMOVING,
     SILENT,
     SOURCE_SEEN,
+    SWEEPING,
     UNEXPECTED,
     UPDATING,
     Candidates,
+    mending,
     sees,
     steps_of,
 )
 from tests.chaos.history import ERROR, OK, Event, History, Operation
-from tests.chaos.reading import ABSENT, DELETED, DELETED_WRECK, VALID, Found, Reading
+from tests.chaos.reading import ABSENT, DELETED, DELETED_WRECK, VALID, WRECK, Found, Reading
 from tests.chaos.register import Step, contradiction, is_possible
 
+LEFTOVERS = ("staging", "trash", "locks", "temporary")
 DEATHS = ("kill", "term", "died")
 # Pools and caches of a process fill in its first seconds, and are bounded: what grows beyond is a leak.
 MOST_DESCRIPTORS_MORE, MOST_THREADS_MORE = 12, 40
@@ -56,7 +59,8 @@ class Verdict:
 
 
 class Checker:
-    """`readings`: by datastore, after the last process ended. `afterwards`: after one clean start and end more."""
+    """`readings`: by datastore, after the last process ended. `afterwards`: after a start, a reap and
+    an end more, in good order."""
 
     def __init__(
         self, history: History, readings: Mapping[str, Reading], afterwards: Mapping[str, Reading] | None = None
@@ -99,6 +103,8 @@ class Checker:
                 self._found("answers", f"{operation.kind} was answered {operation.reason}", [operation])
             if operation.kind == "mount-read" and "content" in operation.said:
                 self._check_read(operation)
+            if operation.kind in SWEEPING and operation.outcome == OK and operation.said["deleted"]:
+                self._check_sweep(operation)
             if operation.said.get("fault"):
                 self._found("whole", f"a reader was given other bytes: {operation.said['fault']}", [operation])
 
@@ -112,6 +118,21 @@ class Checker:
         if not any(read.said["content"] in self._candidates_of(other).contents for other in publishes):
             self._found("whole", f"{read.target} never had the content that was read", [*publishes, read])
 
+    def _check_sweep(self, sweep: Operation) -> None:
+        """What was used is deleted only when a scan has begun since, by more than the grace time."""
+        datastore = sweep.target.partition("/")[0]
+        scans = [
+            scan
+            for scan in self._history.operations
+            if scan.kind == "scan" and scan.target.partition("/")[0] == datastore and scan.begin < sweep.end
+        ]
+        for use in self._by_target[sweep.target]:
+            is_use = use.outcome == OK and (use.kind == "touch" or use.kind in PUBLISHING)
+            if not is_use or use.end >= sweep.begin:
+                continue
+            if not any(scan.end > use.begin + sweep.said["grace"] for scan in scans):
+                self._found("sweep", f"{sweep.target} was used in time, and swept", [use, *scans[-3:], sweep])
+
     def _check_processes(self) -> None:
         first: dict[tuple[str, int], Event] = {}
         mounts_left: list[Event] = []
@@ -121,6 +142,8 @@ class Checker:
                     self._found("processes", f"{event.process} {event.what.replace('-', ' ')}", [event])
                 case "ended" if event.details.get("status") not in (0, None):
                     self._found("processes", f"{event.process} ended with {event.details['status']}", [event])
+                case "hangs":
+                    self._found("hangs", f"{event.process} did not end {event.details['when']}", [event])
                 case "listing" if event.details["differs"]:
                     self._found("restart", "a started sidecar lists other images than there are", [event])
                 case "sample":
@@ -191,23 +214,25 @@ class Checker:
                 self._found("leftovers", f"{datastore}: locks are held and no process is left: {reading.held}")
             if reading.strangers:
                 self._found("leftovers", f"{datastore}: what is this? {reading.strangers}")
-            for what in ("staging", "trash", "locks", "temporary"):
+            for what in LEFTOVERS:
                 if (left := getattr(reading, what)) and not killed:
                     self._found("leftovers", f"{datastore}: nobody was killed, and there is {what}: {left}")
 
     def _check_afterwards(self) -> None:
-        """A start and an end change no image."""
+        """A start, a reap and an end change no image, and leave nothing else."""
         for datastore, after in (self._afterwards or {}).items():
             before = self._readings[datastore]
             for image_id in sorted(before.images.keys() | after.images.keys()):
-                if before.images.get(image_id) != after.images.get(image_id):
+                was_wreck = image_id in before.images and before.images[image_id].status == WRECK
+                if before.images.get(image_id) != after.images.get(image_id) and not was_wreck:
                     self._found(
                         "restart",
                         f"{datastore}/{image_id} was {before.images.get(image_id)}, and after a start and an end is "
                         f"{after.images.get(image_id)}",
                     )
-            if after.held:
-                self._found("leftovers", f"{datastore}: locks are held after a clean end: {after.held}")
+            for what in ("held", *LEFTOVERS):
+                if left := getattr(after, what):
+                    self._found("leftovers", f"{datastore}: after a start, a reap and an end there is {what}: {left}")
 
     # ---- What the answers and the datastore say together
 
@@ -239,8 +264,8 @@ class Checker:
         for operation in self._by_source.get(name, []):
             statuses = (VALID,) if operation.outcome == OK else SOURCE_SEEN.get(operation.reason)
             if operation.kind == "copy" and operation.outcome in (OK, ERROR) and statuses:
-                steps.append(Step(operation.id, operation.begin, operation.end, sees(*statuses)))
-        return steps
+                steps.append(Step(operation.id, operation.begin, operation.end, sees(*statuses), only_looks=True))
+        return steps + mending(steps)
 
     def _last_step(self, found: Found | None) -> Step:
         if found is None:
@@ -265,13 +290,20 @@ class Checker:
         self._found("order", what, evidence)
 
     def _may_name_a_ghost(self, operation: Operation) -> bool:
-        """A mount lets the rest of an rm succeed on what is gone already, for some time: another rm, too."""
+        """Whether an rm may have succeeded on what was no image.
+
+        A mount lets the rest of an rm succeed on what is gone already, for some time, and so another rm, too. And what
+        it stages of a copy that failed is a directory, which hides an image that others publish under that name.
+        """
         return operation.kind in GHOSTLY and any(
-            other.kind in GHOSTLY
-            and other.id != operation.id
-            and other.via == operation.via
-            and operation.begin - GHOST_SECONDS < other.begin < operation.end
+            other.via == operation.via
+            and other.begin < operation.end
+            and (
+                (other.kind in GHOSTLY and operation.begin - GHOST_SECONDS < other.begin)
+                or (other.kind in PUBLISHING and other.outcome not in (OK, ERROR))
+            )
             for other in self._by_target[operation.target]
+            if other.id != operation.id
         )
 
     def _died_in(self, operation: Operation) -> bool:
@@ -324,7 +356,7 @@ class Checker:
         return Candidates(frozenset(contents), frozenset(updates), may_lack_files, may_be_mixed)
 
     def _is_refused(self, operation: Operation) -> bool:
-        """Nothing was published by it, for certain. What a mount could not publish at once is not: it tries again."""
+        """Nothing was published by it, for certain. A mount goes on trying what it could not publish."""
         if operation.outcome != ERROR or self._died_in(operation):
             return False
         return operation.is_mounts or operation.reason in SILENT or operation.reason.startswith("IMAGE_")

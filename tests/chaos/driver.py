@@ -74,7 +74,7 @@ class Plan:
 
 @dataclass
 class Result:
-    """What lies on the datastores when all is over, and after one clean start and end more."""
+    """What lies on the datastores when all is over, and after a start, a reap and an end in good order."""
 
     readings: dict[str, Reading]
     afterwards: dict[str, Reading]
@@ -170,7 +170,8 @@ class Run:
         try:
             said = KINDS[kind].work(bench, operation)
         except ImagesError as error:
-            outcome = UNKNOWN if error.reason in _OPEN else ERROR
+            is_run = kind in ("scan", "sweep") and error.reason != "TASK_ALREADY_RUNNING"
+            outcome = UNKNOWN if is_run or error.reason in _OPEN else ERROR
             self._recorder.end(operation, outcome, error.reason, {"message": error.message})
         except ToolError as error:
             self._recorder.end(operation, ERROR if error.is_harmless else UNKNOWN, str(error))
@@ -272,7 +273,7 @@ def carry_out(plan: Plan, recorder: Recorder) -> Result:
 
 
 def _start_once_more(made: Stage, recorder: Recorder, readings: dict[str, Reading]) -> dict[str, Reading]:
-    """Starts a sidecar and the mounts, compares what is listed with what is there, and ends all in good order."""
+    """Starts a sidecar and the mounts, compares what is listed with what is there, reaps, and ends all."""
     actor = made.sidecars[0]
     actor.start()
     for mount in made.mounts:
@@ -287,6 +288,8 @@ def _start_once_more(made: Stage, recorder: Recorder, readings: dict[str, Readin
             f"{image.ref.datastore}/{image.ref.image_id}": image.state
             for image in client.images(states=tuple(_STATUSES.values()))
         }
+        for store in made.stores:
+            client.maintenance.reap(store.name, grace=0)
     differs = {
         name: [there.get(name), listed.get(name)] for name in there | listed if there.get(name) != listed.get(name)
     }

@@ -13,8 +13,10 @@ from tests.chaos.register import Effect, State, Step
 
 IMPORTING = ("import", "mount-import")
 PUBLISHING = ("copy", "import", "mount-copy", "mount-import")
+SWEEPING = ("sweep",)
 REMOVING = ("purge", "force", "mount-purge")
 UPDATING = ("update",)
+LOOKING = ("touch", "validate", "read")
 # Refused before anything was changed, or without a word on what is there.
 SILENT = {
     "LOCK_TIMEOUT",
@@ -124,10 +126,12 @@ def steps_of(
     steps = []
     unknown = operation.outcome not in (OK, ERROR) or doubted
     if not unknown and (effect := _answered(operation, layout, candidates)) is not None:
-        steps.append(Step(operation.id, operation.begin, operation.end, effect))
+        may_repair = operation.reason == "IMAGE_ALREADY_EXISTS" and layout == "vsan"
+        only_looks = (operation.outcome == ERROR and not may_repair) or operation.kind in LOOKING
+        steps.append(Step(operation.id, operation.begin, operation.end, effect, only_looks))
     if (unknown or died) and (effect := _unanswered(operation, layout, candidates)) is not None:
         key = operation.kind if operation.kind not in (*PUBLISHING, *UPDATING) else f"{operation.id}"
-        steps.append(Step(operation.id, operation.begin, math.inf, effect, key, optional=True))
+        steps.append(Step(operation.id, operation.begin, math.inf, effect, key=key, optional=True))
     return steps
 
 
@@ -157,6 +161,8 @@ def _answered(operation: Operation, layout: str, candidates: Callable[[Operation
             return updates_to(operation.id)
         case "touch" | "validate":
             return sees(VALID)
+        case "sweep" if operation.said["deleted"]:
+            return turns({VALID: (ABSENT,), WRECK: (ABSENT,)})
         case "read":
             # A tombstone keeps nobody from reading, so that what is to be restored can be looked at.
             return sees(VALID, DELETED, contents=[operation.said["content"]])
@@ -186,8 +192,19 @@ def _unanswered(operation: Operation, layout: str, candidates: Callable[[Operati
             whole = (ABSENT, WRECK) if by_files else (ABSENT,)
             half = (ABSENT, DELETED_WRECK) if by_files else (ABSENT,)
             return turns({VALID: whole, WRECK: whole, DELETED: half, DELETED_WRECK: half})
+        case "sweep":
+            # Killed while it decides, it leaves the timestamp file under another name.
+            return turns({VALID: (ABSENT, WRECK), WRECK: (ABSENT,)})
         case "repair":
             return turns({WRECK: (VALID,)})
         case "update":
             return updates_to(operation.id)
     return None
+
+
+def mending(steps: list[Step]) -> list[Step]:
+    """What scans and reaps make of what a killed operation left, whenever they find it."""
+    effect = turns({WRECK: (VALID, ABSENT)})
+    return [
+        Step(step.operation, step.begin, math.inf, effect, key="mend", optional=True) for step in steps if step.optional
+    ]

@@ -1,10 +1,11 @@
 """The operations of a chaos run: what each does, and how its answer is told.
 
 Each takes a Bench and an Operation that has begun, and returns what the answer said. It raises ImagesError for what a
-sidecar answered, and ToolError for a tool at the mount. To add one (a scan, a sweep, a reap): a function here, a line
-in KINDS, and its rule in `effects`.
+sidecar answered, and ToolError for a tool at the mount. To add one: a function here, a line in KINDS, and its rule in
+`effects`.
 """
 
+import json
 import os
 import random
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sidecar.client import Hole, Part, SidecarClient
+from sidecar.client_maintenance import SweepResult
 from sidecar.errors import ImagesError
 from tests.chaos.content import (
     BLOCK,
@@ -30,6 +32,8 @@ from tests.chaos.content import (
 from tests.chaos.history import Operation
 
 TOOL_SECONDS = 60.0
+A_MINUTE, RUN_SECONDS = 1_000_000, 20.0
+SWEEP_GRACE = 1.0
 Said = dict[str, Any]
 
 
@@ -195,6 +199,35 @@ def listing(bench: Bench, operation: Operation) -> Said:
     return {"images": sum(1 for _ in bench.client.images())}
 
 
+# ---- Maintenance, by the client
+
+
+def scan(bench: Bench, operation: Operation) -> Said:
+    datastore = operation.target.partition("/")[0]
+    run = bench.client.maintenance.start_scan(datastore, vm_rate=A_MINUTE, image_rate=A_MINUTE, timeout=RUN_SECONDS).run
+    done = bench.client.maintenance.wait_scan(datastore, run.run_id, lambda scan: None, pause=0.05)
+    return {"images": done.run.done_items}
+
+
+def sweep(bench: Bench, operation: Operation) -> Said:
+    datastore, _, image_id = operation.target.partition("/")
+    maintenance = bench.client.maintenance
+    run = maintenance.start_sweep(datastore, [image_id], rate=A_MINUTE, timeout=RUN_SECONDS, grace=SWEEP_GRACE).run
+    said: Said = {"deleted": False, "grace": SWEEP_GRACE}
+
+    def note(sweep: object, results: Sequence[SweepResult]) -> None:
+        for result in results:
+            said.update(deleted=result.deleted, why=result.reason)
+
+    maintenance.wait_sweep(datastore, run.run_id, note, pause=0.05)
+    return said
+
+
+def reap(bench: Bench, operation: Operation) -> Said:
+    answer = bench.client.maintenance.reap(operation.target.partition("/")[0], grace=0)
+    return {"staging": len(answer.staging_directories), "trash": len(answer.trash), "faults": list(answer.faults)}
+
+
 # ---- At the shell, in the mount
 
 
@@ -256,6 +289,8 @@ def mount_read(bench: Bench, operation: Operation) -> Said:
     image_id = operation.target.partition("/")[2]
     directory = bench.mount / operation.target
     try:
+        if json.loads((directory / ".image.json").read_bytes())["state"] != "VALID":
+            raise ToolError("the mount stages it", is_harmless=True)
         extents = named_extents((directory / f"{image_id}.vmdk").read_bytes())
         data = (directory / extents[0][0]).read_bytes() if extents else b""
     except OSError as error:
@@ -304,6 +339,9 @@ KINDS = {
     "update": Kind(update, 6, "valid"),
     "read": Kind(read, 5, "valid"),
     "listing": Kind(listing, 2, ""),
+    "scan": Kind(scan, 3, ""),
+    "sweep": Kind(sweep, 5, "valid"),
+    "reap": Kind(reap, 1, ""),
     "mount-copy": Kind(mount_copy, 6, "absent", "valid"),
     "mount-import": Kind(mount_import, 5, "absent", "valid"),
     "mount-delete": Kind(mount_delete, 4, "valid", "deleted"),

@@ -20,7 +20,7 @@ ABSENT, VALID, DELETED, WRECK, DELETED_WRECK = "absent", "valid", "deleted", "wr
 
 @dataclass(slots=True)
 class Found:
-    """An image. `update`: the operation that wrote its metadata, if it has any. `used`: its mtime, in seconds."""
+    """An image. `update`: the operation that wrote its metadata, None when it has none. `used`: when, in seconds."""
 
     status: str
     content: int | None = None
@@ -187,7 +187,7 @@ def _read_companions(files: dict[str, Path], image_id: str, found: Found) -> Non
 
 
 def _read_foreign(files: dict[str, Path], image_id: str, found: Found) -> None:
-    known = {f"{image_id}.vmdk", f"{image_id}.ecv", NOTES, TIMESTAMP, TOMBSTONE}
+    known = {f"{image_id}.vmdk", f"{image_id}.ecv", NOTES, TIMESTAMP, RENAMED, TOMBSTONE, MARKER}
     if found.content is not None:
         known.update(content_of(found.content).extent_names(image_id))
         found.foreign = sorted(files.keys() - known)

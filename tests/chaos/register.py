@@ -30,12 +30,16 @@ Effect = Callable[[State], Sequence[State]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`key`: two optional steps of the same key do the same. `operation`: its id, for the report."""
+    """`operation`: its id, for the report. `key`: two optional steps of the same key do the same.
+
+    `only_looks`: it changes nothing, whatever it finds.
+    """
 
     operation: int
     begin: float
     end: float
     effect: Effect
+    only_looks: bool = False
     key: str = ""
     optional: bool = False
 
@@ -84,8 +88,8 @@ def _next(steps: list[Step], left: int, required: int, done: int, state: State) 
             if after == state:
                 if step.optional:
                     continue
-                # It is true here and changes nothing: no order is lost when it comes now.
-                if len(step.effect(state)) == 1:
+                # What it says is true now, and it leaves all as it is: no order is lost when it comes here.
+                if step.only_looks:
                     return [node]
             found.append(node)
     return found[::-1]  # the earlier first

@@ -25,6 +25,7 @@ staging_lease_seconds = 20
 shutdown_seconds = 5
 """
 ENDING_SECONDS = 40.0
+KILL_SECONDS = 10.0
 # For calls that were cancelled to end, and for what a mount holds open for a moment after a close.
 QUIET_SECONDS = 8.0
 
@@ -70,7 +71,17 @@ class Actor:
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL, "kill")
+        self._wait_killed("after SIGKILL")
+
+    def _wait_killed(self, when: str) -> None:
+        """A daemon that waits in the kernel for itself survives SIGKILL, until its mount is taken away by force."""
         assert self.process.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.process.wait(KILL_SECONDS)
+            return
+        self._recorder.event("hangs", self.name, when=when, threads=self._where_threads_are())
+        if isinstance(self.process, Mount):
+            subprocess.run(["umount", "--force", "--lazy", self.process.path], check=False)
         self.process.process.wait(ENDING_SECONDS)
 
     def terminate(self) -> None:
@@ -81,9 +92,18 @@ class Actor:
             status: int | str = self.process.process.wait(ENDING_SECONDS)
         except subprocess.TimeoutExpired:
             status = f"nothing within {ENDING_SECONDS:g} s"
+            self._recorder.event("hangs", self.name, when="after SIGTERM", threads=self._where_threads_are())
             self.process.process.kill()
-            self.process.process.wait(ENDING_SECONDS)
+            self._wait_killed("after SIGTERM and SIGKILL")
         self._recorder.event("ended", self.name, status=status)
+
+    def _where_threads_are(self) -> list[str]:
+        found = []
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+                found.append(f"{(thread / 'comm').read_text().strip()} {state} {(thread / 'stack').read_text()}")
+        return found
 
     def stop(self) -> None:
         self.signal(signal.SIGSTOP, "stop")
@@ -115,28 +135,31 @@ class Actor:
     def sample(self, stores: Sequence[Store]) -> None:
         """Counts what it has open, when it does nothing."""
         until = time.monotonic() + QUIET_SECONDS
-        while (files := self._open_files(stores)) and time.monotonic() < until:
+        while (found := self._open_files(stores))[0] and time.monotonic() < until:
             time.sleep(0.1)
+        files, staged = found
         self._recorder.event(
             "sample",
             self.name,
             pid=self.pid,
-            descriptors=len(os.listdir(f"/proc/{self.pid}/fd")),
+            descriptors=len(os.listdir(f"/proc/{self.pid}/fd")) - staged,
             threads=len(os.listdir(f"/proc/{self.pid}/task")),
             open=files,
         )
 
-    def _open_files(self, stores: Sequence[Store]) -> list[str]:
-        """Files of the datastores that it has open, but for those of imports that may go on."""
-        found = []
+    def _open_files(self, stores: Sequence[Store]) -> tuple[list[str], int]:
+        """Files of the datastores that it has open; and the number of those of imports that may go on."""
+        files, staged = [], 0
         for number in os.listdir(f"/proc/{self.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):
                 path = os.readlink(f"/proc/{self.pid}/fd/{number}")
-                below = any(path.startswith(f"{store.root}/") for store in stores)
-                is_staged = "tmp_image" in path and (path.endswith(".ec_lock") or isinstance(self.process, Mount))
-                if below and not is_staged:
-                    found.append(path)
-        return found
+                if not any(path.startswith(f"{store.root}/") for store in stores):
+                    continue
+                if "tmp_image" in path and (path.endswith(".ec_lock") or isinstance(self.process, Mount)):
+                    staged += 1
+                else:
+                    files.append(path)
+        return files, staged
 
 
 class Stage:
@@ -207,12 +230,13 @@ class Stage:
 
     def clear(self) -> None:
         """After whatever happened: no process and no mount is left."""
+        for number in range(len(self.mounts)):
+            # First: whatever waits for a daemon that does not answer is told so, and can end.
+            while is_mounted(self.mountpoint(number)):
+                if subprocess.run(["umount", "--force", "--lazy", self.mountpoint(number)], check=False).returncode:
+                    break
         for actor in reversed(self.actors):
             actor.end()
-        for number in range(len(self.mounts)):
-            while is_mounted(self.mountpoint(number)):
-                if subprocess.run(["umount", "--lazy", self.mountpoint(number)], check=False).returncode:
-                    break
 
     def mounts_left(self) -> list[str]:
         """Of mounts that have been ended in good order, or whose daemon was started again."""

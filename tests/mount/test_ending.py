@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.support.processes import Sidecar, is_mounted, run
+from tests.mount.harness import wait_listed
+from tests.support.disks import MIB, import_image, make_disk
+from tests.support.processes import Mount, Sidecar, background, is_mounted, run
 
 # A mount of which every path is out of date, all the time, and which is told to end all the time when it has ended.
 _SCRIPT = """
@@ -60,3 +63,37 @@ def test_libfuse_is_told_nothing_when_it_has_freed_what_it_knows(
             if is_mounted(mountpoint):
                 run("umount", "--lazy", mountpoint)
             process.kill()
+
+
+_BUSY = """
+import os, sys
+while True:
+    try:
+        os.mkdir(sys.argv[1])
+        os.rmdir(sys.argv[1])
+    except OSError as error:
+        if error.errno in (107, 103, 2):
+            break
+"""
+
+
+def test_a_mount_in_the_middle_of_changes_ends(sidecar: Sidecar, client: SidecarClient, tmp_path: Path) -> None:
+    """What makes the kernel forget a name waits for the requests in its directory, which have to be answered first."""
+    descriptor = make_disk(tmp_path / "source", size=1 * MIB, data=())
+    import_image(client, "one/a", descriptor)
+    for attempt in range(3):
+        with ExitStack() as stack:
+            mount = stack.enter_context(Mount(tmp_path / f"busy-{attempt}", sidecar.address))
+            wait_listed(mount, "one/a")
+            for number in range(4):
+                stack.enter_context(background(sys.executable, "-c", _BUSY, mount.path / "one" / f"busy-{number}"))
+            for _ in range(10):
+                client.delete("one/a")
+                os.path.exists(mount.path / "one" / "a")
+                client.restore("one/a")
+            assert mount.process is not None
+            mount.process.terminate()
+            for _ in range(10):
+                client.delete("one/a")
+                client.restore("one/a")
+            assert mount.stop(20) == 0
