@@ -12,6 +12,7 @@ from fusefs import nodes
 from fusefs.attributes import Attributes
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
+from fusefs.doubts import Key
 from fusefs.errors import fail, operation
 from fusefs.files import Files
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
@@ -144,7 +145,7 @@ class FileSystem:
                 directory.require_not_anothers(thread_group(pid))
                 directory.remove(staged.name)
                 self._area.wake()
-            case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent, pid):
+            case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent.key, pid):
                 fail(errno.ENOENT, "the image was restored meanwhile")
             case nodes.ImageFileNode() if self.files.refusals.has(thread_group(pid), path):
                 fail(errno.EROFS, "who wants to write another file in its place does not mean to delete the image")
@@ -157,6 +158,9 @@ class FileSystem:
             case nodes.LateNode(_, recent, companion):
                 recent.late.pop(companion.name, None)
                 companion.changed = False
+            case nodes.DeletedFileNode(deleted, file) if not self._opened_as_deleted(deleted.key, pid):
+                # One file by itself: what takes a directory apart, such as rm -r, is inside it.
+                fail(errno.EPERM, f"a deleted image is freed whole: rm -r {deleted.image.image_id}, not {file.name}")
             case nodes.DeletedFileNode(deleted, file) if file.is_disk:
                 self._deletions.purge(deleted.key, deleted.image, removing=file.name)
             case nodes.DeletedFileNode():
@@ -220,12 +224,13 @@ class FileSystem:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
                 fail(errno.EXDEV)
 
-    def _opened_as_deleted(self, node: nodes.ImageNode, pid: int) -> bool:
+    def _opened_as_deleted(self, key: Key, pid: int) -> bool:
         """Whether the process goes through the image's directory as a deleted one, which it was when it was opened.
 
-        A restore renames the directory: an rm -r that is inside goes on there, and would delete what was restored.
+        So does what takes the directory apart. A restore renames it: an rm -r that is inside goes on there, and would
+        delete what was restored.
         """
-        datastore, image_id = node.key
+        datastore, image_id = key
         return self._handles.has_directory_open(thread_group(pid), f"/{datastore}/{nodes.DELETED}/{image_id}")
 
     def _is_place_of(self, datastore: IndexedDatastore, image: IndexedImage, names: list[str]) -> bool:
@@ -315,6 +320,8 @@ class FileSystem:
                 self._area.keep(recent)
             case nodes.RootNode() | nodes.DatastoreNode() | nodes.GhostNode() | nodes.GhostFileNode():
                 fail(errno.EPERM)
+            case nodes.DeletedNode() | nodes.DeletedImageNode() | nodes.DeletedFileNode() | nodes.DocumentNode():
+                fail(errno.EPERM, "nothing can be set there")
             case _:
                 pass
         return node

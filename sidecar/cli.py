@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +17,7 @@ import click
 
 from sidecar.config import Flags, SidecarConfig, load_config
 from sidecar.errors import ImagesError
+from sidecar.usage import usage_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,11 @@ CLOSE_SECONDS = 10.0
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="datastore-images", prog_name="image-sidecar")
-def main() -> None:
+def image_sidecar() -> None:
     """Owns the life of VM images on this host's datastores."""
 
 
-@main.command()
+@image_sidecar.command()
 @click.option("--config", "file", metavar="FILE", help="TOML; else the file that IMAGE_SIDECAR_CONFIG names.")
 @click.option(
     "--datastore",
@@ -58,6 +59,19 @@ def serve(file: str | None, datastores: tuple[str, ...], listen: str | None, log
         # Threads that hang in the storage would keep the interpreter from ending.
         logging.shutdown()
         os._exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; a usage error is one line, and exit code 2."""
+    try:
+        code = image_sidecar.main(args=arguments, prog_name="image-sidecar", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        help_wanted.show()
+        sys.exit(help_wanted.exit_code)
+    except click.UsageError as error:
+        click.echo(f"image-sidecar: {usage_line(error, 'image-sidecar')}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def run(config: SidecarConfig) -> bool:

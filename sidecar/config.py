@@ -68,7 +68,8 @@ def _absolute(value: str) -> str:
 def _bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", value.strip(), re.ASCII)
+    # No more digits than a file system has bytes: Python refuses to read thousands of them.
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?) *([A-Za-z]*)", value.strip(), re.ASCII)
     unit = None if found is None else _UNITS.get(found[2])
     if found is None or unit is None:
         raise _wrong(f"{value!r} is no size: write bytes, or a number with K, M, G, T (KiB, …) or KB, MB, GB, TB")
@@ -255,6 +256,8 @@ def _take_file(settings: _Settings, path: str, named_by: str) -> None:
         raise ConfigError(f"{named_by}{path}: {error.strerror}") from error
     except ValueError as error:  # of the TOML, or of its UTF-8
         raise ConfigError(f"{named_by}{path}: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{named_by}{path}: it is nested too deeply") from None
     # The model's own name for it would otherwise be taken, and then replaced.
     if "datastores" in table:
         raise ConfigError(f"{path}: datastores: no such key; did you mean datastore?")

@@ -69,8 +69,9 @@ class UnixSocket:
     directory is named through its descriptor: its path could be too long for a socket's address when the final one
     just fits.
 
-    A lock file beside the socket, held for the life of the server, decides between two sidecars. It stays behind:
-    removing it would let a third one lock a new file while the second still holds the old one.
+    A lock file beside the socket, held for the life of the server, decides between two sidecars. It is removed at the
+    end, while it is held. Whoever gets the lock looks whether the path still leads to what was locked, and begins anew
+    when it does not: else a third one could lock a new file while the second holds the old one.
     """
 
     def __init__(self, path: str) -> None:
@@ -93,6 +94,11 @@ class UnixSocket:
         except BaseException as error:
             self._release()
             if isinstance(error, OSError):
+                directory = os.path.dirname(os.path.abspath(self._path))
+                if not os.path.isdir(directory):
+                    raise ListenError(
+                        f"{self._path}: there is no directory {directory}: make it first, or listen elsewhere"
+                    ) from error
                 raise ListenError(f"{self._path}: {error.strerror}") from error
             raise
 
@@ -121,15 +127,27 @@ class UnixSocket:
         return f"{self._path}.lock"
 
     def _lock(self) -> None:
-        self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(self._lock_fd, 32).decode("ascii", "replace").strip()
-            who = f" (process {holder})" if holder else ""
-            raise ListenError(f"{self._path}: another sidecar{who} serves there") from error
+        while self._lock_fd < 0:
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_lock_file(fd):  # else whoever had it has just ended
+                    self._lock_fd, fd = fd, -1
+            except BlockingIOError as error:
+                holder = os.read(fd, 32).decode("ascii", "replace").strip()
+                who = f" (process {holder})" if holder else ""
+                raise ListenError(f"{self._path}: another sidecar{who} serves there") from error
+            finally:
+                if fd >= 0:
+                    os.close(fd)
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _is_lock_file(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self._lock_path), os.fstat(fd))
+        except FileNotFoundError:
+            return False
 
     def _check(self) -> None:
         """Nothing, or a socket that nobody listens at, is what may be there."""
@@ -176,5 +194,9 @@ class UnixSocket:
             os.close(self._directory_fd)
             self._directory_fd = -1
         if self._lock_fd >= 0:
+            # Last: from here on another one may have all that was ours.
+            with contextlib.suppress(OSError):
+                if self._is_lock_file(self._lock_fd):
+                    os.unlink(self._lock_path)
             os.close(self._lock_fd)
             self._lock_fd = -1

@@ -5,10 +5,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from sidecar.client import SidecarClient
 from tests.support.disks import make_disk
 from tests.support.processes import Mount, Sidecar
+
+# The same examples in every run, so that CI says the same twice; other ones with --hypothesis-profile=default.
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.load_profile("tests")
 
 LAYOUTS = ("compound", "sharded", "vsan")
 

@@ -16,6 +16,7 @@ from sidecar import errors
 from sidecar.client import Hole, Part
 from sidecar.holes import data_ranges, seek_in
 from sidecar.images import vmdk
+from sidecar.images.disk_formats import other_format
 from sidecar.images.vmdk_descriptor import shown
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -30,21 +31,6 @@ SLACK_BYTES = 64 << 20
 
 _ZEROES = bytes(CHUNK_BYTES)
 _VMDK_MAGICS = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca")
-# What people take for a VMDK: where it has which bytes, and what it is.
-_DISKS = (
-    (0, b"QFI\xfb", "a qcow2 disk"),
-    (0, b"QED\0", "a QED disk"),
-    (0, b"vhdxfile", "a VHDX disk"),
-    (0, b"conectix", "a VHD disk"),
-    (64, b"\x7f\x10\xda\xbe", "a VirtualBox disk (VDI)"),
-)
-_ARCHIVES = (
-    (257, b"ustar", "a tar archive (an OVA is one)"),
-    (0, b"PK\x03\x04", "a zip archive"),
-    (0, b"\xfd7zXZ\0", "compressed with xz"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd"),
-    (0, b"BZh", "compressed with bzip2"),
-)
 
 
 @dataclass(slots=True)
@@ -167,11 +153,12 @@ def open_disk(path: str) -> SourceDisk:
         if missing:
             named = ", ".join(os.path.join(directory, file) for file in missing)
             raise errors.InvalidDisk(f"{path} names what is not there: {named}")
+        for extent in disk.files:
+            _require_size(extent, *reader.located(extent.name), reader.size(extent.name), path)
         if not any(reader.located(file)[1] for file in disk.file_names):
             vmdk.check_disk(name, reader)
     except errors.InvalidDisk as error:
-        # By the name that it has here: the disk may call it something else.
-        raise errors.InvalidDisk(error.message.replace(shown(name), path)) from None
+        raise errors.InvalidDisk(reader.with_paths(error.message)) from None
     except OSError as error:
         raise unreadable(error.filename or path, error) from error
     bounds = {file.name: file for file in disk.files}
@@ -182,6 +169,15 @@ def open_disk(path: str) -> SourceDisk:
             for file in (*disk.file_names[1:], name)
         ),
     )
+
+
+def _require_size(extent: vmdk.DiskFile, path: str, compressed: bool, size: int, descriptor: str) -> None:
+    if not compressed and not extent.fits(size):
+        expected = f"{'' if extent.exact else 'at least '}{extent.minimum_size_bytes}"
+        raise errors.InvalidDisk(
+            f"{path} has {size} bytes, and {expected} by its descriptor, {descriptor}: copy it again, "
+            "whole, from where it came"
+        )
 
 
 def unreadable(path: str, error: OSError) -> errors.DiskFileFault:
@@ -244,6 +240,12 @@ class _Directory:
             return False
         return True
 
+    def with_paths(self, message: str) -> str:
+        """A message with the paths of the files in it instead of their names: the disk may call one something else."""
+        for name, (path, _) in self._known.items():
+            message = message.replace(shown(name), path)
+        return message
+
     def size(self, name: str) -> int:
         path, compressed = self.located(name)
         return len(self._head(name, path)) if compressed else os.stat(path).st_size
@@ -301,18 +303,22 @@ def _require_vmdk(path: str, head: bytes) -> None:
     """Raises InvalidDisk, saying what the file is and what to do, for what is certainly no VMDK."""
     if not head:
         raise errors.InvalidDisk(f"{path} is empty, so it is not a VMDK")
-    for offset, magic, what in _ARCHIVES:
-        if head.startswith(magic, offset):
-            raise errors.InvalidDisk(f"{path} is {what}, not a VMDK: unpack it first")
-    for offset, magic, what in _DISKS:
-        if head.startswith(magic, offset):
-            raise errors.InvalidDisk(f"{path} is {what}, not a VMDK: {_convert(path)}")
+    if (other := other_format(head)) is not None:
+        remedy = "unpack it first" if other.is_archive else _convert(path)
+        raise errors.InvalidDisk(f"{path} is {other.what}, not a VMDK: {remedy}")
     text = len(head) < HEAD_BYTES and b"\0" not in vmdk.without_padding(head)
     if head.startswith(_VMDK_MAGICS) or text:
         return
-    descriptor = path.removesuffix(".gz").removesuffix("-flat.vmdk") + ".vmdk"
-    if descriptor != path and os.path.exists(descriptor):
+    plain = path.removesuffix(".gz")
+    extent_of = vmdk.descriptor_of(plain)
+    descriptor = extent_of or f"{plain}.vmdk"
+    if os.path.exists(descriptor):
         raise errors.InvalidDisk(f"{path} is the data of a VMDK: import its descriptor, {descriptor}")
+    if extent_of is not None:
+        raise errors.InvalidDisk(
+            f"{path} is the data of a VMDK, and its descriptor, {descriptor}, is missing: put it there, import that; "
+            f"if there is none, {_convert(path)}"
+        )
     raise errors.InvalidDisk(f"{path} is not a VMDK; if it is a disk, a raw one, {_convert(path)}")
 
 

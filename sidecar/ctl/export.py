@@ -111,7 +111,10 @@ def _write(sidecar: SidecarClient, image: Image, target: str, advance: Advance, 
         done += data
         advance(done, image.allocated_bytes)
 
-    os.mkdir(partial)
+    try:
+        os.mkdir(partial)
+    except OSError as error:  # of a name that nobody has asked for
+        raise OSError(error.errno, f"cannot be made: {error.strerror}", target) from None
     try:
         directory = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -223,4 +223,7 @@ class Datastore(Protocol):
     def check(self) -> None:
         """Raises DatastoreUnavailable when the datastore cannot be used now."""
 
+    def require_in_place(self) -> None:
+        """The part of `check` that every change can afford: DatastoreUnavailable when its path leads elsewhere."""
+
     def close(self) -> None: ...

@@ -25,6 +25,9 @@ _TO_THE_END = 0
 _EXCERPT_CHARACTERS = 200
 _DESCRIBED_USERS = 5
 _LOOK_AGAIN_SECONDS = 0.02
+# After this it is worth it to look who keeps a file open: through every process of the machine.
+_LOOK_WHO_SECONDS = 0.1
+_FUSE_DEVICE = "/dev/fuse"
 
 _log = logging.getLogger(__name__)
 
@@ -86,19 +89,27 @@ def open_users(fds: Sequence[int]) -> tuple[FileUser, ...]:
 def exclude_users(fds: Sequence[int], *, patience: float = 0.0) -> Iterator[None]:
     """Hold all the files for oneself: nobody has them locked, and nobody can lock them, until the block ends.
 
-    Waits at most `patience` seconds for a file that is just being closed: a FUSE file system, such as the mount, hears
-    of a close after it. For the rename that takes an image away: lock, then rename. A process that opened a file
-    before, but had not locked it yet, can lock it after the block: unlinking the files is then still safe, truncating
-    them is not.
+    Waits at most `patience` seconds for a file that may just be being closed: a FUSE file system, such as the mount,
+    hears of a close after it, and this process of a caller that is gone. Whoever else has it open, has it open.
+
+    For the rename that takes an image away: lock, then rename. A process that opened a file before, but had not locked
+    it yet, can lock it after the block: unlinking the files is then still safe, truncating them is not.
 
     The descriptors must be open for writing and not be ones that `share_lock` was called with: every lock held
     through them is gone afterwards, also after an error. Raises FilesInUse, and OSError for anything else.
     """
-    until = time.monotonic() + patience
+    began = time.monotonic()
+    looked = False
     # Asked first, and all or none: what is held while another file is waited for would keep new readers of it out.
     while any(_is_locked(fd) for fd in fds) or not _lock_all(fds):
-        if time.monotonic() >= until:
+        waited = time.monotonic() - began
+        if waited >= patience:
             raise FilesInUse(open_users(fds) or (UNSEEN_USER,))
+        if waited >= _LOOK_WHO_SECONDS and not looked:
+            looked = True
+            users = open_users(fds)
+            if not all(_may_be_closing(user) for user in users):
+                raise FilesInUse(users)
         time.sleep(_LOOK_AGAIN_SECONDS)
     try:
         yield
@@ -178,6 +189,24 @@ def _holds_lock(pid: int, files: set[tuple[int, int]], own: set[str]) -> bool:
         if (status.st_dev, status.st_ino) in files:
             return True
     return False
+
+
+def _may_be_closing(user: FileUser) -> bool:
+    """Whether its file may be one that nobody has open any more, for all that can be told."""
+    if user.pid is None or user.pid == int(os.readlink("/proc/self")):
+        return True
+    try:
+        descriptors = os.listdir(f"/proc/{user.pid}/fd")
+    except OSError:  # it has ended
+        return True
+    return any(_leads_to_fuse(f"/proc/{user.pid}/fd/{descriptor}") for descriptor in descriptors)
+
+
+def _leads_to_fuse(path: str) -> bool:
+    try:
+        return os.readlink(path) == _FUSE_DEVICE
+    except OSError:
+        return False
 
 
 def user_of(pid: int) -> FileUser:

@@ -43,7 +43,7 @@ from sidecar.locks.flock import Flock
 from sidecar.locks.interface import DatastoreLocks, HeldLock, LockHolder
 
 _LOOK_AHEAD_BYTES = 4096
-# For how long a file that is just being closed is no reason to refuse a purge.
+# For how long a file that may just be being closed is no reason to refuse a purge.
 _CLOSING_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
@@ -303,20 +303,31 @@ class PosixDatastore:
 
     def check(self) -> None:
         with self._faults.during("look at the root"):
-            if os.fstat(self._root_fd).st_nlink == 0:
-                raise DatastoreUnavailable(f"datastore {self.name}: {self.root_path} was removed; restart the sidecar")
-            if not self._is_at_its_path():
-                raise DatastoreUnavailable(
-                    f"datastore {self.name}: another file system is mounted at {self.root_path}, or it was moved; "
-                    "restart the sidecar"
-                )
+            self._look_at_the_path()
             os.listdir(self._root_fd) if self.shared else os.fstatvfs(self._root_fd)
 
-    def _is_at_its_path(self) -> bool:
+    def require_in_place(self) -> None:
+        with self._faults.during("look at the root"):
+            self._look_at_the_path()
+
+    def _look_at_the_path(self) -> None:
+        """Whether what is open is still what everybody else finds: two looks, at the descriptor and at the path."""
+        held = os.fstat(self._root_fd)
+        if held.st_nlink == 0:
+            raise DatastoreUnavailable(f"datastore {self.name}: {self.root_path} was removed; restart the sidecar")
         try:
-            return os.path.samestat(os.stat(self.root_path), os.fstat(self._root_fd))
-        except FileNotFoundError:
-            return False
+            if os.path.samestat(os.stat(self.root_path), held):
+                return
+        except (FileNotFoundError, NotADirectoryError):
+            raise DatastoreUnavailable(
+                f"datastore {self.name}: {self.root_path} is not there any more; move it back, and the sidecar goes on "
+                "by itself some seconds later"
+            ) from None
+        raise DatastoreUnavailable(
+            f"datastore {self.name}: another file system is mounted at {self.root_path}, or another directory is in "
+            "its place; put back what was there, and the sidecar goes on by itself some seconds later; or restart it, "
+            "to serve what is there now"
+        )
 
     def _open_directory(self, path: str) -> int:
         return open_directory_beneath(self._root_fd, path) if path else os.open(".", os.O_RDONLY, dir_fd=self._root_fd)

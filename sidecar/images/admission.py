@@ -176,7 +176,7 @@ class Admission:
             calls,
             reserved=0,
             patience=patience,
-            require_answering=self._require_answering,
+            require_answering=self._require_answering_at_all,
             monotonic=monotonic,
         )
         self._long = _Places(
@@ -185,9 +185,10 @@ class Admission:
             calls,
             reserved=RESERVED,
             patience=None,
-            require_answering=self._require_answering,
+            require_answering=self._require_answering_at_all,
             monotonic=monotonic,
         )
+        self._fault: Callable[[], str] = lambda: ""
         self._patience = patience
         self._monotonic = monotonic
         self._thread = threading.local()  # has `places` in the thread of a call that has one: of which it is
@@ -197,17 +198,21 @@ class Admission:
         """That the datastore is not answering, in words; empty when it does, or nobody knows."""
         return self._silence()
 
-    def ask(self, silence: Callable[[], str]) -> None:
-        """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used."""
-        self._silence = silence
+    def ask(self, silence: Callable[[], str], fault: Callable[[], str] = lambda: "") -> None:
+        """Sets who knows whether the datastore is not answering, and says so in words; once, before it is used.
+
+        `fault`: why it cannot be used although it answers, as far as that is known.
+        """
+        self._silence, self._fault = silence, fault
 
     @contextlib.contextmanager
-    def call(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def call(self, wanted: Callable[[], bool] = lambda: True, *, looks: bool = False) -> Iterator[None]:
         """A place for a small call, while its caller wants it.
 
-        DatastoreUnavailable when the datastore seems to hang, TooManyCalls when too many are in line.
+        DatastoreUnavailable when the datastore cannot be used, or seems to hang, TooManyCalls when too many are in
+        line. `looks`: for a call that finds out whether the datastore is well: a known fault does not keep it out.
         """
-        self._require_answering()
+        self._require_answering(well=not looks)
         self._small.enter(wanted, frees=False)
         with self._inside(self._small):
             yield
@@ -216,9 +221,10 @@ class Admission:
     def long_call(self, wanted: Callable[[], bool] = lambda: True, *, frees: bool = False) -> Iterator[None]:
         """A place for a call that may take long, while its caller wants it; DatastoreUnavailable, TooManyCalls.
 
-        `frees`: for one that gives back what others hold; it does not wait behind all of them.
+        `frees`: for one that gives back what others hold; it does not wait behind all of them, and a known fault does
+        not keep it out.
         """
-        self._require_answering()
+        self._require_answering(well=not frees)
         self._long.enter(wanted, frees=frees)
         with self._inside(self._long):
             yield
@@ -305,9 +311,14 @@ class Admission:
         with self._transfers.take():
             yield
 
-    def _require_answering(self) -> None:
+    def _require_answering_at_all(self) -> None:
+        self._require_answering(well=False)
+
+    def _require_answering(self, *, well: bool = True) -> None:
         if silence := self._silence():
             raise DatastoreUnavailable(f"datastore {self._datastore}: {silence}; try again when it answers")
+        if well and (fault := self._fault()):
+            raise DatastoreUnavailable(f"datastore {self._datastore}: {fault}")
 
 
 def most_threads(calls: int) -> int:

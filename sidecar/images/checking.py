@@ -2,24 +2,28 @@
 
 from sidecar.errors import ImageIncomplete, InvalidDisk
 from sidecar.images import vmdk
-from sidecar.images.image import Image, ImageState, not_found, reader_of
+from sidecar.images.image import NO_DESCRIPTOR, NO_TIMESTAMP, Image, ImageState, not_found, reader_of
 from sidecar.images.metadata import check_metadata
 from sidecar.images.names import TIMESTAMP, TIMESTAMP_RENAMED, descriptor_name
-from sidecar.images.store import ImageStore, require_valid
+from sidecar.images.store import ImageStore, remedy, require_valid
 
 
-def check_whole(store: ImageStore, image: Image) -> vmdk.Disk:
+def check_whole(store: ImageStore, image: Image) -> None:
+    """As `check_disk`, and that there is nothing in the image that does not belong there."""
+    check_disk(store, image)
+    if problems := [problem for problem in image.problems if problem != NO_TIMESTAMP]:
+        raise ImageIncomplete(f"{image.key} is not as it should be: {'; '.join(problems)}")
+
+
+def check_disk(store: ImageStore, image: Image) -> None:
     """Reads the descriptor, every extent's size and the tables of sparse ones; ImageIncomplete says what is wrong."""
     reader = reader_of(store.datastore, image.directory, {file.name: file.size for file in image.files})
     try:
-        disk = vmdk.check_disk(descriptor_name(image.key.image_id), reader)
+        vmdk.check_disk(descriptor_name(image.key.image_id), reader)
     except FileNotFoundError:
-        raise ImageIncomplete(f"{image.key} is incomplete: it has no descriptor; purge it or publish it anew") from None
+        raise ImageIncomplete(f"{image.key} is not whole: {NO_DESCRIPTOR}; {remedy(image)}") from None
     except InvalidDisk as error:
-        raise ImageIncomplete(f"{image.key} is not whole: {error.message}; purge it or publish it anew") from error
-    if image.problems:
-        raise ImageIncomplete(f"{image.key} is not as it should be: {'; '.join(image.problems)}")
-    return disk
+        raise ImageIncomplete(f"{image.key} is not whole: {error.message}; {remedy(image)}") from error
 
 
 def validate_image(
@@ -58,15 +62,22 @@ def restore_timestamp(store: ImageStore, image: Image) -> bool:
     if image.state is not ImageState.INCOMPLETE:
         return False
     check_whole(store, image)
-    names = store.datastore.names(image.directory)
-    if TIMESTAMP in names:
+    if TIMESTAMP in store.datastore.names(image.directory):
         return False
-    if TIMESTAMP_RENAMED in names:  # a sweep died while it decided; the last use is still known
-        store.datastore.rename(image.path(TIMESTAMP_RENAMED), image.path(TIMESTAMP))
+    put_timestamp(store, image)
+    return True
+
+
+def put_timestamp(store: ImageStore, image: Image) -> int:
+    """Makes, durably, the timestamp file of an image that has none; returns its time. Call under the image's lock."""
+    timestamp = image.path(TIMESTAMP)
+    if TIMESTAMP_RENAMED in store.datastore.names(image.directory):
+        # A sweep died while it decided; the last use is still known.
+        store.datastore.rename(image.path(TIMESTAMP_RENAMED), timestamp)
         store.datastore.sync_directory(image.directory)
     else:
-        store.datastore.create_file(image.path(TIMESTAMP), store.clock())
-    return True
+        store.datastore.create_file(timestamp, store.clock())
+    return store.datastore.entry(timestamp).modified_ns
 
 
 def touch_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> int:

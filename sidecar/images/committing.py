@@ -48,6 +48,7 @@ def commit(
     After an error before the files are moved into the image's place the staging directory is as it was, and can be
     committed again unless it has `damage`; after one while they are moved it is gone.
     """
+    staging.store.datastore.require_in_place()
     disk = staged.disk
     raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
     renamed: list[tuple[str, str]] = []
@@ -125,6 +126,9 @@ def _find_disk(reader: DirectoryReader, sizes: dict[str, int]) -> vmdk.Disk:
             raise InvalidDisk(f"more than one disk: {', '.join(disks)}, and maybe more; an image has one")
     tops = [name for name in disks if name not in extents]
     if not tops:
+        for name in sorted(sizes):
+            if (descriptor := vmdk.descriptor_of(name)) is not None and descriptor not in sizes:
+                raise InvalidDisk(f"{name!r} is the data of a disk: its descriptor, {descriptor!r}, is missing")
         raise InvalidDisk("; ".join(faults[:3]) or "no VMDK descriptor among the files; a disk is named *.vmdk")
     if len(tops) > 1:
         raise InvalidDisk(f"more than one disk: {', '.join(tops)}; an image has one")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
-from sidecar.images.image import Image, ImageState, not_found
-from sidecar.images.names import TIMESTAMP, TOMBSTONE, descriptor_name
+from sidecar.images.checking import check_disk, put_timestamp
+from sidecar.images.image import NO_TIMESTAMP, Image, ImageState, not_found
+from sidecar.images.names import TIMESTAMP, TOMBSTONE
 from sidecar.images.store import ImageStore
 from sidecar.images.usage import require_no_vm
 
@@ -19,7 +20,10 @@ def delete_image(store: ImageStore, image_id: str, *, lock_timeout: float | None
         with store.lock(image_id, "delete", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is ImageState.TOMBSTONED:
-                raise ImageTombstoned(f"{image.key} is deleted (tombstoned) already")
+                raise ImageTombstoned(
+                    f"{image.key} is deleted (tombstoned) already; imagectl restore {image.key} brings it back, "
+                    f"imagectl purge {image.key} frees it"
+                )
             store.datastore.create_file(image.path(TOMBSTONE), store.clock())
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
@@ -27,22 +31,30 @@ def delete_image(store: ImageStore, image_id: str, *, lock_timeout: float | None
 
 
 def restore_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> Image:
-    """Takes the tombstone away; ImageIncomplete, and no change, when a purge had begun to take the image apart."""
+    """Takes the tombstone away, and makes a timestamp where that is lost, so that the image is valid.
+
+    ImageIncomplete, and no change, when the disk is not whole, as after a purge that had begun to take it apart.
+    """
     try:
         with store.lock(image_id, "restore", timeout=lock_timeout):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED:
                 raise ImageNotTombstoned(f"{image.key} is not deleted: there is nothing to restore")
-            names = store.datastore.names(image.directory)
-            if TIMESTAMP not in names or descriptor_name(image_id) not in names:
-                raise ImageIncomplete(f"{image.key} is no longer whole and cannot be restored; purge it")
+            check_disk(store, image)
+            touched_ns = image.touched_ns
+            if touched_ns is None:
+                if TIMESTAMP in store.datastore.names(image.directory):
+                    raise ImageIncomplete(f"{image.key}: {TIMESTAMP} is not a plain file; remove it, and restore again")
+                # First: without its tombstone, and before it had a timestamp, it would be incomplete for everybody.
+                touched_ns = put_timestamp(store, image)
             store.datastore.remove_file(image.path(TOMBSTONE))
             store.datastore.sync_directory(image.directory)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
     store.changed(image_id)
     # Known without another look, which may fail: the change is made.
-    return replace(image, state=ImageState.VALID, tombstoned_ns=None)
+    problems = tuple(problem for problem in image.problems if problem != NO_TIMESTAMP)
+    return replace(image, state=ImageState.VALID, tombstoned_ns=None, touched_ns=touched_ns, problems=problems)
 
 
 def purge_image(
@@ -63,7 +75,8 @@ def purge_image(
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED and not force:
                 raise ImageNotTombstoned(
-                    f"{image.key} is not deleted; delete it first (imagectl rm {image.key}), or force the deletion"
+                    f"{image.key} is not deleted; delete it first, with imagectl rm {image.key}, or free it at once: "
+                    f"imagectl rm --force {image.key}"
                 )
             require_no_vm(stores or (store,), image.key)
             trash = discard_unused(store, image)

@@ -81,6 +81,11 @@ class Discovery:
         seen = datetime.fromtimestamp(checked_ns / 1e9, UTC).isoformat(" ", "seconds") if checked_ns else "the start"
         return f"it has not answered since {seen}"
 
+    def fault(self) -> str:
+        """Why it cannot be used, by the last look; empty when it can, or was not looked at yet."""
+        status = self._status
+        return status.fault if status.checked_ns else ""
+
     def start(self) -> None:
         self._thread.start()
 
@@ -145,8 +150,10 @@ class Discovery:
         except ImagesError as error:
             status = DatastoreStatus(self._status.capacity, fault_of(datastore, error), time.time_ns())
         if status.fault != self._status.fault:
-            level = logging.WARNING if status.fault else logging.INFO
-            _log.log(level, "datastore changed datastore=%s fault=%r", datastore.name, status.fault)
+            if status.fault:
+                _log.warning("datastore changed datastore=%s accessible=false fault=%r", datastore.name, status.fault)
+            else:
+                _log.info("datastore changed datastore=%s accessible=true", datastore.name)
         self._status, self._checked = status, self._monotonic()
         return status
 

@@ -34,8 +34,8 @@ def expire(
 ) -> Expired:
     """Purges what was tombstoned more than `grace` seconds ago, and more while fewer than `wanted_free` bytes are free.
 
-    Never what somebody has open, or a VM uses: `uses` is asked once, and only when there is something to purge; what it
-    raises ends it, before anything is purged.
+    Never what somebody has open, or a VM uses: `uses` is asked when there is something to purge, and again under the
+    lock of each image; what it raises the first time ends it, before anything is purged.
     """
     expired = Expired()
     due_ns = store.clock() - int(grace * 1e9)
@@ -52,7 +52,7 @@ def expire(
             expired.kept.append(f"{key}: it is in use by {', '.join(users[:3])}")
             continue
         try:
-            freed = _purge(store, image_id, deleted_ns)
+            freed = _purge(store, image_id, deleted_ns, uses)
         except (FileNotFoundError, ImageNotFound):
             continue
         except (LockTimeout, ImageInUse) as error:
@@ -83,12 +83,14 @@ def _tombstoned(store: ImageStore, check: Callable[[], None]) -> list[tuple[int,
     return sorted(found)
 
 
-def _purge(store: ImageStore, image_id: str, deleted_ns: int) -> int | None:
+def _purge(store: ImageStore, image_id: str, deleted_ns: int, uses: Callable[[], Uses]) -> int | None:
     """The bytes; None when it was restored, or restored and deleted again, which begins its time anew."""
     with store.lock(image_id, "purge", timeout=0):
         image = store.read(image_id)
         if image.state is not ImageState.TOMBSTONED or image.tombstoned_ns != deleted_ns:
             return None
+        if users := uses().get(image.key):
+            raise ImageInUse(f"{image.key} is in use by {', '.join(users[:3])}")
         trash = discard_unused(store, image)
     store.changed(image_id)
     free_discarded(store, image_id, trash)

@@ -18,6 +18,10 @@ from sidecar.images.names import (
     is_bookkeeping,
 )
 
+# Two of the problems that an image may have; without its timestamp alone, it can be repaired.
+NO_DESCRIPTOR = "it has no descriptor"
+NO_TIMESTAMP = "its timestamp file is not there"
+
 _MARKER_LIMIT = 64
 _LATEST_SECONDS = 253_402_300_799  # the end of the year 9999, where the contract's times end
 _START_BYTES = 4096
@@ -129,6 +133,8 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         disk, fault = _read_disk(opened, image_id, entries)
         if fault:
             problems.append(fault)
+        if TIMESTAMP not in entries:
+            problems.append(NO_TIMESTAMP)
         marked_unused_s = _read_marker(opened, entries, problems)
     kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
     kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
@@ -205,7 +211,7 @@ def _read_disk(directory: OpenDirectory, image_id: str, entries: dict[str, Entry
     try:
         disk = vmdk.read_disk(descriptor_name(image_id), DirectoryReader(directory.read_range, sizes))
     except FileNotFoundError:
-        return None, "it has no descriptor"
+        return None, NO_DESCRIPTOR
     except InvalidDisk as error:
         return None, error.message
     for file in disk.files:

@@ -38,7 +38,7 @@ class Library:
         self.clones: Operations[None] = Operations(max_copies, "clone")
         for discovery in discoveries:
             discovery.store.observe(discovery.refresh)
-            discovery.store.admission.ask(discovery.silence)
+            discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
         """Prepares the datastores, as far as they can be used now, and begins to read them."""
@@ -94,13 +94,16 @@ class Library:
         return self.maintained[self.discovery(datastore).store.datastore.name]
 
     @contextmanager
-    def using(self, datastore: str, wanted: Callable[[], bool], *, long: bool = False) -> Iterator[ImageStore]:
+    def using(
+        self, datastore: str, wanted: Callable[[], bool], *, long: bool = False, looks: bool = False
+    ) -> Iterator[ImageStore]:
         """The datastore's images for a call, a `long` one or a small one, while its caller wants it.
 
-        DatastoreUnavailable when the datastore seems to hang, TooManyCalls when too many wait for it.
+        DatastoreUnavailable when it seems to hang, or has a known fault, unless the call `looks` whether it has;
+        TooManyCalls when too many wait for it.
         """
         admission = self.store(datastore).admission
-        with admission.long_call(wanted) if long else admission.call(wanted):
+        with admission.long_call(wanted) if long else admission.call(wanted, looks=looks):
             yield self.store(datastore)
 
     def start_copy(

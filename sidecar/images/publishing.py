@@ -8,6 +8,7 @@ from sidecar.errors import ImageIncomplete, ImageNotFound, InvalidRequest
 from sidecar.images.checking import restore_timestamp
 from sidecar.images.deletion import discard_unused, free_discarded
 from sidecar.images.image import Image, ImageState
+from sidecar.images.names import is_lock_or_staging
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore, already_exists
 
@@ -80,13 +81,15 @@ def _clear_the_way(store: ImageStore, image_id: str) -> str | None:
 
 
 def _clear_remains(store: ImageStore, image_id: str) -> str | None:
-    """A directory without any file of an image: where directories are renamed, it would be in the way."""
-    if store.layout.names_only:
-        return None
+    """A directory without any file of an image would be in the way: where directories are renamed, in any case; else
+    with what is left of an image that somebody died over while he took it away."""
+    directory = store.layout.image_directory(image_id)
     try:
-        place = store.datastore.entry(store.layout.image_directory(image_id))
+        place = store.datastore.entry(directory)
+        if place.kind is not EntryKind.DIRECTORY:
+            raise InvalidRequest(f"{store.key(image_id)}: in its place is something else than a directory; look at it")
+        if store.layout.names_only and all(map(is_lock_or_staging, store.datastore.names(directory))):
+            return None
     except FileNotFoundError:
         return None
-    if place.kind is not EntryKind.DIRECTORY:
-        raise InvalidRequest(f"{store.key(image_id)}: in its place is something else than a directory; look at it")
     return store.layout.discard(store.datastore, image_id, store.new_token())

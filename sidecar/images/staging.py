@@ -48,6 +48,7 @@ class StagingDirectory:
         self._lock: HeldLock | None = None
         self._state = _State.HELD
         self._changing = threading.Lock()  # guards the state
+        store.datastore.require_in_place()
         for _ in range(_TRIES):
             try:
                 self._make(operation)

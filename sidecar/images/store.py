@@ -18,7 +18,7 @@ from sidecar.errors import (
     NoSpace,
 )
 from sidecar.images.admission import Admission
-from sidecar.images.image import Image, ImageKey, ImageState, read_image, read_image_names
+from sidecar.images.image import NO_TIMESTAMP, Image, ImageKey, ImageState, read_image, read_image_names
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import check_image_id
 from sidecar.locks.interface import HeldLock
@@ -116,13 +116,18 @@ class ImageStore:
     ) -> Iterator[None]:
         """Holds the image's lock; LockTimeout names its holder.
 
+        DatastoreUnavailable when the datastore is hidden: every change of an image begins here.
+
         Waits for at most `timeout` seconds, and no longer than the store was told to. What `check` raises ends the
         waiting. With `new`, also when nothing of the image is there yet; else a missing image may be a
         FileNotFoundError.
         """
         check_image_id(image_id)
         try:
+            # What is changed where nobody sees it would be lost, or come back, with what hides it.
+            self.datastore.require_in_place()
             with self._acquired(image_id, operation, timeout, new, check):
+                self.datastore.require_in_place()  # the wait may have been long
                 yield
         finally:
             self._tidy(image_id)
@@ -166,10 +171,19 @@ def require_valid(image: Image) -> None:
     if image.state is ImageState.TOMBSTONED:
         raise ImageTombstoned(f"{image.key} is deleted (tombstoned); restore it first: imagectl restore {image.key}")
     if image.state is ImageState.INCOMPLETE:
-        what = "; ".join(image.problems) or "its timestamp file is not there"
-        raise ImageIncomplete(f"{image.key} is incomplete: {what}; try `imagectl validate --repair {image.key}`")
+        mendable = image.problems == (NO_TIMESTAMP,)
+        what_to_do = f"imagectl validate --repair {image.key} gives it a new one" if mendable else remedy(image)
+        raise ImageIncomplete(f"{image.key} is incomplete: {'; '.join(image.problems)}; {what_to_do}")
     if image.problems:
         raise ImageIncomplete(f"{image.key} is not whole: {'; '.join(image.problems)}")
+
+
+def remedy(image: Image) -> str:
+    """What can be done about an image whose disk is not whole: nothing here mends that."""
+    look = f"look at what is left of it, in {image.directory} on the datastore"
+    if image.state is ImageState.TOMBSTONED:
+        return f"{look}, or purge it: imagectl purge {image.key}"
+    return f"{look}, or free it: imagectl rm --force {image.key}"
 
 
 def already_exists(image: Image) -> ImageAlreadyExists:

@@ -6,7 +6,7 @@ lock, as the origin does, is noticed by the timestamp file: it is renamed, and i
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -55,11 +55,13 @@ class SweepTally:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a sweep goes by: seconds of `grace`, for clocks that differ; the images that VMs use."""
+    """What a sweep goes by: seconds of `grace`, for clocks that differ; the images that VMs used at its start, and how
+    to look again."""
 
     grace: float
     dry_run: bool
     used: Uses
+    look_again: Callable[[], Uses]
 
 
 class _Stays(Exception):  # noqa: N818 - an answer
@@ -87,9 +89,12 @@ def sweep(
     """
     for each in stores:
         each.datastore.check()
+
+    def look() -> Uses:
+        return read_uses(source, stores, CheckedSteps(run.check))
+
     # The mark may be old, and not everybody who makes a VM touches its image.
-    used = read_uses(source, stores, CheckedSteps(run.check))
-    rules = Rules(grace, tally.dry_run, used)
+    rules = Rules(grace, tally.dry_run, look(), look)
     images = list(dict.fromkeys(targets)) or image_ids(store)
     run.enter(RunState.IMAGE_SWEEP, len(images))
     pace = run.pace(rate)
@@ -158,9 +163,7 @@ def read_marked(store: ImageStore, image_id: str) -> Image:
 
 def _require_unused(store: ImageStore, image: Image, marked_s: int, rules: Rules) -> None:
     """Steps 3 and 4: by the VMs, and by the time of the last use."""
-    if users := rules.used.get(image.key):
-        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
-        raise _Stays(f"it is in use by {', '.join(users[:3])}{more}", used=True)
+    _require_no_vm(image, rules.used)
     times = [time for time in (image.touched_ns, renamed_ns(store, image)) if time is not None]
     if not times:
         raise _Stays(
@@ -175,6 +178,12 @@ def _require_unused(store: ImageStore, image: Image, marked_s: int, rules: Rules
         )
 
 
+def _require_no_vm(image: Image, used: Uses) -> None:
+    if users := used.get(image.key):
+        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+        raise _Stays(f"it is in use by {', '.join(users[:3])}{more}", used=True)
+
+
 def _require_closed(store: ImageStore, image: Image) -> None:
     if users := store.datastore.users([image.path(file.name) for file in image.files], image.key.image_id):
         raise _Stays(f"it is in use by {', '.join(users)}", used=True)
@@ -184,6 +193,7 @@ def _take_away(store: ImageStore, image: Image, marked_s: int, rules: Rules) -> 
     """Steps 3 to 7; returns what is to be freed. When the image stays, its timestamp file is where it was."""
     try:
         _require_unused(store, image, marked_s, rules)
+        _require_no_vm(image, rules.look_again())  # the sweep may have begun days ago
     except _Stays as stays:
         if stays.used and image.touched_ns is None:
             put_timestamp_back(store, image)  # an earlier sweep died between steps 5 and 6

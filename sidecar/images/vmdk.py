@@ -6,9 +6,11 @@ links, and whatever else a name may lead to, are the reader's matter. A disk is 
 - a single sparse file (monolithicSparse, streamOptimized), which has the descriptor embedded.
 """
 
+import re
 from dataclasses import dataclass
 
 from sidecar.errors import InvalidDisk
+from sidecar.images.disk_formats import other_format
 from sidecar.images.vmdk_descriptor import (
     MAX_CAPACITY_BYTES,
     MAX_DESCRIPTOR_BYTES,
@@ -42,6 +44,7 @@ __all__ = [
     "SparseHeader",
     "check_disk",
     "check_file_name",
+    "descriptor_of",
     "parse_descriptor",
     "read_disk",
     "renamed_files",
@@ -54,6 +57,7 @@ __all__ = [
 _EMBEDDING_TYPES = ("monolithicsparse", "streamoptimized")
 _SPLIT_TYPES = ("twogbmaxextentflat", "2gbmaxextentflat")
 _EMBEDDED_OFFSET = 1
+_EXTENT_NAME = re.compile(r"(.+)-(?:flat|[fs][0-9]{3})\.vmdk", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,9 @@ def read_disk(name: str, reader: FileReader) -> Disk:
             return _read_embedded(name, size, SparseHeader.parse(start), reader)
         if start[:4] in (b"COWD", b"\xbe\xba\xfe\xca"):
             SparseHeader.parse(start)
+        if (other := other_format(start)) is not None:
+            remedy = "unpack it" if other.is_archive else "convert it with qemu-img convert -O vmdk"
+            raise InvalidDisk(f"{other.what}, not a VMDK: {remedy}")
         if size > MAX_DESCRIPTOR_BYTES:
             raise InvalidDisk(f"not a VMDK descriptor: {size} bytes, and one has at most {MAX_DESCRIPTOR_BYTES}")
         return _described(name, size, parse_descriptor(read_exactly(reader, name, 0, size)))
@@ -143,6 +150,12 @@ def check_disk(name: str, reader: FileReader) -> Disk:
         except InvalidDisk as fault:
             raise _within(file_name, fault) from None
     return disk
+
+
+def descriptor_of(name: str) -> str | None:
+    """What the descriptor of an extent is called that has the usual name of one; None for another name."""
+    found = _EXTENT_NAME.fullmatch(name)
+    return f"{found[1]}.vmdk" if found else None
 
 
 def renamed_files(disk: Disk, new_id: str) -> dict[str, str]:

@@ -50,7 +50,11 @@ class LockHolder:
             if since.tzinfo is None:
                 return None
             host, pid, process, operation = (fields[name] for name in ("host", "pid", "process", "operation"))
-            if type(pid) is not int or pid < 1 or not all(isinstance(text, str) for text in (host, process, operation)):
+            if (
+                type(pid) is not int
+                or not 0 < pid < 1 << 32
+                or not all(isinstance(text, str) for text in (host, process, operation))
+            ):
                 return None
             return cls(host, pid, process, operation, since.astimezone(UTC))
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError):

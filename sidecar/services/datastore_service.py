@@ -26,7 +26,7 @@ class DatastoreServicer(pb_grpc.DatastoreServiceServicer):
         """As it is now; of one that does not answer, that."""
         discovery = self._library.discovery(request.name)
         if not discovery.silence():
-            with self._library.using(request.name, context.is_active):
+            with self._library.using(request.name, context.is_active, looks=True):
                 discovery.check()
         return pb.GetDatastoreResponse(datastore=datastore_message(discovery))
 

@@ -1,5 +1,6 @@
 """What the tests of dying and running out share: images written by hand, and a look at what is left on a datastore."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -41,6 +42,15 @@ def image_lock(root: Path, layout: str, image_id: str) -> Path:
     return directory / "lock.ec_lock" if layout == "vsan" else directory.with_name(f"{directory.name}.ec_lock")
 
 
+def staging_place(layout: str, image_id: str, token: str) -> str:
+    """Relative to the root."""
+    return {
+        "compound": f"tmp_image_{token}",
+        "sharded": f"tmp_images/{token}",
+        "vsan": f"image_{image_id}/tmp_image_{token}",
+    }[layout]
+
+
 def write_image(root: Path, layout: str, image_id: str, *, size: int = 1 * MIB, dense: bool = False) -> Path:
     """An image as another program would leave it there, in one rename; the path of its extent.
 
@@ -55,10 +65,15 @@ def write_image(root: Path, layout: str, image_id: str, *, size: int = 1 * MIB, 
     return directory / f"{image_id}-flat.vmdk"
 
 
+@functools.cache
+def _block() -> bytes:
+    return hashlib.shake_256(b"image").digest(1 * MIB)
+
+
 def write_image_files(directory: Path, image_id: str, *, size: int = 1 * MIB, dense: bool = False) -> None:
     with (directory / f"{image_id}-flat.vmdk").open("wb") as file:
         if dense:
-            block = hashlib.shake_256(b"image").digest(1 * MIB)
+            block = _block()
             for _ in range(size // MIB):
                 file.write(block)
         file.truncate(size)

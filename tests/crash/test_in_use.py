@@ -67,8 +67,8 @@ def test_a_copy_whose_source_is_being_purged_ends_with_a_clean_error(
     tmp_path: Path, stack: ExitStack, layout: str
 ) -> None:
     root = tmp_path / "one"
+    root.mkdir()
     sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root},layout={layout}"))
-    root.mkdir(exist_ok=True)
     client = stack.enter_context(sidecar.client())
     for _ in range(8):
         write_image(root, layout, "a", dense=True)

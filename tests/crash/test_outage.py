@@ -1,16 +1,17 @@
 """Datastores that are away, fail, or are locked by somebody: others go on, and nothing is taken for "not there"."""
 
+import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from sidecar import errors
+from sidecar import client_calls, errors
 from sidecar.client import SidecarClient
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.images.catalog import Catalog
@@ -18,7 +19,7 @@ from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS as IMAGE_LAYOUTS
 from sidecar.images.store import ImageStore
 from sidecar.locks.interface import LockHolder
-from tests.crash.support import LAYOUTS, answers, image_directory, write_image
+from tests.crash.support import LAYOUTS, TIMESTAMP, answers, image_directory, write_image, write_image_files
 from tests.support.disks import MIB
 from tests.support.processes import Sidecar, loop_mount, run, wait_until
 
@@ -162,6 +163,111 @@ def test_what_is_mounted_over_a_datastore_is_not_taken_for_it(tmp_path: Path, st
         assert not store.accessible and "another file system is mounted" in store.fault
         assert ids(client) == ["one/a"]
     assert client.datastore("one").accessible
+
+
+@contextlib.contextmanager
+def mounted_over(root: Path) -> Iterator[None]:
+    run("mount", "-t", "tmpfs", "none", root)
+    try:
+        yield
+    finally:
+        run("umount", root)
+
+
+@contextlib.contextmanager
+def moved_away(root: Path) -> Iterator[None]:
+    root.rename(root.with_name("elsewhere"))
+    try:
+        yield
+    finally:
+        root.with_name("elsewhere").rename(root)
+
+
+@contextlib.contextmanager
+def replaced(root: Path) -> Iterator[None]:
+    with moved_away(root):
+        root.mkdir()
+        try:
+            yield
+        finally:
+            root.rmdir()
+
+
+def contents(root: Path) -> dict[str, tuple[int, int]]:
+    return {str(path.relative_to(root)): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hidden", [mounted_over, moved_away, replaced])
+def test_what_is_done_to_a_hidden_datastore_is_not_lost_with_it(
+    tmp_path: Path,
+    stack: ExitStack,
+    layout: str,
+    hidden: Callable[[Path], contextlib.AbstractContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies and purges went into the directory that nobody sees, and were reported as done."""
+    monkeypatch.setattr(client_calls, "ATTEMPTS", 1)  # or the sidecar would notice it between two of the calls
+    root, here = tmp_path / "one", tmp_path / "here"
+    for image_id in ("a", "deleted"):
+        write_image(root, layout, image_id)
+    write_image(here, layout, "a")
+    sidecar = stack.enter_context(
+        Sidecar(tmp_path / "run", f"one={root},layout={layout}", f"here={here},layout={layout}")
+    )
+    client = stack.enter_context(sidecar.client())
+    assert len(ids(client)) == 3
+    client.delete("one/deleted")
+    open_before = client.create_staging("one/c")
+    open_before.write_file("c.bin", [(0, b"x")])
+    complete = client.create_staging("one/d")
+    write_image_files(root / complete.directory, "d")
+    (root / complete.directory / TIMESTAMP).unlink()
+    changes: dict[str, Callable[[], object]] = {
+        "touch": lambda: client.touch("one/a"),
+        "update": lambda: client.update_metadata("one/a", files={"x": b"x"}),
+        "delete": lambda: client.delete("one/a"),
+        "force": lambda: client.delete("one/a", force=True),
+        "restore": lambda: client.restore("one/deleted"),
+        "purge": lambda: client.purge("one/deleted"),
+        "copy inside": lambda: client.copy("one/a", "one/b").wait(),
+        "copy to": lambda: client.copy("here/a", "one/b").wait(),
+        "import": lambda: client.create_staging("one/b"),
+        "commit": complete.commit,
+    }
+    others: dict[str, Callable[[], object]] = {
+        "get": lambda: client.image("one/a"),
+        "validate": lambda: client.validate("one/a"),
+        "repair": lambda: client.validate("one/a", repair=True),
+        "read": lambda: list(client.read_file("one/a", "a.vmdk")),
+        "copy from": lambda: client.copy("one/a", "here/b").wait(),
+        "write": lambda: open_before.write_file("c.bin", [(0, b"y")]),
+        "clone": lambda: open_before.clone_range("here/a", "a.vmdk", 0, "c.bin", 0, 512),
+        "clone a disk": lambda: list(open_before.clone_disk("here/a")),
+    }
+    before = contents(root)
+    with hidden(root):
+        found = {what: answers(call) for what, call in changes.items()}
+        assert found == dict.fromkeys(changes, "DATASTORE_UNAVAILABLE"), "before the sidecar has noticed it"
+        store = client.datastore("one")
+        assert not store.accessible and "by itself" in store.fault
+        calls = {**changes, **others}
+        found = {what: answers(call) for what, call in calls.items()}
+        assert found == dict.fromkeys(calls, "DATASTORE_UNAVAILABLE")
+        with pytest.raises(errors.DatastoreUnavailable) as caught:
+            client.image("one/a")
+        assert store.fault in caught.value.message
+        client.copy("here/a", "here/c").wait()
+        assert "one/a" in ids(client), "the listing is what was known"
+    assert contents(root).keys() == before.keys()
+    with hidden(root):
+        open_before.abort()
+    wait_until(lambda: answers(lambda: client.image("one/a")) == "ok", "it goes on by itself", 15)
+    assert not (root / open_before.directory).exists(), "an abort gives back what it holds all the same"
+    complete.commit()
+    client.purge("one/deleted")
+    client.copy("one/a", "one/b").wait()
+    assert {"one/a", "one/b", "one/d"} <= set(ids(client))
 
 
 def test_a_datastore_that_hangs_is_told_to_be_away(tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ def test_what_is_there_is_never_touched(imagectl: Imagectl, make_image: MakeImag
     assert names(tmp_path / "full") == {"thesis"}
 
 
+def test_what_cannot_be_made_is_told_by_the_name_that_was_given(imagectl: Imagectl, make_image: MakeImage) -> None:
+    make_image("one/a")
+    assert imagectl.error("export", "one/a", "/proc/x", code=1) == "/proc/x: cannot be made: No such file or directory"
+
+
 def test_no_image_makes_no_directory(imagectl: Imagectl, tmp_path: Path) -> None:
     imagectl.error("export", "one/none", tmp_path / "out", code=3)
     assert not (tmp_path / "out").exists()

@@ -177,8 +177,18 @@ def test_an_extent_of_the_wrong_size_is_refused(imagectl: Imagectl, disk: Path) 
     with disk.with_name("disk-flat.vmdk").open("r+b") as file:
         file.truncate(MIB)
     message = imagectl.error("import", disk, "one/a", code=1)
-    assert "disk-flat.vmdk" in message
-    assert str(8 * MIB) in message
+    assert f"{disk.with_name('disk-flat.vmdk')} has {MIB} bytes, and {8 * MIB} by its descriptor, {disk}: " in message
+    assert "copy it again" in message
+
+
+def test_the_data_without_its_descriptor_is_told_what_is_missing(imagectl: Imagectl, disk: Path) -> None:
+    disk.unlink()
+    extent = disk.with_name("disk-flat.vmdk")
+    message = imagectl.error("import", extent, "one/a", code=1)
+    assert f"its descriptor, {disk}, is missing" in message
+    command = message.partition("if there is none, convert it with ")[2].split()
+    run(*command)
+    imagectl("import", command[-1], "one/a")
 
 
 def test_a_descriptor_cannot_reach_other_directories(imagectl: Imagectl, disk: Path, tmp_path: Path) -> None:

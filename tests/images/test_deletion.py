@@ -1,16 +1,24 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
+import contextlib
+import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
 from protos.images.v1 import image_service_pb2 as wire
 from protos.images.v1.types_pb2 import IMAGE_STATE_TOMBSTONED, IMAGE_STATE_VALID
 from sidecar import errors
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.images.deletion import purge_image, restore_image
+from sidecar.images.layouts import LAYOUTS as IMAGE_LAYOUTS
+from sidecar.images.store import ImageStore
 from tests.support.disks import assert_same_disk
-from tests.support.places import MIB, TIMESTAMP, TOMBSTONE, Place, flat_files, write_flat_disk
+from tests.support.places import MIB, RENAMED, TIMESTAMP, TOMBSTONE, Place, flat_files, write_flat_disk
 from tests.support.world import World, make_ref
 
 
@@ -61,7 +69,9 @@ def test_a_deletion_that_is_asked_for_twice_says_so_and_keeps_the_time(world: Wo
     place.plant("a")
     world.client.delete(f"{place.name}/a")
     before = place.snapshot()
-    with pytest.raises(errors.ImageTombstoned, match=r"deleted \(tombstoned\) already"):
+    with pytest.raises(
+        errors.ImageTombstoned, match=rf"deleted \(tombstoned\) already; imagectl restore {place.name}/a "
+    ):
         world.client.delete(f"{place.name}/a")
     assert place.snapshot() == before
 
@@ -95,22 +105,117 @@ def test_what_is_not_deleted_is_neither_restored_nor_purged(world: World, place:
     for image_id in ("a", "broken"):
         with pytest.raises(errors.ImageNotTombstoned, match="nothing to restore"):
             world.client.restore(f"{place.name}/{image_id}")
-        with pytest.raises(errors.ImageNotTombstoned, match="imagectl rm"):
+        with pytest.raises(errors.ImageNotTombstoned, match=f"imagectl rm --force {place.name}/{image_id}"):
             world.client.purge(f"{place.name}/{image_id}")
     assert place.snapshot() == before
 
 
-@pytest.mark.parametrize("missing", [TIMESTAMP, "a.vmdk"])
-def test_an_image_that_a_purge_began_to_take_apart_is_not_restored(world: World, place: Place, missing: str) -> None:
-    place.plant("a")
+@pytest.mark.parametrize("timestamp", [True, False])
+@pytest.mark.parametrize("missing", ["a.vmdk", "a-flat.vmdk", "a part of a-flat.vmdk"])
+def test_an_image_that_a_purge_began_to_take_apart_is_not_restored(
+    world: World, place: Place, missing: str, timestamp: bool
+) -> None:
+    place.plant("a", timestamp=timestamp)
     place.file("a", TOMBSTONE).touch()
-    place.file("a", missing).unlink()
+    if missing.startswith("a part of "):
+        os.truncate(place.file("a", "a-flat.vmdk"), 512)
+    else:
+        place.file("a", missing).unlink()
     before = place.snapshot()
-    with pytest.raises(errors.ImageIncomplete, match="purge it"):
+    what = "descriptor" if missing == "a.vmdk" else "a-flat.vmdk"
+    with pytest.raises(errors.ImageIncomplete, match=rf"{what}.*imagectl purge {place.name}/a"):
         world.client.restore(f"{place.name}/a")
     assert place.snapshot() == before
     world.client.purge(f"{place.name}/a")
     place.assert_holds({})
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["lost", "renamed"])
+def test_an_image_that_lost_its_timestamp_and_was_deleted_is_not_lost_with_it(
+    world: World, place: Place, renamed: bool
+) -> None:
+    """Restore told to purge it, and repair to restore it first."""
+    ref = f"{place.name}/a"
+    source = place.plant("source")
+    place.plant("a", timestamp=False, companions={"a.ecv": b"{}"})
+    if renamed:  # by a sweep that died
+        place.file("a", RENAMED).touch()
+        os.utime(place.file("a", RENAMED), ns=(1, 1_600_000_000_000_000_000))
+    world.client.delete(ref)
+    assert "timestamp" in world.client.image(ref).problems[0]
+    began = time.time_ns()
+    restored = world.client.restore(ref)
+    assert restored.state == IMAGE_STATE_VALID
+    assert not restored.problems
+    now = world.client.image(ref)
+    assert now.touch_time == restored.touch_time
+    assert now.touch_time.seconds == 1_600_000_000 if renamed else now.touch_time.ToNanoseconds() >= began
+    world.client.validate(ref)
+    assert_same_disk(source, place.descriptor("a"))
+    place.assert_holds({"a": flat_files("a", "a.ecv"), "source": flat_files("source")})
+    world.client.copy(ref, f"{place.name}/b").wait()
+
+
+def test_a_restore_that_meets_what_is_no_timestamp_says_so(world: World, place: Place) -> None:
+    place.plant("a", timestamp=False)
+    place.file("a", TIMESTAMP).mkdir()
+    place.file("a", TOMBSTONE).touch()
+    before = place.snapshot()
+    with pytest.raises(errors.ImageIncomplete, match=f"{TIMESTAMP} is not a plain file"):
+        world.client.restore(f"{place.name}/a")
+    assert place.snapshot() == before
+
+
+def test_of_a_purge_that_ends_halfway_nothing_is_restored(
+    place: Place, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step, and with the steps since the last fsync lost or kept in any order, as a power cut may have it."""
+    names = {"a.vmdk", "a-flat.vmdk", "a.ecv", TIMESTAMP}
+    datastore = stack.enter_context(contextlib.closing(PosixDatastore(place.name, str(place.root))))
+    store = ImageStore(datastore, IMAGE_LAYOUTS[place.layout])
+    steps: list[str] = []
+    sync, remove = datastore.sync_directory, datastore.remove_tree
+
+    def note_sync(path: str) -> None:
+        steps.append("sync")
+        sync(path)
+
+    def note_removal(path: str) -> int:
+        steps.append(path.rpartition("/")[2])
+        return remove(path)
+
+    place.plant("a", companions={"a.ecv": b"{}"})
+    place.file("a", TOMBSTONE).touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(datastore, "sync_directory", note_sync)
+        patched.setattr(datastore, "remove_tree", note_removal)
+        purge_image(store, "a")
+    if place.layout != "vsan":
+        return  # one rename
+    kept: list[set[str]] = [set()]  # what may be gone by now
+    durable: set[str] = set()
+    pending: list[str] = []
+    for step in steps:
+        if step == "sync":
+            durable, pending = durable | set(pending), []
+        else:
+            pending.append(step)
+        for count in range(len(pending) + 1):
+            kept += [durable | set(lost) for lost in itertools.combinations(pending, count)]
+    for gone in kept:
+        if not names & gone or TOMBSTONE in gone:
+            continue
+        place.plant("a", companions={"a.ecv": b"{}"})
+        place.file("a", TOMBSTONE).touch()
+        for name in gone & names:
+            place.file("a", name).unlink()
+        if gone == {TIMESTAMP}:  # nothing that is missed: it is whole
+            restore_image(store, "a")
+            place.assert_holds({"a": {*names}})
+        else:
+            with pytest.raises(errors.ImageIncomplete):
+                restore_image(store, "a")
+        shutil.rmtree(place.directory("a"))
 
 
 def test_a_purge_frees_the_image_and_says_how_much(world: World, place: Place) -> None:

@@ -212,6 +212,23 @@ FAULTS: list[Callable[[Staging, Path], None]] = [
 ]  # fmt: skip
 
 
+def test_what_is_not_a_vmdk_is_told_by_its_kind(world: World, place: Place, scratch: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", scratch / "disk.vmdk", "4M")
+    with world.client.create_staging(f"{place.name}/a") as staging:
+        write(staging, "disk.vmdk", (scratch / "disk.vmdk").read_bytes())
+        with pytest.raises(errors.InvalidDisk, match=r"'disk.vmdk': a qcow2 disk, .* qemu-img convert -O vmdk"):
+            staging.commit()
+
+
+def test_the_data_without_its_descriptor_is_told_what_is_missing(world: World, place: Place, disk: Path) -> None:
+    with world.client.create_staging(f"{place.name}/a") as staging:
+        write(staging, "disk-flat.vmdk", disk.with_name("disk-flat.vmdk").read_bytes())
+        with pytest.raises(errors.InvalidDisk, match=r"its descriptor, 'disk.vmdk', is missing"):
+            staging.commit()
+        write(staging, "disk.vmdk", disk.read_bytes())
+        staging.commit()
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
 def test_what_is_no_whole_disk_is_not_published_and_can_be_mended(
     world: World, place: Place, disk: Path, fault: Callable[[Staging, Path], None]

@@ -26,9 +26,10 @@ def test_a_lost_timestamp_makes_an_image_incomplete_until_it_is_repaired(world: 
     ref = f"{place.name}/a"
     place.plant("a", timestamp=False)
     before = place.snapshot()
-    with pytest.raises(errors.ImageIncomplete, match="its timestamp file is not there"):
+    with pytest.raises(errors.ImageIncomplete, match="its timestamp file is not there; imagectl validate --repair"):
         world.client.validate(ref)
     assert place.snapshot() == before
+    assert world.client.image(ref).problems == ["its timestamp file is not there"]
     began = time.time_ns()
     answer = world.client.validate(ref, repair=True)
     assert answer.repaired
@@ -70,9 +71,13 @@ def test_a_repair_never_makes_an_image_of_a_wreck(world: World, place: Place, da
         place.file("a", RENAMED).touch()
     before = place.snapshot()
     for repair in (False, True):
-        with pytest.raises(errors.ImageIncomplete, match=f"{place.name}/a"):
+        with pytest.raises(errors.ImageIncomplete, match=f"imagectl rm --force {place.name}/a") as caught:
             world.client.validate(f"{place.name}/a", repair=repair)
+        assert "--repair" not in caught.value.message, "it cannot help"
+        assert place.directory("a").name in caught.value.message
         assert place.snapshot() == before
+    world.client.delete(f"{place.name}/a", force=True)  # as the message says
+    place.assert_holds({})
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "link"])

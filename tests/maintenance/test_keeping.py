@@ -89,16 +89,12 @@ def test_a_scan_of_its_own_is_followed_by_a_sweep_that_leaves_what_was_used_late
     site.plant("vm", used_ago=8 * DAY)
     site.vms.found = {(site.place.name, "vm_1"): [f"{site.place.name}/vm"]}
     maintenance = maintained(site, Plan(sweep_interval=DAY, sweep_grace=7 * DAY, rate=1e6))
-    swept = threading.Event()
-
-    def look() -> None:
-        current = maintenance.sweeps.current()
-        if current and current[0].outcome:
-            swept.set()
-
-    site.clock.on_wait = look
-    maintenance.start()
-    assert swept.wait(20)
+    maintenance._sweep_by_itself(lambda: None)  # nothing to follow yet
+    assert maintenance.sweeps.current() is None
+    maintenance._scan_by_itself(lambda: None)
+    assert wait_ended(maintenance.scans).outcome is Outcome.DONE  # type: ignore[arg-type]
+    maintenance._sweep_by_itself(lambda: None)
+    assert wait_ended(maintenance.sweeps).outcome is Outcome.DONE  # type: ignore[arg-type]
     maintenance.close()
     site.place.assert_holds({"lately": flat_files("lately"), "vm": flat_files("vm")})
 

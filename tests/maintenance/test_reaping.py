@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.datastores import posix, posix_files
+from sidecar.datastores import posix
+from sidecar.datastores.posix_files import remove_tree
 from sidecar.errors import DatastoreUnavailable, OperationCancelled
 from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
@@ -142,7 +143,7 @@ def test_what_cannot_be_freed_is_told_and_the_rest_is_freed(
     site = make_site("one")
     for name in ("a", "b"):
         (site.place.root / "deleted_images" / name).mkdir(parents=True)
-    remove = posix_files.remove_tree
+    remove = remove_tree
 
     def fail(parent: int, name: str) -> int:
         if name == "a":

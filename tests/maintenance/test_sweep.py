@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from sidecar.errors import DatastoreUnavailable
-from sidecar.images import deletion, unused_marker
 from sidecar.images import sweep as sweep_module
-from sidecar.images.deletion import purge_image
+from sidecar.images.deletion import discard_unused, purge_image
 from sidecar.images.image import Image, ImageState
 from sidecar.images.reaping import reap
 from sidecar.images.runs import Ended, Outcome
 from sidecar.images.store import ImageStore
+from sidecar.images.unused_marker import rename_timestamp
 from tests.maintenance.conftest import DAY, NOW, Site
 from tests.support.places import MARKER, RENAMED, TIMESTAMP, TOMBSTONE, flat_files
 
@@ -117,7 +117,7 @@ def test_a_touch_by_who_asks_for_no_lock_is_noticed_by_the_renamed_timestamp(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.plant("a", marked_ago=3600)
-    rename = unused_marker.rename_timestamp
+    rename = rename_timestamp
 
     def touch_and_rename(store: ImageStore, image: Image) -> None:
         site.set_used("a", 0)  # after steps 3 and 4, before step 5
@@ -128,6 +128,17 @@ def test_a_touch_by_who_asks_for_no_lock_is_noticed_by_the_renamed_timestamp(
     assert (result.deleted, result.reason) == (False, "it was used just now")
     site.place.assert_holds({"a": flat_files("a")})
     assert site.place.file("a", TIMESTAMP).stat().st_mtime == NOW
+
+
+def test_a_vm_that_was_made_without_a_touch_while_the_sweep_runs_keeps_its_image(site: Site) -> None:
+    site.plant("a", marked_ago=3600)
+    site.plant("b", marked_ago=3600)
+    made = (site.place.name, "vm_1")
+    site.clock.on_wait = lambda: site.vms.found.update({made: [f"{site.place.name}/b"]})
+    results = site.sweep(rate=10)
+    assert (results["a"].deleted, results["b"].deleted) == (True, False)
+    assert "VM vm_1" in results["b"].reason
+    site.place.assert_holds({"b": flat_files("b")})
 
 
 def test_an_image_that_was_replaced_since_its_mark_was_read_stays(site: Site) -> None:
@@ -147,7 +158,7 @@ def test_an_image_that_was_replaced_since_its_mark_was_read_stays(site: Site) ->
 def test_an_image_is_gone_before_its_lock_is_given_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     # The origin removed the directory after the lock was given back.
     site.plant("a", marked_ago=3600)
-    discard = deletion.discard_unused
+    discard = discard_unused
 
     def discard_locked(store: ImageStore, image: Image) -> str | None:
         assert site.place.lock_file("a").exists()

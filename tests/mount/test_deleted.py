@@ -87,19 +87,38 @@ def test_one_that_is_in_use_is_not_purged(datastore: Path, client: SidecarClient
     run("rm", "-r", datastore / "a")
     image = datastore / ".deleted" / "a"
     with (image / "a-flat.vmdk").open("rb"):
-        assert message_of("rm", image / "a.vmdk") == "Device or resource busy"
         assert "Device or resource busy" in run("rm", "-r", image, check=False).stderr
         assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
     run("rm", "-r", image)
     assert state_of(client, datastore / "a") is None
 
 
-def test_rm_of_a_companion_of_a_deleted_image_leaves_it_whole(datastore: Path) -> None:
+def test_rm_of_one_file_of_a_deleted_image_leaves_it_whole_and_says_so(datastore: Path, client: SidecarClient) -> None:
+    """The whole image was freed for good with a file of its disk, and rm of another file did nothing and succeeded."""
     before = tree_digest(datastore / "a")
     run("rm", "-r", datastore / "a")
-    run("rm", datastore / ".deleted" / "a" / "a.ecv")
-    run("mv", datastore / ".deleted" / "a", datastore / "a")
+    deleted = datastore / ".deleted" / "a"
+    for name in before:
+        assert message_of("rm", deleted / name) == "Operation not permitted"
+    assert "Operation not permitted" in run("rm", *(deleted / name for name in before), check=False).stderr
+    assert "Operation not permitted" in run("sh", "-c", 'rm -f "$0"/*', deleted, check=False).stderr
+    inside = os.open(deleted, os.O_RDONLY | os.O_DIRECTORY)  # somebody else's, such as a shell's that is there
+    try:
+        assert message_of("rm", deleted / "a.vmdk") == "Operation not permitted"
+    finally:
+        os.close(inside)
+    assert tree_digest(deleted) == before
+    assert state_of(client, datastore / "a") == ImageState.IMAGE_STATE_TOMBSTONED
+    run("mv", deleted, datastore / "a")
     assert tree_digest(datastore / "a") == before
+
+
+def test_what_does_nothing_to_a_deleted_image_does_not_succeed(datastore: Path) -> None:
+    run("rm", "-r", datastore / "a")
+    deleted = datastore / ".deleted" / "a"
+    for path in (deleted, deleted / "a.ecv", deleted.parent):
+        assert message_of("touch", "-c", path) == "Operation not permitted"
+        assert message_of("chmod", "700", path) == "Operation not permitted"
 
 
 def test_who_deletes_or_copies_all_that_is_listed_does_not_reach_it(datastore: Path, client: SidecarClient) -> None:

@@ -250,7 +250,7 @@ def test_whatever_fails_is_in_the_log_with_its_call_path_and_cause(
         "unlink failed path=/one/a/a.vmdk ": ("rm", image / "a.vmdk"),
         "utimens failed path=/one/a ": ("touch", image),
         "rename failed path=/one/.deleted/deleted ": ("mv", one / ".deleted" / "deleted", one),
-        "unlink failed path=/one/.deleted/deleted/deleted.vmdk ": ("rm", one / ".deleted/deleted/deleted.vmdk"),
+        "unlink failed path=/one/.deleted/deleted/deleted.vmdk ": ("rm", "-r", one / ".deleted/deleted"),
     }
     for entry, command in failing.items():
         assert entry not in log_of(mount)

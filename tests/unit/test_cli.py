@@ -158,6 +158,26 @@ def test_a_faulty_configuration_is_told_without_a_traceback(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["foo"], "No such command 'foo'; see image-sidecar --help"),
+        (["serve", "--foo"], "No such option '--foo'; see image-sidecar serve --help"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_in_one_line(arguments: list[str], told: str) -> None:
+    result = run(BIN / "image-sidecar", *arguments, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"image-sidecar: {told}\n")
+
+
+def test_help_and_version_are_no_errors() -> None:
+    assert "serve" in run(BIN / "image-sidecar", "--help").stdout
+    assert run(BIN / "image-sidecar", "--version").stdout.startswith("image-sidecar")
+    nothing = run(BIN / "image-sidecar", check=False)
+    assert nothing.returncode == 2
+    assert "Usage: image-sidecar" in nothing.stderr + nothing.stdout
+
+
 def test_a_signal_that_another_thread_gets_is_not_lost() -> None:
     """The main thread, which sleeps then, would run a handler only when something else wakes it."""
     main = threading.get_ident()

@@ -295,3 +295,24 @@ def test_the_configuration_cannot_be_changed_while_it_is_used() -> None:
     config = load_config(None, {}, Flags(datastores=["one=/one"]))
     with pytest.raises(ValueError, match="frozen"):
         config.listen = "unix:/elsewhere"
+
+
+def test_maintenance_is_on_where_it_frees_what_is_nobodys_and_off_where_it_deletes_images(tmp_path: Path) -> None:
+    plan = from_toml(tmp_path, ONE).maintenance
+    assert (plan.reap_interval_seconds, plan.staging_grace_seconds) == (600, 7200)
+    assert (plan.purge_interval_seconds, plan.tombstone_grace_seconds) == (600, 86400)
+    assert (plan.purge_below_free, plan.sweep_interval_seconds) == (0, 0)
+
+
+def test_maintenance_is_configured_and_its_faults_are_named(tmp_path: Path) -> None:
+    plan = from_toml(
+        tmp_path, ONE + '[maintenance]\nreap_interval_seconds = 0\npurge_below_free = "50GiB"\n'
+    ).maintenance
+    assert (plan.reap_interval_seconds, plan.purge_below_free) == (0, 50 * 1024**3)
+    for line, fault in {
+        "reap_interval = 1": "maintenance.reap_interval: no such key; did you mean reap_interval_seconds?",
+        "rate = 0": "maintenance.rate: 0: input should be greater than or equal to 1",
+        "tombstone_grace_seconds = -1": "maintenance.tombstone_grace_seconds: -1: ",
+        'purge_below_free = "much"': "maintenance.purge_below_free: 'much' is no size",
+    }.items():
+        assert fault in fault_of(f"{ONE}[maintenance]\n{line}\n", tmp_path)

@@ -1,12 +1,14 @@
 """The server on real sockets: who may connect, who may listen, what arrives when a call fails, and how it ends."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +35,7 @@ from sidecar.errors import (
     OperationCancelled,
     error_classes,
 )
-from sidecar.listening import ListenError
+from sidecar.listening import ListenError, UnixSocket
 from sidecar.server import MAX_REFLECTIONS, Service, SidecarServer
 from sidecar.services.interceptors import subject
 
@@ -232,11 +234,11 @@ def test_the_longest_path_that_a_client_can_name_works(tmp_path: Path) -> None:
         assert running.list() == ["one"]
 
 
-def test_nothing_but_the_lock_is_left_behind(path: Path) -> None:
+def test_nothing_is_left_behind(path: Path) -> None:
     with serving(f"unix:{path}") as running:
         assert running.list() == ["one"]
         assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.lock"]
-    assert os.listdir(path.parent) == [f"{path.name}.lock"]
+    assert os.listdir(path.parent) == []
 
 
 # Who may listen.
@@ -309,7 +311,7 @@ def test_what_comes_to_the_path_while_the_server_starts_is_not_replaced(
     with pytest.raises(ListenError, match="something that is not a socket"):
         SidecarServer([], configured(f"unix:{path}")).start()
     assert path.read_text() == "precious"
-    assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.lock"]
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_of_many_that_start_on_one_stale_socket_one_serves(path: Path) -> None:
@@ -338,6 +340,53 @@ def test_of_many_that_start_on_one_stale_socket_one_serves(path: Path) -> None:
         winner.channel.close()
 
 
+def test_a_lock_of_a_file_that_is_gone_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ends takes its lock file away between another's open and lock: a third would not see that one."""
+    lock = path.with_name(f"{path.name}.lock")
+    before = fcntl.flock
+    ended: list[bool] = []
+
+    def flock(fd: int, operation: int) -> None:
+        if not ended:
+            ended.append(True)
+            lock.unlink()
+        before(fd, operation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        with serving(f"unix:{path}") as running:
+            assert ended and lock.exists()
+            with pytest.raises(ListenError, match="another sidecar"):
+                SidecarServer([], configured(f"unix:{path}")).start()
+            assert running.list() == ["one"]
+    assert os.listdir(path.parent) == []
+
+
+def test_of_many_that_end_and_start_no_two_serve(path: Path) -> None:
+    serve_now = threading.Semaphore(1)
+    until = time.monotonic() + 3
+    count = 0
+
+    def work() -> None:
+        nonlocal count
+        while time.monotonic() < until:
+            socket_at = UnixSocket(str(path))
+            try:
+                socket_at._lock()
+            except ListenError:
+                continue
+            assert serve_now.acquire(blocking=False), "another one has the lock"
+            count += 1
+            serve_now.release()
+            socket_at._release()
+
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(work) for _ in range(4)]:
+            each.result(LIMIT * 3)
+    assert count > 10
+    assert os.listdir(path.parent) == []
+
+
 def test_a_server_that_ends_does_not_remove_the_socket_of_its_successor(path: Path) -> None:
     with serving(f"unix:{path}"):
         path.unlink()
@@ -353,7 +402,7 @@ def test_the_address_is_free_when_a_server_has_ended(path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there_is_named(path: Path) -> None:
-    with pytest.raises(ListenError, match=r"missing/x\.sock: No such file or directory"):
+    with pytest.raises(ListenError, match=r"missing/x\.sock: there is no directory .*missing: make it first"):
         SidecarServer([], configured(f"unix:{path.parent}/missing/x.sock")).start()
 
 

@@ -101,12 +101,14 @@ class VsanLayout:
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         directory = self.image_directory(image_id)
         names = datastore.names(directory)
-        if TIMESTAMP in names:
-            # From here on a restore finds an image that is not whole: it cannot bring back one that is half gone.
-            datastore.remove_tree(f"{directory}/{TIMESTAMP}")
-            datastore.sync_directory(directory)
-        for name in sorted(names, key=lambda name: _removal_rank(name, image_id)):
-            if name != TIMESTAMP and not is_lock_or_staging(name):
+        # Without the first of them the image is not valid, without the other it can be neither restored nor repaired.
+        # Durable before anything else goes: or, after a power cut, it might come back without its companion files.
+        first = (TIMESTAMP, descriptor_name(image_id))
+        for name in first:
+            datastore.remove_tree(f"{directory}/{name}")
+        datastore.sync_directory(directory)
+        for name in sorted(names, key=_removal_rank):
+            if name not in first and not is_lock_or_staging(name):
                 datastore.remove_tree(f"{directory}/{name}")
         datastore.sync_directory(directory)
         return None
@@ -116,9 +118,7 @@ class VsanLayout:
             datastore.remove_directory(self.image_directory(image_id))
 
 
-def _removal_rank(name: str, image_id: str) -> int:
-    if name == descriptor_name(image_id):
-        return 0
+def _removal_rank(name: str) -> int:
     if name == TOMBSTONE:
         return 3
     return 2 if is_bookkeeping(name) else 1
