@@ -47,7 +47,10 @@ def validate_image(
     require_valid(image)
     check_whole(store, image)
     for file in image.files:
-        check_metadata(store.datastore, image, file)
+        try:
+            check_metadata(store.datastore, image, file)
+        except FileNotFoundError:
+            require_valid(store.read(image_id))  # removed just now: the file, or the image, which is an error then
     return image, repaired
 
 

@@ -91,13 +91,17 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
     def GetImage(self, request: pb.GetImageRequest, context: grpc.ServicerContext) -> pb.GetImageResponse:
         key = image_key(request.ref)
         with self._library.using(key.datastore, context.is_active) as store:
-            image = self._library.discovery(key.datastore).read(key.image_id)
+            discovery = self._library.discovery(key.datastore)
+            image = discovery.read(key.image_id)
             message = image_message(image)
             for field, name in (("metadata_json", metadata_name), ("manifest_json", manifest_name)):
                 try:
                     setattr(message, field, read_metadata(store.datastore, image, name(key.image_id)))
                 except InvalidMetadata as error:
                     message.problems.append(error.message)
+                except FileNotFoundError:
+                    # Removed just now: the file, or the image, which is an error then.
+                    discovery.read(key.image_id)
             with suppress(FileNotFoundError):  # deleted just now
                 paths = [image.path(file.name) for file in image.files]
                 message.users.extend(store.datastore.users(paths, key.image_id))

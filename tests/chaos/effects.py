@@ -138,7 +138,8 @@ def steps_of(
 def _answered(operation: Operation, layout: str, candidates: Callable[[Operation], Candidates]) -> Effect | None:
     if operation.outcome == ERROR:
         statuses = _SEEN.get(operation.reason)
-        if statuses is None or operation.is_mounts or (operation.kind == "copy" and operation.reason in SOURCE_SEEN):
+        is_of_source = operation.kind == "copy" and operation.reason != "IMAGE_ALREADY_EXISTS"
+        if statuses is None or operation.is_mounts or is_of_source:
             return None
         if operation.reason == "IMAGE_ALREADY_EXISTS" and layout == "vsan":
             # A publish that finds a whole image without a timestamp file repairs it, and says that it is there.
