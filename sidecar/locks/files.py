@@ -30,7 +30,7 @@ from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, Lock
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two tries: doubles from one to the other
 # Who asks for the holder of a lock that nobody holds has it for microseconds, and longer when its thread is not run:
 # nobody is refused because of that.
-ASKED_SECONDS = 0.05
+ASKED_SECONDS = 0.2
 TRIES_AT_A_MOVING_PATH = 32
 
 OPEN_TO_READ = os.O_RDONLY | os.O_NONBLOCK  # should a FIFO stand at the path, opening it does not hang
