@@ -21,6 +21,7 @@ from sidecar.images.unused_marker import put_timestamp_back, remove_marker, rena
 from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, read_uses
 
 _NS = 10**9
+_CLOCK_NS = 60 * _NS  # what clocks of two hosts may differ
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +159,9 @@ def read_marked(store: ImageStore, image_id: str) -> Image:
     if image.marked_unused_s is None:
         unreadable = next((problem for problem in image.problems if UNUSED_MARKER in problem), None)
         raise _Stays(unreadable or "no scan found it unused")
+    if image.marked_unused_s * _NS > store.clock() + _CLOCK_NS:
+        # By a host whose clock was ahead: every touch until then would seem to be older.
+        raise _Stays(f"its mark is of {_text(image.marked_unused_s * _NS)}, which is to come: scan again")
     return image
 
 
