@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sidecar.datastores.posix_files import read_up_to
 from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError, InvalidDisk, UseUnknown
-from sidecar.images.disk_parents import DISK_SUFFIXES, Alternatives, Named, names_in
+from sidecar.images.disk_parents import Alternatives, Named, names_in
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Located, Places
@@ -101,7 +101,8 @@ class VmDisks:
                 if status is None:
                     if not os.path.islink(path):
                         raise _ChangedError
-                    if not located.keys and path.casefold().endswith(DISK_SUFFIXES):
+                    # A directory of disks, or the VM's own, on what is not mounted now. Locks of ESX may be such links.
+                    if not located.keys and not os.path.basename(path).startswith("."):
                         raise self._unknown(path, "it is a link to what is not there")
                 elif stat.S_ISREG(status.st_mode):
                     found.append((path, located.path))

@@ -205,19 +205,31 @@ def faults(vm: Path) -> dict[str, tuple[Path, str]]:
         "parent not named": (write(vm, "", "2.vmdk"), "parentCID"),
         "empty": (vm / "3.vmdk", "no VMDK descriptor"),
         "dangling": (vm / "4.vmdk", "link"),
+        "dangling directory": (vm / "disks", "link"),
         "no qcow2": (vm / "5.qcow2", "header"),
         "itself": (write(vm, "6.vmdk", "6.vmdk"), "comes back"),
         "a link to itself": (vm / "7.vmdk", "Too many levels"),
     }
     (vm / "3.vmdk").touch()
     (vm / "4.vmdk").symlink_to("/not/there")
+    (vm / "disks").symlink_to("/not/mounted/disks")
     (vm / "5.qcow2").write_bytes(bytes(512))
     (vm / "7.vmdk").symlink_to("7.vmdk")
     return made
 
 
 @pytest.mark.parametrize(
-    "fault", ["parent missing", "parent not named", "empty", "dangling", "no qcow2", "itself", "a link to itself"]
+    "fault",
+    [
+        "parent missing",
+        "parent not named",
+        "empty",
+        "dangling",
+        "dangling directory",
+        "no qcow2",
+        "itself",
+        "a link to itself",
+    ],
 )
 def test_a_vm_that_cannot_be_understood_is_never_one_without_images(host: Host, tmp_path: Path, fault: str) -> None:
     (tmp_path / "vm").mkdir()
