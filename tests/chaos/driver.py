@@ -194,11 +194,11 @@ class Run:
 
     def _choose(self, choose: random.Random) -> tuple[str, str, str]:
         """The kind, the target and the source of the next operation: mostly one that can succeed."""
-        if choose.random() < 0.05 and (retired := self._names.pick_retired(choose)):
+        allowed = self._plan.kinds or list(KINDS)
+        if choose.random() < 0.05 and "force" in allowed and (retired := self._names.pick_retired(choose)):
             return "force", retired, ""
         target = self._names.pick(choose)
         believed = self._names.believed(target)
-        allowed = self._plan.kinds or list(KINDS)
         weights = [KINDS[kind].weight * (8 if KINDS[kind].suits in (believed, "") else 1) for kind in allowed]
         kind = choose.choices(allowed, weights)[0]
         if kind not in ("copy", "mount-copy"):
