@@ -23,6 +23,7 @@ from sidecar.images.store import ImageStore
 from sidecar.services import image_service
 
 PUBLISHES_BEFORE_A_DEATH = 12
+FIRST_EXTENT = ("-flat.vmdk", "-f001.vmdk")
 LONG_ENOUGH = 0.2  # seconds, for somebody else to come in between
 
 
@@ -33,9 +34,9 @@ def publish_file_by_file() -> None:
     def publish(self: RenamingLayout, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
         datastore.make_directory(destination)
-        names = sorted(datastore.names(staging.directory), key=lambda name: (name.endswith("-flat.vmdk"), name))
-        for name in names:
-            if name.endswith(("-flat.vmdk", "-f001.vmdk")) and next(numbers) == PUBLISHES_BEFORE_A_DEATH:
+        names = datastore.names(staging.directory)
+        for name in sorted(names, key=lambda name: name.endswith(FIRST_EXTENT)):
+            if name.endswith(FIRST_EXTENT) and next(numbers) == PUBLISHES_BEFORE_A_DEATH:
                 os.kill(os.getpid(), signal.SIGKILL)
             datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
 
