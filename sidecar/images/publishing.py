@@ -28,12 +28,15 @@ def publish(
     """
     store, image_id = staging.store, staging.image_id
     trash: str | None = None
-    now = store.clock()
     try:
-        staging.complete(now)
+        staging.complete()
         with store.lock(image_id, "publish", timeout=lock_timeout, new=True, check=check):
             trash = _clear_the_way(store, image_id)
             check()
+            # Not before the syncs and the wait for the lock, which may take minutes: a scan that began meanwhile would
+            # take the image for one that nobody has used since.
+            now = store.clock()
+            staging.note_use(now)
             staging.begin_publishing()
             try:
                 store.layout.publish(store.datastore, staging.place, image_id)

@@ -1,5 +1,6 @@
 """Staging directories that clients fill over several calls: found by id, kept by a lease, dropped when it ends."""
 
+import contextlib
 import enum
 import logging
 import threading
@@ -129,17 +130,19 @@ class StagingSessions:
         store.require_space(expected_bytes)
         staging = StagingDirectory(store, image_id, "import")
         session = StagingSession(staging, request_id, self._monotonic() + self.lease_seconds)
-        with self._changed:
-            known = self._renewed(store, image_id, request_id)
-            if known is None:
+        with contextlib.ExitStack() as unless_kept:
+            # When the same call came twice, at the same time, or the request id was used for another image meanwhile.
+            unless_kept.enter_context(staging)
+            with self._changed:
+                if known := self._renewed(store, image_id, request_id):
+                    return known
                 if not wanted():
                     session.expires = self._monotonic() + min(self.lease_seconds, UNTOLD_SECONDS)
                 self._sessions[session.id] = session
                 if request_id:
                     self._by_request[request_id] = session
-                return session
-        with staging:  # the same call came twice, at the same time
-            return known
+                unless_kept.pop_all()
+        return session
 
     def renew(self, store: ImageStore, image_id: str, request_id: str) -> StagingSession | None:
         """What `create` would give for the request id of one that there is; None when it would make one.

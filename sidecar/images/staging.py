@@ -100,20 +100,23 @@ class StagingDirectory:
     def open_readable(self, name: str) -> ReadableFile:
         return self.store.datastore.open_readable(self.path(name))
 
-    def complete(self, modified_ns: int) -> None:
-        """Adds the timestamp, and makes every file and then the directory durable.
+    def complete(self) -> None:
+        """Adds the timestamp file, and makes every file and then the directory durable.
 
         After an error of that, nothing makes it durable any more: see `damage`.
         """
         datastore = self.store.datastore
         self.open_writable(TIMESTAMP).close()
-        with self._syncing():
-            datastore.set_modified(self.path(TIMESTAMP), modified_ns)
         for entry in datastore.entries(self.directory):
             with self._syncing():
                 datastore.sync_file(self.path(entry.name))
         with self._syncing():
             datastore.sync_directory(self.directory)
+
+    def note_use(self, now_ns: int) -> None:
+        """Sets the time of the timestamp file, durably; the error is as that of `complete`."""
+        with self._syncing():
+            self.store.datastore.set_modified(self.path(TIMESTAMP), now_ns)
 
     def sync_written(self, file: WritableFile) -> None:
         """Makes what was written to one of its files durable; the error is as that of `complete`."""

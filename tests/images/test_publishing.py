@@ -94,6 +94,27 @@ def test_a_companion_that_was_written_is_never_told_to_have_failed(failing: Imag
     place.assert_holds({"a": flat_files("a", "a.ecv")})
 
 
+def test_an_image_was_used_when_it_was_published_however_long_that_took(
+    place: Place, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan that began while its files were made durable would have it marked, and swept."""
+    now = [1_700_000_000 * 10**9]
+    datastore = stack.enter_context(contextlib.closing(PosixDatastore(place.name, str(place.root))))
+    SIDECAR_LAYOUTS[place.layout].prepare(datastore)
+    store = ImageStore(datastore, SIDECAR_LAYOUTS[place.layout], clock=lambda: now[0])
+    place.plant("source")
+    sync_file = datastore.sync_file
+
+    def slowly(path: str) -> None:
+        now[0] += 60 * 10**9
+        sync_file(path)
+
+    monkeypatch.setattr(datastore, "sync_file", slowly)
+    image = copy_image(store, "source", store, "a", Progress())
+    assert image.touched_ns == now[0] > 1_700_000_000 * 10**9
+    assert place.file("a", TIMESTAMP).stat().st_mtime_ns == now[0]
+
+
 @pytest.mark.parametrize("there", ["an image", "one file"])
 def test_a_publish_onto_what_came_in_between_is_refused_and_leaves_both(
     store: ImageStore, place: Place, there: str

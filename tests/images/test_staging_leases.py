@@ -107,6 +107,22 @@ def failing(place: Place, stack: ExitStack) -> Failing:
     return stack.enter_context(contextlib.closing(Failing(place.name, str(place.root))))
 
 
+def test_a_request_id_that_came_twice_at_once_leaves_no_directory_that_nobody_has(
+    store: ImageStore, sessions: StagingSessions, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock would be held for as long as the process lives, so that no reap frees it."""
+    require_space = store.require_space
+
+    def meanwhile(needed: int) -> None:
+        monkeypatch.setattr(store, "require_space", require_space)
+        sessions.create(store, "other", 0, "same")
+
+    monkeypatch.setattr(store, "require_space", meanwhile)
+    with pytest.raises(errors.InvalidRequest, match="same"):
+        sessions.create(store, "mine", 0, "same")
+    assert len(place.staging_directories()) == 1
+
+
 def test_a_staging_directory_lives_as_long_as_its_lease(
     sessions: StagingSessions, store: ImageStore, place: Place, clock: Clock
 ) -> None:
