@@ -81,14 +81,17 @@ class KernelMemory:
     def _run(self, is_there: Callable[[str], bool]) -> None:
         while (path := self._gone.get()) is not None:
             with self._forgetting() as session:
-                if session is None or is_there(path):
-                    continue
                 try:
+                    if session is None or is_there(path):
+                        continue
                     parent, _, name = path.rpartition("/")
                     session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
                 except OSError as error:
                     # It is forgotten by itself when its time is over.
                     _log.info("name not forgotten at once path=%s cause=%s", path, error)
+                except Exception:
+                    # The thread must outlive a defect: without it names would gather, and be told to nobody.
+                    _log.exception("name not forgotten at once path=%s", path)
 
     @contextlib.contextmanager
     def _forgetting(self) -> Iterator[Session | None]:

@@ -95,6 +95,14 @@ def test_an_image_that_somebody_has_open_stays_with_its_timestamp_and_is_not_mar
     assert site.place.file("a", TIMESTAMP).stat().st_mtime == NOW - DAY
 
 
+def test_a_mark_by_a_host_whose_clock_was_ahead_takes_no_image_that_was_touched_since(site: Site) -> None:
+    site.plant("a", used_ago=0, marked_ago=-DAY)
+    result = site.sweep()["a"]
+    assert not result.deleted
+    assert "is to come" in result.reason
+    site.place.assert_holds({"a": flat_files("a", MARKER)})
+
+
 def test_a_vm_that_cannot_be_read_ends_the_sweep_before_anything_goes(site: Site) -> None:
     site.plant("a", marked_ago=3600)
     site.vms.found = {(site.place.name, "vm_1"): DatastoreUnavailable("vm_1: EIO")}
