@@ -12,12 +12,19 @@ from fusefs.errors import fail
 from fusefs.handles import Borrowed, Handles, ImageHandle, StagedHandle
 from fusefs.processes import thread_group
 from fusefs.provenance import Provenance, SourceFile
-from fusefs.reading import LocalReader
+from fusefs.reading import LocalReader, expected_file
 from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
 from sidecar.client import ImageRef
-from sidecar.errors import DeadlineExceeded, InternalError, OperationCancelled, SidecarUnavailable, TooManyCalls
+from sidecar.errors import (
+    DeadlineExceeded,
+    FileChanged,
+    InternalError,
+    OperationCancelled,
+    SidecarUnavailable,
+    TooManyCalls,
+)
 from sidecar.holes import data_ranges
 
 # A writer whose bytes differ this often in a row is making something else.
@@ -78,9 +85,9 @@ class Copying:
             with file.complete_or_given_up():
                 try:
                     answer = target.directory.staging.clone_range(
-                        ref, origin.name, source_offset, file.name, offset, length
+                        ref, origin.name, source_offset, file.name, offset, length, expected_file(origin.generation)
                     )
-                except TooManyCalls:
+                except (TooManyCalls, FileChanged):
                     fail(errno.EXDEV)
                 except (DeadlineExceeded, SidecarUnavailable, OperationCancelled, InternalError) as error:
                     # It may go on, and would write over what comes to the same place later.

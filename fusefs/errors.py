@@ -39,6 +39,13 @@ def is_transient(error: ImagesError) -> bool:
     return error.code in _TRANSIENT
 
 
+class AskAgain(OSError):  # noqa: N818 (it is an answer, and no failure)
+    """ESTALE to an open: the kernel looks the path up, whatever it remembers of it, and opens it once more."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.ESTALE, "what the kernel knows of it may be old", path)
+
+
 class HasPaths(Protocol):
     """Says which path a call is about, for the log."""
 
@@ -72,6 +79,8 @@ def operation(
             path = self.path_of(*arguments)
             _log.log(level, "%s failed path=%s reason=%s cause=%s", call, path, error.reason, error.message)
             raise OSError(number, error.message) from error
+        except AskAgain:
+            raise
         except OSError as error:
             if error.errno not in _EXPECTED:
                 _log.warning("%s failed path=%s cause=%s", call, self.path_of(*arguments), error)

@@ -9,10 +9,11 @@ from fusefs.copying import Copying
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
 from fusefs.errors import fail, operation
+from fusefs.generations import Generations
 from fusefs.handles import CompanionHandle, DocumentHandle, Handles, ImageHandle, StagedHandle
 from fusefs.processes import is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
-from fusefs.reading import PageCachePolicy, open_image_file
+from fusefs.reading import open_image_file
 from fusefs.refusals import Refusals
 from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
@@ -42,6 +43,7 @@ class Files:
         sources: Sources,
         resolver: nodes.Resolver,
         handles: Handles,
+        generations: Generations,
     ) -> None:
         self._client = client
         self._tree = tree
@@ -53,7 +55,7 @@ class Files:
         self._handles = handles
         self._sources = sources
         self._copying = Copying(tree, handles, sources)
-        self._pages = PageCachePolicy()
+        self._generations = generations
         self.refusals = Refusals()
 
     def path_of(self, *arguments: Any) -> str:
@@ -125,11 +127,15 @@ class Files:
 
         reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
         source = SourceFile(*key, name, file.generation)
-        advice = self._pages.opened(path, file.generation)
         attributes = self._views.attributes(node)
+        try:
+            keep_cache = self._generations.opened(key, path, file.generation, attributes)
+        except OSError:
+            reader.close()
+            raise
         self._sources.seen(source)
-        number = self._handles.add(ImageHandle(path, source, reader, thread_group(pid), attributes))
-        return Opened(number, advice.keep, advice.bypass)
+        handle = ImageHandle(path, source, reader, thread_group(pid), attributes, current)
+        return Opened(self._handles.add(handle), keep_cache)
 
     @operation
     def create(self, path: str, flags: int, pid: int) -> Opened:
@@ -138,6 +144,7 @@ class Files:
         match parent:
             case nodes.StagedNode(directory):
                 directory.require_not_anothers(thread_group(pid))
+                self._generations.require_free(path)
                 file = directory.create(names[-1])
                 return self._opened_staged(path, directory, file, writable=True)
             case nodes.ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
@@ -261,7 +268,9 @@ class Files:
             case ImageHandle():
                 opened.reader.close()
                 self._sources.seen(opened.source)
-                self._pages.closed(opened.path, opened.source.generation)
+                generation = opened.source.generation
+                is_there = opened.current() == generation
+                self._generations.closed(opened.source.key, opened.path, generation, is_there=is_there)
             case StagedHandle():
                 if opened.borrowed is not None:
                     opened.borrowed.reader.close()

@@ -15,6 +15,7 @@ from fusefs.documents import Documents
 from fusefs.doubts import Key
 from fusefs.errors import fail, operation
 from fusefs.files import Files
+from fusefs.generations import Generations
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
 from fusefs.patience import LOCK_SECONDS
 from fusefs.processes import thread_group
@@ -44,6 +45,7 @@ class FileSystem:
         views: Views,
         documents: Documents,
         sources: Sources,
+        generations: Generations,
     ) -> None:
         self._client = client
         self._pulse = pulse
@@ -54,7 +56,10 @@ class FileSystem:
         self._documents = documents
         self._resolver = nodes.Resolver(client, pulse, tree, area, deletions)
         self._handles = Handles()
-        self.files = Files(client, tree, area, deletions, views, documents, sources, self._resolver, self._handles)
+        self._generations = generations
+        self.files = Files(
+            client, tree, area, deletions, views, documents, sources, self._resolver, self._handles, generations
+        )
 
     def path_of(self, *arguments: Any) -> str:
         """For the log: the path that is among a call's arguments, or that of the handle."""
@@ -72,7 +77,17 @@ class FileSystem:
             case ImageHandle(attributes=attributes):
                 return attributes
             case _:
-                return self._views.attributes(self._resolver.get(path))
+                return self._attributes(path)
+
+    def _attributes(self, path: str | None) -> Attributes:
+        request = self._generations.begin()
+        node = self._resolver.get(path)
+        attributes = self._views.attributes(node)
+        match node:
+            case nodes.ImageFileNode(parent, file) | nodes.DeletedFileNode(parent, file):
+                return self._generations.shown(parent.key, path or "", file.generation, attributes, request)
+            case _:
+                return attributes
 
     @operation
     def opendir(self, path: str, pid: int) -> int:
@@ -90,7 +105,17 @@ class FileSystem:
         # Whose it is, is asked of these alone: it takes as long as all the rest.
         process = thread_group(pid) if isinstance(node, nodes.DeletedImageNode) else 0
         staged = node.directory if isinstance(node, nodes.StagedNode) else None
-        return self._handles.add(DirectoryHandle(path, self._views.entries(node), staged, process))
+        image = node.image if isinstance(node, nodes.ImageNode | nodes.DeletedImageNode) else None
+        return self._handles.add(DirectoryHandle(path, self._views.entries(node), staged, image, process))
+
+    def is_current(self, handle: int) -> bool:
+        """Whether the entries of an open directory are described as what they are now."""
+        match self._handles.get(handle):
+            case DirectoryHandle(path=path, image=IndexedImage() as image):
+                now = self._tree.image(nodes.split(path)[0], image.image_id)
+                return now is not None and now.same_content(image)
+            case _:
+                return True
 
     @operation
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[int, str, Attributes]]:
@@ -172,6 +197,7 @@ class FileSystem:
                 self._deletions.keep(ghost_parent.ghost)
             case _:
                 fail(errno.EISDIR)
+        self._generations.removed(path)
 
     @operation
     def rmdir(self, path: str, pid: int) -> None:
@@ -196,6 +222,7 @@ class FileSystem:
                     fail(errno.ENOTEMPTY)
             case _:
                 fail(errno.EPERM if len(nodes.split(path)) < 2 else errno.ENOTDIR)
+        self._generations.removed(path)
 
     @operation
     def rename(self, old: str, new: str, flags: int, pid: int) -> None:
@@ -223,6 +250,7 @@ class FileSystem:
             case _:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
                 fail(errno.EXDEV)
+        self._generations.removed(old)
 
     def _opened_as_deleted(self, key: Key, pid: int) -> bool:
         """Whether the process goes through the image's directory as a deleted one, which it was when it was opened.

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from fusefs.attributes import Attributes
 from fusefs.errors import fail
-from fusefs.provenance import SourceFile
+from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import LocalReader, Reader
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, Recent
+from fusefs.tree import IndexedImage
 
 # A name, and how to find out what stat shows of it: asked for when the kernel asks, so that opening is cheap.
 Entry = tuple[str, Callable[[], Attributes]]
@@ -27,6 +28,7 @@ class ImageHandle:
     reader: Reader
     process: int  # whose it is; 0: not known
     attributes: Attributes  # what stat showed: a file that is open outlives its name
+    current: Callable[[], Generation | None]  # what the index shows at its path now
 
 
 class Borrowed(NamedTuple):
@@ -67,6 +69,7 @@ class DirectoryHandle:
     path: str
     entries: Sequence[Entry]
     staged: StagedDirectory | None  # which one it is, when something else may have its name by now
+    image: IndexedImage | None  # likewise
     process: int  # whose it is; 0: not known
 
 

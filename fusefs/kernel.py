@@ -13,6 +13,7 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from fusefs.binding import Session
 
@@ -30,6 +31,15 @@ class _FileHandle(ctypes.Structure):
     _fields_ = (("size", ctypes.c_uint), ("type", ctypes.c_int), ("content", ctypes.c_ubyte * _MOST_HANDLE_BYTES))
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """To have the kernel ask again about paths, and forget the name that a path ends with; then to call `then`."""
+
+    changed: Iterable[str]
+    gone: str
+    then: Callable[[], None] = lambda: None
+
+
 class KernelMemory:
     """Owns a thread: `start`, then `stop`, which joins it. Does nothing while there is no session.
 
@@ -42,7 +52,7 @@ class KernelMemory:
         self._session: Session | None = None
         self._idle = threading.Condition()  # guards the number
         self._running = 0  # calls that make the kernel forget
-        self._gone: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, is_there: Callable[[str], bool]) -> None:
@@ -54,7 +64,7 @@ class KernelMemory:
         """Returns when the kernel is not being made to forget anything, and will not be any more."""
         with self._idle:
             self._session = None
-        self._gone.put(None)
+        self._orders.put(None)
         if self._thread is not None:
             self._thread.join()
         with self._idle:
@@ -75,23 +85,33 @@ class KernelMemory:
 
         The kernel holds that directory until the answer, and could not forget a name in it before.
         """
-        if self._session is not None:
-            self._gone.put(path)
+        self._orders.put(_Order((), path))
+
+    def replaced(self, directory: str, names: Iterable[str], told: Callable[[], None]) -> None:
+        """Makes the kernel ask again about a directory and names in it, soon, and calls `told` afterwards."""
+        self._orders.put(_Order((directory, *(f"{directory}/{name}" for name in names)), directory, told))
 
     def _run(self, is_there: Callable[[str], bool]) -> None:
-        while (path := self._gone.get()) is not None:
-            with self._forgetting() as session:
-                try:
-                    if session is None or is_there(path):
-                        continue
-                    parent, _, name = path.rpartition("/")
-                    session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
-                except OSError as error:
-                    # It is forgotten by itself when its time is over.
-                    _log.info("name not forgotten at once path=%s cause=%s", path, error)
-                except Exception:
-                    # The thread must outlive a defect: without it names would gather, and be told to nobody.
-                    _log.exception("name not forgotten at once path=%s", path)
+        while (order := self._orders.get()) is not None:
+            try:
+                self._carry_out(order, is_there)
+            except OSError as error:
+                # It is forgotten by itself when its time is over.
+                _log.info("name not forgotten at once path=%s cause=%s", order.gone, error)
+            except Exception:
+                # The thread must outlive a defect: without it names would gather, and be told to nobody.
+                _log.exception("name not forgotten at once path=%s", order.gone)
+
+    def _carry_out(self, order: _Order, is_there: Callable[[str], bool]) -> None:
+        with self._forgetting() as session:
+            try:
+                if session is not None:
+                    session.invalidate(order.changed)
+            finally:
+                order.then()
+            if session is not None and not is_there(order.gone):
+                parent, _, name = order.gone.rpartition("/")
+                session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
 
     @contextlib.contextmanager
     def _forgetting(self) -> Iterator[Session | None]:

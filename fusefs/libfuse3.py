@@ -151,8 +151,9 @@ def with_libfuse3(module: Any, on_end: Callable[[], bool]) -> tuple[Any, dict[st
         def readdir_fuse_3(self, path: bytes | None, buffer: Any, add: Any, offset: int, fip: Any, flags: int) -> int:
             # libfuse drops the attributes of entries that have no offset of their own.
             stat = module.c_stat()
-            how = _FILL_DIR_PLUS if flags & _READDIR_PLUS else 0
-            for next_offset, name, attributes in self.operations.filesystem.readdir(fip.contents.fh, offset):
+            handle, filesystem = fip.contents.fh, self.operations.filesystem
+            how = _FILL_DIR_PLUS if flags & _READDIR_PLUS and filesystem.is_current(handle) else 0
+            for next_offset, name, attributes in filesystem.readdir(handle, offset):
                 fill(stat, attributes)
                 if add(buffer, name.encode(self.encoding, self.errors), stat, next_offset, how) != 0:
                     break

@@ -14,6 +14,7 @@ from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
 from fusefs.filesystem import FileSystem
+from fusefs.generations import Generations
 from fusefs.kernel import KernelMemory
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
@@ -24,9 +25,9 @@ from fusefs.reading import Reader, open_image_file
 from fusefs.rules import Rules
 from fusefs.sources import Sources
 from fusefs.staging import StagingArea
-from fusefs.tree import Tree
+from fusefs.tree import IndexedImage, Tree
 from fusefs.views import Views
-from fusefs.watching import Changes, Watcher
+from fusefs.watching import Watcher
 from sidecar.client import SidecarClient
 from sidecar.errors import ImagesError, SidecarUnavailable
 
@@ -75,18 +76,21 @@ class _Mount:
         self._binding = binding_name
         self._session: Session | None = None
         self._finishing = False
-        self._tree = Tree()
         self._kernel = KernelMemory(path)
+        self._generations = Generations(options.entry_timeout)
+        self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
         self._area = StagingArea(client, pulse, self._tree, rules, changed=self._kernel.changed, gone=self._kernel.gone)
-        self._watcher = Watcher(client, self._tree, on_change=self._forget, on_lost=self._area.doubt_leases)
+        self._watcher = Watcher(client, self._tree, on_lost=self._area.doubt_leases)
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
         views = Views(self._tree, self._deletions, options.owner)
         documents = Documents(client, pulse, self._area, lambda: self._watcher.stale_since)
         sources = Sources(self._open_source)
-        self._filesystem = FileSystem(client, pulse, self._tree, self._area, self._deletions, views, documents, sources)
+        self._filesystem = FileSystem(
+            client, pulse, self._tree, self._area, self._deletions, views, documents, sources, self._generations
+        )
 
     def run(self, signals: EndSignals, on_ready: Callable[[], None]) -> None:
         with contextlib.ExitStack() as running:
@@ -164,14 +168,18 @@ class _Mount:
             limit.cancel()
             limit.join()
 
-    def _forget(self, changes: Changes) -> None:
-        for datastore, image in changes:
-            if not image.is_valid and self._tree.image(datastore, image.image_id) is None:
-                self._deletions.lay((datastore, image.image_id))  # purged
-            path = f"/{datastore}/{nodes.DELETED}/" if image.is_tombstoned else f"/{datastore}/"
-            path += image.image_id
-            self._kernel.changed([path, *(f"{path}/{file.name}" for file in image.files)])
-            self._kernel.gone(path)
+    def _tell_kernel(self, datastore: str, before: IndexedImage) -> None:
+        """The image is not what it was: what the kernel knows of it is old."""
+        key = (datastore, before.image_id)
+        directory = f"/{datastore}/{nodes.DELETED}/" if before.is_tombstoned else f"/{datastore}/"
+
+        def told() -> None:
+            self._generations.told(key)
+            if not before.is_valid and self._tree.image(*key) is None:
+                self._deletions.lay(key)  # purged
+
+        names = (file.name for file in before.files)
+        self._kernel.replaced(directory + before.image_id, names, told)
 
     def _open_source(self, source: SourceFile) -> Reader:
         datastore = self._tree.datastore(source.datastore)

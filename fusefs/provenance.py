@@ -28,6 +28,10 @@ class SourceFile(NamedTuple):
     name: str
     generation: Generation
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.datastore, self.image_id)
+
 
 class Provenance:
     """The history of one staged file's bytes. Not safe to share between threads: the staged file has a lock."""

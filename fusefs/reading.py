@@ -11,15 +11,13 @@ import logging
 import os
 import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from fusefs.errors import fail
 from fusefs.provenance import Generation
 from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage
-from sidecar.client import ImageRef, SidecarClient, Staging
+from sidecar.client import ImageFile, ImageRef, SidecarClient, Staging
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +134,8 @@ class LocalReader:
 class RemoteReader:
     """A file read through the sidecar, a growing window ahead of a reader that goes through it in order.
 
-    `check` raises when the file is not the one that was opened any more.
+    `check` raises when the file is not the one that was opened any more, as far as the index knows. `generation` is
+    what the sidecar is to compare it with, which knows of a change before the index does; None for a staged file.
     """
 
     def __init__(
@@ -146,12 +145,14 @@ class RemoteReader:
         name: str,
         size: Callable[[], int],
         check: Callable[[], None] = lambda: None,
+        generation: Generation | None = None,
     ) -> None:
         self._client = client
         self._source = source
         self._name = name
         self._size = size
         self._check = check
+        self._expected = expected_file(generation) if generation is not None else None
         self._lock = threading.Lock()  # guards the window
         self._start = 0
         self._window = b""
@@ -194,7 +195,7 @@ class RemoteReader:
         length = min(max(self._length, end - offset), self._size() - offset)
         window = bytearray(length)
         got = 0
-        answers = self._client.read_file(self._source, self._name, offset, length)
+        answers = self._client.read_file(self._source, self._name, offset, length, expected=self._expected)
         for answer in answers:
             at = answer.offset - offset
             window[at : at + len(answer.data)] = answer.data
@@ -235,7 +236,14 @@ def open_image_file(
             fail(errno.ESTALE, f"{datastore.name}/{image.image_id}/{file.name} is not the file that was opened")
 
     ref = ImageRef(datastore=datastore.name, image_id=image.image_id)
-    return RemoteReader(client, ref, file.name, lambda: file.size, check)
+    return RemoteReader(client, ref, file.name, lambda: file.size, check, file.generation)
+
+
+def expected_file(generation: Generation) -> ImageFile:
+    """As the sidecar is told which file is meant."""
+    file = ImageFile(inode=generation.inode, size_bytes=generation.size)
+    file.modify_time.FromNanoseconds(generation.modified_ns)
+    return file
 
 
 def seek_without_holes(size: int, offset: int, whence: int) -> int:
@@ -243,47 +251,6 @@ def seek_without_holes(size: int, offset: int, whence: int) -> int:
     if not 0 <= offset < size:
         fail(errno.ENXIO)
     return size if whence == os.SEEK_HOLE else offset
-
-
-@dataclass(frozen=True, slots=True)
-class CacheAdvice:
-    """What the kernel may do with the pages that it has of a path."""
-
-    keep: bool  # those of the last time are this file's
-    bypass: bool  # another generation is open under the path: its pages must not be seen by this one
-
-
-class PageCachePolicy:
-    """Knows which generation of each path was opened last, since the kernel knows a file by its path only."""
-
-    _MOST_PATHS = 65536
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: OrderedDict[str, Generation] = OrderedDict()
-        self._open: dict[str, list[Generation]] = {}
-
-    def opened(self, path: str, generation: Generation) -> CacheAdvice:
-        with self._lock:
-            others = self._open.setdefault(path, [])
-            bypass = any(other != generation for other in others)
-            keep = self._last.get(path) == generation and not bypass
-            others.append(generation)
-            if not bypass:
-                self._last[path] = generation
-                self._last.move_to_end(path)
-            else:
-                self._last.pop(path, None)
-            while len(self._last) > self._MOST_PATHS:
-                self._last.popitem(last=False)
-            return CacheAdvice(keep, bypass)
-
-    def closed(self, path: str, generation: Generation) -> None:
-        with self._lock:
-            others = self._open[path]
-            others.remove(generation)
-            if not others:
-                del self._open[path]
 
 
 def _is(status: os.stat_result, generation: Generation) -> bool:

@@ -156,9 +156,21 @@ class IndexedDatastore:
 
 
 class Tree:
-    """The index. `clock` is a monotonic time in seconds."""
+    """The index. `clock` is a monotonic time in seconds.
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `before_change` is called when an image is about to be shown otherwise, or not at all; `on_change` when it is, with
+    its datastore and what it was. Neither may wait, nor ask anything of the index.
+    """
+
+    def __init__(
+        self,
+        *,
+        before_change: Callable[[Key], None] = lambda key: None,
+        on_change: Callable[[str, IndexedImage], None] = lambda datastore, before: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._before_change = before_change
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._doubts = Doubts(self._lock, clock)
         self._numbers = itertools.count(1)
@@ -167,7 +179,6 @@ class Tree:
         self._snapshot: dict[Key, IndexedImage] | None = None
         self._expected: dict[Key, int] = {}
         self._complete = threading.Event()
-        self._changes: list[tuple[str, IndexedImage]] = []
 
     @property
     def datastores(self) -> list[IndexedDatastore]:
@@ -293,12 +304,6 @@ class Tree:
             self._doubts.changed(key)
             self._put(key, None)
 
-    def take_changes(self) -> list[tuple[str, IndexedImage]]:
-        """The images that are not what they were, as they were, by datastore: what the kernel knows of them is old."""
-        with self._lock:
-            changes, self._changes = self._changes, []
-            return changes
-
     def _set_datastores(self, infos: Iterable[Datastore], *, these_are_all: bool) -> None:
         known = self._datastores
         datastores = {} if these_are_all else dict(known)
@@ -344,12 +349,15 @@ class Tree:
         if datastore is None:
             return
         before = datastore.images.get(key[1])
+        changed = before if before is not None and (image is None or not before.same_content(image)) else None
+        if changed is not None:
+            self._before_change(key)
         if image is None:
             datastore.images.pop(key[1], None)
         else:
             datastore.images[image.image_id] = image
-        if before is not None and (image is None or not before.same_content(image)):
-            self._changes.append((key[0], before))
+        if changed is not None:
+            self._on_change(key[0], changed)
 
 
 def directory_inode(number: int) -> int:

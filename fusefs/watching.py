@@ -7,10 +7,10 @@ the stream may have told something old.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fusefs.doubts import Key
-from fusefs.tree import IndexedImage, Tree
+from fusefs.tree import Tree
 from sidecar.client import Image, ImageRef, SidecarClient, WatchCall
 from sidecar.errors import DatastoreNotFound, ImageNotFound, ImagesError
 
@@ -18,8 +18,6 @@ _log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
-
-Changes = Sequence[tuple[str, IndexedImage]]
 
 
 class Watcher:
@@ -30,17 +28,12 @@ class Watcher:
         client: SidecarClient,
         tree: Tree,
         *,
-        on_change: Callable[[Changes], None] = lambda changes: None,
         on_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`on_change` is called with the images that changed or went, as they were, and their datastores.
-
-        `on_lost` is called when the stream ends, before it is tried again. `clock` is the time of day.
-        """
+        """`on_lost` is called when the stream ends, before it is tried again. `clock` is the time of day."""
         self._client = client
         self._tree = tree
-        self._on_change = on_change
         self._on_lost = on_lost
         self._clock = clock
         self._stop = threading.Event()
@@ -95,7 +88,6 @@ class Watcher:
             for answer in call:
                 heard = True
                 self._tree.apply(answer)
-                self._tell_changes()
                 if answer.resume_token:  # not in every part of a long answer
                     self._resume_token = answer.resume_token
                 if self.stale_since is not None:
@@ -115,7 +107,6 @@ class Watcher:
         while (key := self._tree.next_doubted()) is not None:
             try:
                 self._tree.settle(key, self._image(key))
-                self._tell_changes()
                 pause = _FIRST_PAUSE_SECONDS
                 continue
             except ImagesError as error:
@@ -131,10 +122,6 @@ class Watcher:
             return self._client.image(ImageRef(datastore=key[0], image_id=key[1]))
         except (ImageNotFound, DatastoreNotFound):
             return None
-
-    def _tell_changes(self) -> None:
-        if changes := self._tree.take_changes():
-            self._on_change(changes)
 
     def _note_stale(self, cause: str) -> None:
         self._on_lost()

@@ -303,10 +303,19 @@ class SidecarClient:
         return Staging(self._caller, as_ref(ref), expected_bytes, request_id)
 
     def read_file(
-        self, source: ImageRef | str | Staging, name: str, offset: int = 0, length: int = 0
+        self,
+        source: ImageRef | str | Staging,
+        name: str,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        expected: ImageFile | None = None,
     ) -> Iterator[ReadFileResponse]:
-        """Data and holes of a file, in order; `length` 0 is to the end. Closing the iterator ends the call."""
-        return read_file(self._caller, source, name, offset, length)
+        """Data and holes of a file, in order; `length` 0 is to the end. Closing the iterator ends the call.
+
+        FileChanged when the file is another one than the `expected` one, which only an image's file can be.
+        """
+        return read_file(self._caller, source, name, offset, length, expected)
 
     def _at_least(self, seconds: float) -> float:
         return max(seconds, self._caller.timeout)

@@ -10,7 +10,7 @@ from typing import Self
 from google.protobuf.duration_pb2 import Duration
 
 from protos.images.v1 import staging_service_pb2 as wire
-from protos.images.v1.types_pb2 import ImageRef
+from protos.images.v1.types_pb2 import ImageFile, ImageRef
 from sidecar import errors
 from sidecar.client_calls import UNDO_SECONDS, Answer, AnswerStream, Caller, CallFuture, Outgoing, new_request_id
 
@@ -95,10 +95,12 @@ class Staging:
         name: str,
         offset: int,
         length: int,
+        expected: ImageFile | None = None,
     ) -> wire.CloneRangeResponse:
         """Copies up to `length` bytes of an image's file into the staged file `name`; the answer says how many.
 
         One call moves what about a second allows: call again for the rest. 0 bytes only at the end of the source.
+        FileChanged when the source is another file than the `expected` one.
         """
         request = wire.CloneRangeRequest(
             source=as_ref(source_ref),
@@ -108,6 +110,7 @@ class Staging:
             name=name,
             offset=offset,
             length=length,
+            expected_source=expected,
         )
         return self._caller.unary(self._caller.staging.CloneRange, request)
 
@@ -181,10 +184,15 @@ class Staging:
 
 
 def read_file(
-    caller: Caller, source: ImageRef | str | Staging, name: str, offset: int, length: int
+    caller: Caller,
+    source: ImageRef | str | Staging,
+    name: str,
+    offset: int,
+    length: int,
+    expected: ImageFile | None,
 ) -> Iterator[wire.ReadFileResponse]:
     """The data and holes of a file of an image or a staging directory, in order of their offsets."""
-    request = wire.ReadFileRequest(name=name, offset=offset, length=length)
+    request = wire.ReadFileRequest(name=name, offset=offset, length=length, expected=expected)
     if isinstance(source, Staging):
         request.staging_id = source.id
     else:

@@ -35,6 +35,12 @@ class FileNotInImage(ImagesError):
     reason, code, errno, exit_code = "FILE_NOT_FOUND", "NOT_FOUND", errno.ENOENT, 3
 
 
+class FileChanged(ImagesError):
+    """The file is another one than the caller knows: its image was replaced, or changed. Look at the image again."""
+
+    reason, code, errno, exit_code = "FILE_CHANGED", "FAILED_PRECONDITION", errno.ESTALE, 5
+
+
 class DatastoreNotFound(ImagesError):
     reason, code, errno, exit_code = "DATASTORE_NOT_FOUND", "NOT_FOUND", errno.ENOENT, 3
 

@@ -71,6 +71,8 @@ class OpenDirectory(Protocol):
 class ReadableFile(Protocol):
     """An open file of a datastore. While it is open, its image is in use."""
 
+    inode: int  # 0 where the datastore has no such number
+    modified_ns: int
     size: int
 
     def read(self, offset: int, length: int) -> bytes:

@@ -58,7 +58,10 @@ class PosixReadable:
 
     def __init__(self, faults: Faults, path: str, fd: int) -> None:
         self._faults, self._path, self.fd = faults, path, fd
-        self.size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        self.inode = status.st_ino
+        self.modified_ns = status.st_mtime_ns
+        self.size = status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
         with self._faults.during("read", self._path):

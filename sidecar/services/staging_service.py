@@ -9,8 +9,9 @@ import grpc
 
 from protos.images.v1 import staging_service_pb2 as pb
 from protos.images.v1 import staging_service_pb2_grpc as pb_grpc
+from protos.images.v1.types_pb2 import ImageFile
 from sidecar.datastores.interface import Datastore, ReadableFile
-from sidecar.errors import FileNotInImage, InvalidRequest, OperationCancelled
+from sidecar.errors import FileChanged, FileNotInImage, InvalidRequest, OperationCancelled
 from sidecar.images.copying import OpenImage, clone_files, require_space_for_copy
 from sidecar.images.image import Image
 from sidecar.images.library import Library
@@ -130,6 +131,8 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
             image = store.read_valid(key.image_id)
             source = stack.enter_context(closing(_open_file(store.datastore, image, request.source_name)))
             store.read_valid(key.image_id)  # again, now that it cannot be purged any more
+            if request.HasField("expected_source"):
+                _require_same(source, request.expected_source, f"{request.source_name} of {key}")
             whole = request.source_offset == 0 and request.length >= source.size
             if whole and not staging.store.datastore.shares_extents_with(store.datastore):
                 staging.store.require_space(_allocated(image, request.source_name))
@@ -222,6 +225,8 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         with store.admission.transfer():
             image = store.read(key.image_id)
             with closing(_open_file(store.datastore, image, request.name)) as file:
+                if request.HasField("expected"):
+                    _require_same(file, request.expected, f"{request.name} of {key}")
                 yield file
 
 
@@ -236,6 +241,13 @@ def _open_file(datastore: Datastore, image: Image, name: str) -> ReadableFile:
         with suppress(FileNotFoundError):
             return datastore.open_readable(image.path(name))
     raise FileNotInImage(f"{image.key} has no file {name!r}")
+
+
+def _require_same(file: ReadableFile, expected: ImageFile, what: str) -> None:
+    """Asked of the open file: what has its name may be replaced at any time."""
+    known = (expected.inode, expected.modify_time.ToNanoseconds(), expected.size_bytes)
+    if (file.inode, file.modified_ns, file.size) != known:
+        raise FileChanged(f"{what} is not the file that the caller expects: look at the image again")
 
 
 def _allocated(image: Image, name: str) -> int:

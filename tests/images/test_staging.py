@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from protos.images.v1 import staging_service_pb2 as wire
-from protos.images.v1.types_pb2 import IMAGE_STATE_VALID
+from protos.images.v1.types_pb2 import IMAGE_STATE_VALID, ImageFile
 from sidecar import errors
 from sidecar.client import Hole, Staging
 from tests.support.disks import allocated, assert_same_disk, pseudo_random
@@ -356,3 +356,23 @@ def test_a_descriptor_of_the_right_name_stays_as_it_is(world: World, place: Plac
         staging.write_file("a-flat.vmdk", [], size=1 * MIB)
         assert staging.commit().renamed_files == {"a.vmdk": "a.vmdk", "a-flat.vmdk": "a-flat.vmdk"}
     assert place.descriptor("a").read_text() == text
+
+
+def test_not_one_byte_is_read_or_copied_of_another_file_than_the_caller_knows(world: World, place: Place) -> None:
+    place.plant("src")
+    name = f"{place.name}/src"
+    known = next(file for file in world.client.image(name).files if file.name == "src-flat.vmdk")
+    assert list(world.client.read_file(name, known.name, expected=known))
+    others = [
+        ImageFile(inode=known.inode + 1, modify_time=known.modify_time, size_bytes=known.size_bytes),
+        ImageFile(inode=known.inode, size_bytes=known.size_bytes),
+        ImageFile(inode=known.inode, modify_time=known.modify_time, size_bytes=known.size_bytes - 1),
+    ]
+    for other in others:
+        with pytest.raises(errors.FileChanged, match="look at the image again"):
+            list(world.client.read_file(name, known.name, expected=other))
+        with world.client.create_staging(f"{place.name}/a") as staging:
+            with pytest.raises(errors.FileChanged):
+                staging.clone_range(name, known.name, 0, "x", 0, 1, other)
+            assert not (place.root / staging.directory / "x").exists()
+            assert staging.clone_range(name, known.name, 0, "x", 0, 1, known).done_bytes == 1

@@ -5,8 +5,6 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 from fusefs.doubts import DOUBT_SECONDS, Key
-from fusefs.provenance import Generation
-from fusefs.reading import CacheAdvice, PageCachePolicy
 from fusefs.tree import Tree, file_inode
 from sidecar.client import Datastore, FileKind, Image, ImageRef, ImageState, WatchImagesResponse
 
@@ -261,11 +259,16 @@ def test_details_that_were_asked_for_stay_known() -> None:
 
 
 def test_says_which_images_changed() -> None:
-    tree = Tree()
+    told: list[tuple[str, str, bool]] = []
+    tree = Tree(
+        before_change=lambda key: told.append((*key, tree.image(*key) is before)),
+        on_change=lambda datastore, old: told.append((datastore, old.image_id, tree.image("one", "b") is before)),
+    )
     tree.apply(snapshot(image("a"), image("b")))
-    assert tree.take_changes() == []
+    before = tree.image("one", "b")
+    assert told == []
     tree.apply(change(image("a"), image("b", inode=2)))
-    assert [(datastore, old.image_id) for datastore, old in tree.take_changes()] == [("one", "b")]
+    assert told == [("one", "b", True), ("one", "b", False)]
 
 
 def test_an_image_takes_less_than_a_kilobyte() -> None:
@@ -282,20 +285,6 @@ def test_an_image_takes_less_than_a_kilobyte() -> None:
         tracemalloc.stop()
     assert len(names(tree)) == 10_000
     assert used / 10_000 < 1000
-
-
-def test_pages_are_kept_for_the_same_file_only() -> None:
-    pages = PageCachePolicy()
-    first, second = Generation(1, 1, 1), Generation(2, 1, 1)
-    assert pages.opened("/a", first) == CacheAdvice(keep=False, bypass=False)
-    assert pages.opened("/a", first) == CacheAdvice(keep=True, bypass=False)
-    # Another file of the same path, while the old one is open: their pages must not mix.
-    assert pages.opened("/a", second) == CacheAdvice(keep=False, bypass=True)
-    for generation in (first, first, second):
-        pages.closed("/a", generation)
-    assert pages.opened("/a", second) == CacheAdvice(keep=False, bypass=False)
-    pages.closed("/a", second)
-    assert pages.opened("/a", second) == CacheAdvice(keep=True, bypass=False)
 
 
 def test_a_snapshot_says_nothing_of_what_it_lacks_of_an_incomplete_datastore() -> None:

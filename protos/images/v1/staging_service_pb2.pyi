@@ -149,6 +149,7 @@ class ReadFileRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
     staging_id: _builtins.str
     name: _builtins.str
     offset: _builtins.int
@@ -156,6 +157,12 @@ class ReadFileRequest(_message.Message):
     """0: to the end."""
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def expected(self) -> _types_pb2.ImageFile:
+        """As ListImages and GetImage tell it. When it is set, and the file is another one by now than its inode, modify_time
+        and size_bytes say: FAILED_PRECONDITION with reason FILE_CHANGED, and not one byte.
+        """
+
     def __init__(
         self,
         *,
@@ -164,10 +171,11 @@ class ReadFileRequest(_message.Message):
         name: _builtins.str = ...,
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
+        expected: _types_pb2.ImageFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "ref", b"ref", "staging_id", b"staging_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "from", b"from", "ref", b"ref", "staging_id", b"staging_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "length", b"length", "name", b"name", "offset", b"offset", "ref", b"ref", "staging_id", b"staging_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "from", b"from", "length", b"length", "name", b"name", "offset", b"offset", "ref", b"ref", "staging_id", b"staging_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_from: _TypeAlias = _typing.Literal["ref", "staging_id"]  # noqa: Y015
     _WhichOneofArgType_from: _TypeAlias = _typing.Literal["from", b"from"]  # noqa: Y015
@@ -216,6 +224,7 @@ class CloneRangeRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    EXPECTED_SOURCE_FIELD_NUMBER: _builtins.int
     source_name: _builtins.str
     source_offset: _builtins.int
     staging_id: _builtins.str
@@ -225,6 +234,10 @@ class CloneRangeRequest(_message.Message):
     """Ends at the end of the source file at the latest."""
     @_builtins.property
     def source(self) -> _types_pb2.ImageRef: ...
+    @_builtins.property
+    def expected_source(self) -> _types_pb2.ImageFile:
+        """As in ReadFileRequest."""
+
     def __init__(
         self,
         *,
@@ -235,10 +248,11 @@ class CloneRangeRequest(_message.Message):
         name: _builtins.str = ...,
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
+        expected_source: _types_pb2.ImageFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_source", b"expected_source", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "name", b"name", "offset", b"offset", "source", b"source", "source_name", b"source_name", "source_offset", b"source_offset", "staging_id", b"staging_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_source", b"expected_source", "length", b"length", "name", b"name", "offset", b"offset", "source", b"source", "source_name", b"source_name", "source_offset", b"source_offset", "staging_id", b"staging_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,78 @@
+"""An image that another host replaces while it is read here: a reader gets the one or the other, whole, or an error."""
+
+import errno
+import hashlib
+import signal
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from sidecar.client import SidecarClient
+from tests.mount.harness import log_of, wait_listed
+from tests.support.disks import MIB, import_image, make_disk
+from tests.support.processes import Mount, Sidecar, wait_until
+
+# What a reader is told while there is no such image, or while it is replaced.
+_REFUSED = {errno.ENOENT, errno.ESTALE}
+
+
+class Reader:
+    """Reads a file over and over, as `cat` does, and counts what it got."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._end = threading.Event()
+        self.turn = threading.Lock()  # held while the file is open
+        self._thread = threading.Thread(target=self._run)
+        self.last = ""
+        self.digests: Counter[str] = Counter()
+        self.refused: Counter[int] = Counter()
+
+    def __enter__(self) -> "Reader":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            self._end.wait(0.002)  # which lets another one take the turn
+            try:
+                with self.turn, self._path.open("rb", buffering=0) as file:
+                    digest = hashlib.sha256()
+                    while part := file.read(256 * 1024):
+                        digest.update(part)
+                self.last = digest.hexdigest()
+                self.digests[self.last] += 1
+            except OSError as error:
+                self.refused[error.errno or 0] += 1
+
+
+def test_a_reader_gets_no_mixture_of_two_images(
+    sidecar: Sidecar, client: SidecarClient, tmp_path: Path, stack: ExitStack
+) -> None:
+    sizes = {"large": 8 * MIB, "small": 3 * MIB}
+    for seed, (name, size) in enumerate(sizes.items()):
+        import_image(client, f"two/{name}", make_disk(tmp_path / name, size=size, data=((0, size),), seed=seed))
+    whole = {name: hashlib.sha256((tmp_path / name / "disk-flat.vmdk").read_bytes()).hexdigest() for name in sizes}
+    client.copy("two/small", "one/a").wait()
+    other = stack.enter_context(Sidecar(tmp_path / "other", f"one={tmp_path / 'one'},layout=compound"))
+    mount = stack.enter_context(Mount(tmp_path / "lasting", other.address, options="entry_timeout=60,attr_timeout=60"))
+    path = wait_listed(mount, "one/a") / "a-flat.vmdk"
+    readers = [stack.enter_context(Reader(path)) for _ in range(3)]
+    for name in list(sizes) * 15:
+        with ExitStack() as paused:
+            for reader in readers:  # what is open cannot be freed
+                paused.enter_context(reader.turn)
+            # It learns of both at once, as of one image that became another.
+            other.signal(signal.SIGSTOP)
+            paused.callback(other.signal, signal.SIGCONT)
+            client.delete("one/a", force=True)
+            client.copy(f"two/{name}", "one/a").wait()
+        wait_until(lambda digest=whole[name]: readers[0].last == digest, f"{name} is read:\n{log_of(mount)}")  # type: ignore[misc]
+    for reader in readers:
+        assert set(reader.digests) <= set(whole.values())
+        assert set(reader.refused) <= _REFUSED
