@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 # A staged image that nobody goes on with is dropped; its lease alone would keep it for ever.
 ABANDONED_SECONDS = 600.0
+# How often somebody looks whether it can still become an image. Until then it hides the one that has its name.
+_LOOK_SECONDS = 2.0
 # Between two questions what became of a publish: at first, and at most. Each of them may have it published.
 _RESOLVE_SECONDS = 1.0
 _MOST_RESOLVE_SECONDS = 30.0
@@ -113,7 +115,7 @@ class Publisher:
             return max(self._settle_seconds - directory.quiet_seconds, 0.25)
         if directory.retry_at:
             return directory.retry_at - now
-        return ABANDONED_SECONDS - directory.quiet_seconds + 1
+        return min(ABANDONED_SECONDS - directory.quiet_seconds + 1, _LOOK_SECONDS)
 
     def _deletions_due(self, now: float) -> bool:
         due = self._deletions.next_due()
@@ -131,13 +133,16 @@ class Publisher:
             return None
         if directory.spoiled:
             return partial(self._drop, directory, directory.spoiled)
+        if self._area.is_taken(directory):
+            return partial(self._give_up, directory, "there is another image of its name by now")
         if any(file.given_up for file in directory.files) and directory.maker_was_killed:
             # Whoever made the directory was killed while writing into it: an interrupted cp -r leaves nothing.
             return partial(self._drop, directory, "its maker was interrupted")
         if directory.version != directory.tried_version or 0 < directory.retry_at <= now:
             return partial(self._try, directory)
         if quiet > ABANDONED_SECONDS:
-            return partial(self._abandon, directory)
+            why = f"nobody went on with it for {ABANDONED_SECONDS:g} s: {directory.reason}"
+            return partial(self._give_up, directory, why)
         return None
 
     def _try(self, directory: StagedDirectory) -> None:
@@ -168,8 +173,8 @@ class Publisher:
             directory.resolve_pause = min(pause, _MOST_RESOLVE_SECONDS)
             directory.retry_at = self._clock() + directory.resolve_pause
 
-    def _abandon(self, directory: StagedDirectory) -> None:
-        why = f"nobody went on with it for {ABANDONED_SECONDS:g} s: {directory.reason}"
+    def _give_up(self, directory: StagedDirectory, why: str) -> None:
+        """Drops what somebody may still wait for."""
         if self._drop(directory, why):
             _log.warning("dropped image=%s reason=%s", directory, why)
 

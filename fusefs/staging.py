@@ -160,6 +160,11 @@ class StagingArea:
             return None
         return recent
 
+    def is_taken(self, directory: StagedDirectory) -> bool:
+        """Whether there is an image of its name by now, which another host published, or another client."""
+        image = self._tree.image(*_key(directory))
+        return image is not None and image.is_valid and image.number != directory.number
+
     def keep(self, recent: Recent) -> None:
         """Its copier is still at it: it is remembered a while longer."""
         recent.until = min(self._clock() + RECENT_SECONDS, recent.last)

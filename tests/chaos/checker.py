@@ -295,7 +295,8 @@ class Checker:
         """Whether an rm may have succeeded on what was no image.
 
         A mount lets the rest of an rm succeed on what is gone already, for some time, and so another rm, too. And what
-        it stages of a copy that failed is a directory, which hides an image that others publish under that name.
+        it stages of a copy that failed is a directory, which hides an image that others publish under that name, until
+        it is left alone for the settle time.
         """
         return operation.kind in GHOSTLY and any(
             other.via == operation.via

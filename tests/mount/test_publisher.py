@@ -22,7 +22,7 @@ from fusefs.staging import StagingArea
 from fusefs.tree import IndexedDatastore, Tree
 from fusefs.watching import Watcher
 from fusefs.workers import Workers
-from sidecar.client import ImageRef, SidecarClient, Staging
+from sidecar.client import ImageRef, ImageState, SidecarClient, Staging
 from sidecar.errors import ImageAlreadyExists, ImagesError, LockTimeout, SidecarUnavailable
 from tests.crash.stopping import held_back
 from tests.mount.relay import Relay
@@ -132,6 +132,22 @@ def test_what_nobody_goes_on_with_is_dropped_and_named(
     assert warnings == [
         "dropped image=one/new reason=nobody went on with it for 600 s: no file named *.vmdk yet",
     ]
+
+
+def test_what_is_not_complete_hides_no_image_that_another_one_publishes_under_its_name(
+    client: SidecarClient, stack: ExitStack, tmp_path: Path
+) -> None:
+    making = Making(client, stack)
+    (tmp_path / "notes.txt").write_text("n")
+    directory = making.stage(tmp_path / "notes.txt")
+    making.clock.now += SETTLE_SECONDS
+    act(making, directory)
+    assert making.publisher.due(directory) is None
+    import_image(client, "one/new", make_disk(tmp_path / "source"))
+    wait_until(lambda: making.area.is_taken(directory), "the image is in the index")
+    act(making, directory)
+    assert directory.state is State.GONE
+    assert client.image("one/new").state == ImageState.IMAGE_STATE_VALID
 
 
 def test_what_became_of_a_publish_is_asked_for_less_and_less_often(

@@ -66,6 +66,15 @@ def test_the_same_new_name_from_both_is_one_image_and_one_file_exists(hosts: tup
             assert_same_disk(host.images / "a" / "a.vmdk", host.images / name / f"{name}.vmdk")
 
 
+def test_what_one_does_not_complete_hides_no_image_of_the_other_one(hosts: tuple[Host, Host]) -> None:
+    first, second = hosts
+    (first.images / "b").mkdir()
+    (first.images / "b" / "notes.txt").write_text("the disk never came")
+    run("cp", "-r", second.images / "a", second.images / "b")
+    wait_until((first.images / "b" / "b.vmdk").exists, "the image is seen", SEEN_SECONDS)
+    assert_same_disk(first.images / "a" / "a.vmdk", first.images / "b" / "b.vmdk")
+
+
 def test_what_one_has_open_the_other_one_does_not_free(hosts: tuple[Host, Host]) -> None:
     first, second = hosts
     with (first.images / "a" / "a-flat.vmdk").open("rb") as file:
