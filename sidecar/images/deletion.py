@@ -98,6 +98,9 @@ def discard_unused(store: ImageStore, image: Image) -> str | None:
             return store.layout.discard(store.datastore, image.key.image_id, store.new_token())
     except ImageInUse as error:
         raise ImageInUse(f"{image.key} is in use by {error.message}; end that use first") from error
+    except ImagesError:
+        store.changed(image.key.image_id)  # it may be gone all the same
+        raise
 
 
 def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:

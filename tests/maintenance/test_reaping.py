@@ -10,6 +10,7 @@ import pytest
 from sidecar.datastores import posix
 from sidecar.datastores.posix_files import remove_tree
 from sidecar.errors import DatastoreUnavailable, OperationCancelled
+from sidecar.images.deletion import purge_image
 from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
 from tests.maintenance.conftest import DAY, Site
@@ -181,3 +182,29 @@ def test_a_datastore_that_is_new_has_nothing_to_reap(site: Site) -> None:
         path.rmdir()
     reaped = reap(site.store, 0)
     assert not reaped and not reaped.faults
+
+
+def test_a_discard_that_failed_takes_nothing_out_of_the_trash_that_a_reaper_has_begun_to_free(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image would be there again, without what the reaper of another host had removed by then."""
+    site.plant("a")
+    datastore, changed = site.store.datastore, list[str]()
+    site.store.observe(changed.append)
+    sync = datastore.sync_directory
+
+    def fail(path: str) -> None:
+        monkeypatch.setattr(datastore, "sync_directory", sync)
+        for begun in (site.place.root / "deleted_images").rglob("a-flat.vmdk"):
+            begun.unlink()
+        raise DatastoreUnavailable(f"{path}: Input/output error")
+
+    monkeypatch.setattr(datastore, "sync_directory", fail)
+    with pytest.raises(DatastoreUnavailable):
+        purge_image(site.store, "a", force=True)
+    assert not site.place.file("a", TIMESTAMP).exists()
+    assert changed == ["a"]
+    if site.place.layout == "vsan":
+        purge_image(site.store, "a", force=True)
+    reap(site.store, 0)
+    site.place.assert_holds({})

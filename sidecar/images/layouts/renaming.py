@@ -59,14 +59,10 @@ class RenamingLayout:
         directory = self.image_directory(image_id)
         trash = f"{TRASH}/{token}"
         datastore.rename(directory, trash)
-        try:
-            # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
-            datastore.sync_directory(TRASH)
-            datastore.sync_directory(parent(directory))
-        except BaseException:
-            # Who is told that it failed can do it again: in the trash, nobody would find it but the reaper.
-            datastore.rename(trash, directory)
-            raise
+        # Not taken back when a sync fails: a reaper, of whatever host, may have begun to free it.
+        # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
+        datastore.sync_directory(TRASH)
+        datastore.sync_directory(parent(directory))
         return trash
 
     def tidy(self, datastore: Datastore, image_id: str) -> None:
