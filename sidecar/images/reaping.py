@@ -80,8 +80,13 @@ class _Reaper:
     def free_trash(self) -> None:
         for path in self._store.layout.trash(self._datastore):
             with self._going_on(path):
-                self.reaped.freed += self._datastore.remove_tree(path)
+                self._free(path)
                 self.reaped.trash.append(path)
+
+    def _free(self, path: str) -> None:
+        """Not what something else is mounted over by now: what is freed there would come back, or be lost, with it."""
+        self._datastore.require_in_place()
+        self.reaped.freed += self._datastore.remove_tree(path)
 
     def free_staging(self) -> None:
         for place in self._store.layout.staging_places(self._datastore):
@@ -99,7 +104,7 @@ class _Reaper:
             # Its maker may have gone on, and ended, since it was looked at.
             if self._look(place, held=True)[1] > self._before_ns:
                 return
-            self.reaped.freed += self._datastore.remove_tree(place.directory)
+            self._free(place.directory)
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             self._datastore.remove_directory(place.directory)  # the lock file was in it
         if place.image_id:

@@ -123,9 +123,9 @@ class ImageStore:
         FileNotFoundError.
         """
         check_image_id(image_id)
+        # What is changed where nobody sees it would be lost, or come back, with what hides it.
+        self.datastore.require_in_place()
         try:
-            # What is changed where nobody sees it would be lost, or come back, with what hides it.
-            self.datastore.require_in_place()
             with self._acquired(image_id, operation, timeout, new, check):
                 self.datastore.require_in_place()  # the wait may have been long
                 yield
@@ -153,6 +153,7 @@ class ImageStore:
     def _tidy(self, image_id: str) -> None:
         """After each lock: of two who lock what is not there any more, the first finds the other one's lock in it."""
         try:
+            self.datastore.require_in_place()
             self.layout.tidy(self.datastore, image_id)
         except ImagesError as error:
             _log.warning("directory not tidied image=%s error=%s", self.key(image_id), error)

@@ -208,3 +208,25 @@ def test_a_discard_that_failed_takes_nothing_out_of_the_trash_that_a_reaper_has_
         purge_image(site.store, "a", force=True)
     reap(site.store, 0)
     site.place.assert_holds({})
+
+
+@pytest.mark.parametrize("what", ["trash", "staging"])
+def test_nothing_is_freed_on_a_datastore_that_is_hidden_while_it_is_reaped(site: Site, what: str) -> None:
+    """It would come back with the file system that is mounted there for everybody else, or be missed with it."""
+    if what == "staging":
+        staging(site, "old", 3 * HOURS)
+    elif site.place.layout == "vsan":
+        pytest.skip("it has no trash")
+    else:
+        (site.place.root / "deleted_images" / "a").mkdir()
+    before = site.place.contents()
+    root, hidden = site.place.root, site.place.root.with_name("hidden")
+
+    def hide() -> None:
+        if not hidden.exists():
+            root.rename(hidden)
+
+    with pytest.raises(DatastoreUnavailable):
+        reap(site.store, 2 * HOURS, hide)
+    hidden.rename(root)
+    assert site.place.contents() == before
