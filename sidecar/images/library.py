@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from sidecar.errors import DatastoreNotFound, DatastoreUnavailable
+from sidecar.errors import DatastoreNotFound
 from sidecar.images.catalog import Catalog
 from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
@@ -74,10 +74,10 @@ class Library:
 
     def stores(self) -> list[ImageStore]:
         """All of them, to look at what is on each; DatastoreUnavailable when one hangs: who asked would hang, too."""
-        for name, discovery in self.discoveries.items():
-            if silence := discovery.silence():
-                raise DatastoreUnavailable(f"datastore {name}: {silence}; try again when it answers")
-        return [discovery.store for discovery in self.discoveries.values()]
+        stores = [discovery.store for discovery in self.discoveries.values()]
+        for store in stores:
+            store.admission.require_answering()
+        return stores
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store
