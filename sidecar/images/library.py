@@ -36,7 +36,9 @@ class Library:
         self.sessions = StagingSessions(lease_seconds)
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         self.clones: Operations[None] = Operations(max_copies, "clone")
+        stores = [discovery.store for discovery in discoveries]
         for discovery in discoveries:
+            discovery.store.share_host(stores)
             discovery.store.observe(discovery.refresh)
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
@@ -71,13 +73,6 @@ class Library:
         )
         # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
         end_all(d.store.datastore.close for d in discoveries)
-
-    def stores(self) -> list[ImageStore]:
-        """All of them, to look at what is on each; DatastoreUnavailable when one hangs: who asked would hang, too."""
-        stores = [discovery.store for discovery in self.discoveries.values()]
-        for store in stores:
-            store.admission.require_answering()
-        return stores
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sidecar.datastores.interface import Datastore
@@ -52,8 +52,13 @@ class ImageStore:
         self.clock = clock
         self.new_token = new_token
         self.admission = admission or Admission(datastore.name)
+        self.stores: Sequence[ImageStore] = (self,)
         self._lock_timeout = lock_timeout
         self._observer: Callable[[str], None] = lambda image_id: None
+
+    def share_host(self, stores: "Sequence[ImageStore]") -> None:
+        """Sets `stores`, all of this host: a VM on any may use an image of this one. Once, before the store is used."""
+        self.stores = stores
 
     def observe(self, observer: Callable[[str], None]) -> None:
         """Sets who is told the id of each image that this process changed; once, before the store is used."""

@@ -13,6 +13,7 @@ from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Places
 from sidecar.images.vm_disks import VmDisks
+from sidecar.images.vm_scan import in_time
 from sidecar.images.while_answering import while_answering
 
 _MOST_TOLD = 5
@@ -66,12 +67,13 @@ def uses_of_image(
     return uses
 
 
-def require_no_vm(stores: Sequence[ImageStore], key: ImageKey) -> None:
-    """ImageInUse, with the VMs, when one needs the image; raises as `uses_of_vm` when that cannot be known.
+def require_no_vm(store: ImageStore, key: ImageKey, check: Callable[[], None]) -> None:
+    """ImageInUse, with the VMs, when one on any datastore of this host needs the image of this one.
 
-    Call under the image's lock: who makes a VM of an image touches it first, under that lock.
+    Raises as `uses_of_image` when that cannot be known. Call under the image's lock: who makes a VM of an image touches
+    it first, under that lock.
     """
-    uses = uses_of_image(stores, key)
+    uses = uses_of_image(store.stores, key, check=in_time(check))
     if uses:
         more = f" and {len(uses) - _MOST_TOLD} more" if len(uses) > _MOST_TOLD else ""
         told = ", ".join(use.what for use in uses[:_MOST_TOLD])

@@ -383,7 +383,7 @@ class Hanging(PosixDatastore):
 
 
 LOOKS: dict[str, Callable[[Maintenance, list[ImageStore]], object]] = {
-    "purge": lambda maintenance, stores: purge_image(stores[0], "a", stores=stores, force=True),
+    "purge": lambda maintenance, stores: purge_image(stores[0], "a", force=True),
     "users": lambda maintenance, stores: uses_of_image(stores, ImageKey("fine", "a")),
     "expiry": lambda maintenance, stores: maintenance.purge(0),
     "scan": lambda maintenance, stores: raise_of(maintenance.start_scan, maintenance.scans),
@@ -411,6 +411,7 @@ def test_a_datastore_that_begins_to_hang_holds_no_look_at_the_vms_of_the_others_
     fine = stack.enter_context(closing(PosixDatastore("fine", str(tmp_path / "fine"))))
     hangs = stack.enter_context(closing(Hanging("hangs", str(tmp_path / "hangs"))))
     stores = [ImageStore(datastore, IMAGE_LAYOUTS["compound"]) for datastore in (fine, hangs)]
+    stores[0].share_host(stores)
     stores[1].admission.ask(hangs.silence)
     source = VmSource(vm_directories, uses_of_vm)
     maintenance = stack.enter_context(closing(Maintenance(stores[0], stores, source, Plan())))
