@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def test_a_directory_that_is_written_to_without_a_lock_is_not_eaten(site: Site) 
     site.set_age(path / "new-flat.vmdk", HOURS)
     assert reap(site.store, 2 * HOURS).staging == []
     assert path.exists()
+
+
+def test_a_copy_that_keeps_the_times_of_its_source_is_not_eaten(site: Site) -> None:
+    """As `cp -a` and rsync do: every file in there may be years old by the time of its last write."""
+    site.clock.seconds = time.time() + HOURS
+    path = staging(site, "origin", 1000 * DAY)
+    remains = site.place.directory("begun")
+    remains.mkdir(parents=True)
+    site.set_age(remains, 1000 * DAY)
+    assert reap(site.store, 2 * HOURS).staging == []
+    assert path.exists() and remains.exists()
+    site.clock.seconds += 3 * HOURS
+    reap(site.store, 2 * HOURS)
+    site.place.assert_holds({})
 
 
 def test_the_trash_goes_always_and_no_link_in_it_is_followed(make_site: Callable[[str], Site], tmp_path: Path) -> None:
