@@ -176,7 +176,7 @@ class Admission:
             calls,
             reserved=0,
             patience=patience,
-            require_answering=self._require_answering_at_all,
+            require_answering=self.require_answering,
             monotonic=monotonic,
         )
         self._long = _Places(
@@ -185,7 +185,7 @@ class Admission:
             calls,
             reserved=RESERVED,
             patience=None,
-            require_answering=self._require_answering_at_all,
+            require_answering=self.require_answering,
             monotonic=monotonic,
         )
         self._fault: Callable[[], str] = lambda: ""
@@ -212,7 +212,7 @@ class Admission:
         DatastoreUnavailable when the datastore cannot be used, or seems to hang, TooManyCalls when too many are in
         line. `looks`: for a call that finds out whether the datastore is well: a known fault does not keep it out.
         """
-        self._require_answering(well=not looks)
+        self.require_answering() if looks else self._require_well()
         self._small.enter(wanted, frees=False)
         with self._inside(self._small):
             yield
@@ -224,7 +224,7 @@ class Admission:
         `frees`: for one that gives back what others hold; it does not wait behind all of them, and a known fault does
         not keep it out.
         """
-        self._require_answering(well=not frees)
+        self.require_answering() if frees else self._require_well()
         self._long.enter(wanted, frees=frees)
         with self._inside(self._long):
             yield
@@ -239,7 +239,7 @@ class Admission:
         first, second = self, other
         while True:
             with first.call(wanted):
-                second._require_answering()
+                second._require_well()
                 if second._small.enter_if_free():
                     with second._inside(second._small):
                         yield
@@ -295,29 +295,31 @@ class Admission:
     @contextlib.contextmanager
     def copy_to(self, destination: "Admission") -> Iterator[None]:
         """The slots of a copy from here to there, which may be here; TooManyCalls, DatastoreUnavailable."""
-        self._require_answering()
+        self._require_well()
         if destination is self:
             with self._copies_inside.take():
                 yield
             return
-        destination._require_answering()
+        destination._require_well()
         with self._copies_across.take(), destination._copies_across.take():
             yield
 
     @contextlib.contextmanager
     def transfer(self) -> Iterator[None]:
         """A slot for a stream of data; TooManyCalls, DatastoreUnavailable."""
-        self._require_answering()
+        self._require_well()
         with self._transfers.take():
             yield
 
-    def _require_answering_at_all(self) -> None:
-        self._require_answering(well=False)
-
-    def _require_answering(self, *, well: bool = True) -> None:
+    def require_answering(self) -> None:
+        """DatastoreUnavailable when the datastore is known not to answer: who asked it would hang, too."""
         if silence := self._silence():
             raise DatastoreUnavailable(f"datastore {self._datastore}: {silence}; try again when it answers")
-        if well and (fault := self._fault()):
+
+    def _require_well(self) -> None:
+        """DatastoreUnavailable when it does not answer, or has a known fault."""
+        self.require_answering()
+        if fault := self._fault():
             raise DatastoreUnavailable(f"datastore {self._datastore}: {fault}")
 
 

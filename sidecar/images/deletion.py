@@ -1,7 +1,7 @@
 """Delete, restore and purge: a tombstone, its removal, and the end of the bytes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from sidecar.errors import ImageIncomplete, ImageInUse, ImageNotTombstoned, ImagesError, ImageTombstoned
@@ -61,24 +61,24 @@ def purge_image(
     store: ImageStore,
     image_id: str,
     *,
-    stores: Sequence[ImageStore] = (),
     force: bool = False,
     lock_timeout: float | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Frees a tombstoned image, with `force` also one that is not; returns the allocated bytes of its files.
 
-    `stores`: every datastore of this host, whose VMs may use the image; without, this one. ImageInUse, and no change,
-    when a VM does, or somebody has a file of the image open; UseUnknown and the like when a VM cannot be read.
+    ImageInUse, and no change, when a VM uses it, or somebody has a file of it open; UseUnknown and the like when a VM
+    cannot be read. What `check` raises ends the wait for the lock, and the look at the VMs.
     """
     try:
-        with store.lock(image_id, "purge", timeout=lock_timeout):
+        with store.lock(image_id, "purge", timeout=lock_timeout, check=check):
             image = store.read(image_id)
             if image.state is not ImageState.TOMBSTONED and not force:
                 raise ImageNotTombstoned(
                     f"{image.key} is not deleted; delete it first, with imagectl rm {image.key}, or free it at once: "
                     f"imagectl rm --force {image.key}"
                 )
-            require_no_vm(stores or (store,), image.key)
+            require_no_vm(store, image.key, check)
             trash = discard_unused(store, image)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
@@ -98,6 +98,9 @@ def discard_unused(store: ImageStore, image: Image) -> str | None:
             return store.layout.discard(store.datastore, image.key.image_id, store.new_token())
     except ImageInUse as error:
         raise ImageInUse(f"{image.key} is in use by {error.message}; end that use first") from error
+    except ImagesError:
+        store.changed(image.key.image_id)  # it may be gone all the same
+        raise
 
 
 def free_discarded(store: ImageStore, image_id: str, trash: str | None) -> None:

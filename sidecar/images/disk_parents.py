@@ -54,7 +54,7 @@ _EXTENT = re.compile(
 )
 _ESCAPE = re.compile(rb"\|([0-9A-Fa-f]{2})")
 _EXTENT_NAME = re.compile(r"-(flat|delta|sesparse|ctk|rdmp?|digest|[fs][0-9]+)\.vmdk", re.IGNORECASE)
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def _qemu_names(name: bytes) -> list[Alternatives]:
         except (ValueError, RecursionError) as error:
             raise InvalidDisk(f"it names {shown(text)}, which is not JSON: {error}") from None
     protocol = _PROTOCOL.match(text)
-    if protocol is None or protocol[1].lower() == "file":
+    if protocol is None or protocol[1].lower() in ("file", "host_device"):
         return [(text[protocol.end() :] if protocol else text,)]
     return []
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from sidecar.errors import DatastoreNotFound, DatastoreUnavailable
+from sidecar.errors import DatastoreNotFound
 from sidecar.images.catalog import Catalog
 from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
@@ -36,7 +36,9 @@ class Library:
         self.sessions = StagingSessions(lease_seconds)
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         self.clones: Operations[None] = Operations(max_copies, "clone")
+        stores = [discovery.store for discovery in discoveries]
         for discovery in discoveries:
+            discovery.store.share_host(stores)
             discovery.store.observe(discovery.refresh)
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
@@ -71,13 +73,6 @@ class Library:
         )
         # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
         end_all(d.store.datastore.close for d in discoveries)
-
-    def stores(self) -> list[ImageStore]:
-        """All of them, to look at what is on each; DatastoreUnavailable when one hangs: who asked would hang, too."""
-        for name, discovery in self.discoveries.items():
-            if silence := discovery.silence():
-                raise DatastoreUnavailable(f"datastore {name}: {silence}; try again when it answers")
-        return [discovery.store for discovery in self.discoveries.values()]
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store

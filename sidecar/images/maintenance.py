@@ -15,7 +15,7 @@ from sidecar.images.runs import Clock, Outcome, Run, Runs, RunState
 from sidecar.images.scan import ScanTally, scan
 from sidecar.images.store import ImageStore
 from sidecar.images.sweep import SweepTally, sweep
-from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, read_uses
+from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, in_time, read_uses
 
 RATE = 10.0  # VMs, images, deletions a minute
 TIMEOUT_SECONDS = 7 * 86400.0
@@ -140,7 +140,7 @@ class Maintenance:
         _check_seconds("purge_grace", grace)
 
         def uses() -> Uses:
-            return read_uses(self._source, self._stores, CheckedSteps(check))
+            return read_uses(self._source, self._stores, CheckedSteps(in_time(check)))
 
         return expire(self.store, uses, grace=grace, wanted_free=wanted_free, check=check)
 

@@ -11,6 +11,7 @@ from sidecar.images.image import Image, ImageState
 from sidecar.images.names import is_lock_or_staging
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore, already_exists
+from sidecar.images.usage import require_no_vm
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def publish(
     try:
         staging.complete()
         with store.lock(image_id, "publish", timeout=lock_timeout, new=True, check=check):
-            trash = _clear_the_way(store, image_id)
+            trash = _clear_the_way(store, image_id, check)
             check()
             # Not before the syncs and the wait for the lock, which may take minutes: a scan that began meanwhile would
             # take the image for one that nobody has used since.
@@ -67,7 +68,7 @@ def _read_published(store: ImageStore, image_id: str, now: int) -> Image:
         return Image(key, directory, ImageState.VALID, details_known=False, touched_ns=now)
 
 
-def _clear_the_way(store: ImageStore, image_id: str) -> str | None:
+def _clear_the_way(store: ImageStore, image_id: str, check: Callable[[], None]) -> str | None:
     """Checks and repairs what is at the destination; a wreck goes to the trash, an image stays and is an error."""
     try:
         image = store.read(image_id)
@@ -78,6 +79,8 @@ def _clear_the_way(store: ImageStore, image_id: str) -> str | None:
     try:
         restore_timestamp(store, image)
     except ImageIncomplete:
+        # Who has a disk on it may mend it; on another image's bytes it would be garbage.
+        require_no_vm(store, image.key, check)
         return discard_unused(store, image)
     store.changed(image_id)
     raise already_exists(store.read(image_id))

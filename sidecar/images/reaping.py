@@ -2,7 +2,7 @@
 
 A staging directory is somebody's for as long as its lock is held, however long that takes: only one whose lock can be
 had is abandoned. The grace time is for makers that hold no lock, as the origin's did: nothing in there may have been
-written for so long.
+written for so long. That of the inode's change counts, too: who copies there may keep an old time of the last write.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from sidecar.datastores.interface import EntryKind
+from sidecar.datastores.interface import Entry, EntryKind
 from sidecar.errors import ImageInUse, ImageNotFound, ImagesError, InvalidRequest, LockTimeout
 from sidecar.images.deletion import discard_unused, free_discarded
 from sidecar.images.image import Image, ImageState
@@ -80,8 +80,13 @@ class _Reaper:
     def free_trash(self) -> None:
         for path in self._store.layout.trash(self._datastore):
             with self._going_on(path):
-                self.reaped.freed += self._datastore.remove_tree(path)
+                self._free(path)
                 self.reaped.trash.append(path)
+
+    def _free(self, path: str) -> None:
+        """Not what something else is mounted over by now: what is freed there would come back, or be lost, with it."""
+        self._datastore.require_in_place()
+        self.reaped.freed += self._datastore.remove_tree(path)
 
     def free_staging(self) -> None:
         for place in self._store.layout.staging_places(self._datastore):
@@ -99,7 +104,7 @@ class _Reaper:
             # Its maker may have gone on, and ended, since it was looked at.
             if self._look(place, held=True)[1] > self._before_ns:
                 return
-            self.reaped.freed += self._datastore.remove_tree(place.directory)
+            self._free(place.directory)
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             self._datastore.remove_directory(place.directory)  # the lock file was in it
         if place.image_id:
@@ -119,9 +124,9 @@ class _Reaper:
         if directory.kind is not EntryKind.DIRECTORY:
             return directory.kind, directory.modified_ns
         entries = self._datastore.entries(place.directory)
-        times = [entry.modified_ns for entry in entries if not entry.name.endswith(LOCK_SUFFIX)]
+        times = [_written_ns(entry) for entry in entries if not entry.name.endswith(LOCK_SUFFIX)]
         if not (held and place.image_id):  # layout vsan: the lock came into the directory, and changed its time
-            times.append(directory.modified_ns)
+            times.append(_written_ns(directory))
         return EntryKind.DIRECTORY, max(times, default=0)
 
     def mend_images(self) -> None:
@@ -170,7 +175,7 @@ class _Reaper:
 
     def _remove_remains(self, image_id: str, directory: str) -> None:
         """In layout vsan, of an image that a crash left half removed; else of a directory that somebody made."""
-        if self._datastore.entry(directory).modified_ns > self._before_ns:
+        if _written_ns(self._datastore.entry(directory)) > self._before_ns:
             return
         with self._store.lock(image_id, "reap", timeout=0):
             if not _is_remains(set(names_if_directory(self._datastore, directory))):
@@ -194,6 +199,11 @@ class _Reaper:
             self.reaped.faults.append(f"{what}: {error.message}")
             if not isinstance(error, InvalidRequest):
                 self._datastore.check()
+
+
+def _written_ns(entry: Entry) -> int:
+    """When it was last written to, whatever time was set on it since."""
+    return max(entry.modified_ns, entry.changed_ns)
 
 
 def _is_remains(names: set[str]) -> bool:

@@ -187,11 +187,11 @@ class Runs(Generic[Tally]):
             if self._thread:
                 self._thread.join()
             run = Run(run_id, timeout, self._clock)
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._work, args=(run, tally, work), name=f"{self._kind}-{self._datastore}"
             )
-            self._current = run, tally
-            self._thread.start()
+            thread.start()  # RuntimeError when there can be no more threads: then there is no run
+            self._thread, self._current = thread, (run, tally)
 
     def current(self) -> tuple[RunStatus, Tally] | None:
         """The run that is going on, else the last one; None when there was none since the start of the sidecar."""

@@ -16,6 +16,7 @@ from sidecar.images.runs import Pace, Run, RunState
 from sidecar.images.store import ImageStore
 from sidecar.images.unused_marker import recover_timestamp, remove_marker, write_marker
 from sidecar.images.vm_scan import Uses, VmSource, read_uses
+from sidecar.images.while_answering import check_all
 
 _NS = 10**9
 
@@ -59,8 +60,7 @@ def scan(
     When one VM cannot be read, that error is raised and nothing is marked. An image that cannot be read or locked is
     left as it is.
     """
-    for each in stores:
-        each.datastore.check()
+    check_all(stores)
     run.enter(RunState.VM_SCAN)
     used = read_uses(source, stores, _Steps(run, run.pace(vm_rate), tally))
     images = image_ids(store)

@@ -413,29 +413,36 @@ class StagingSessions:
             self._changed.notify_all()
 
     def _drop_expired(self, store: ImageStore) -> None:
-        # No lease runs while the datastore is silent: whoever goes on with an import is refused, or waits for it.
         silent = False
         while not self._stopping.wait(min(self.lease_seconds / 4, UNTOLD_SECONDS)):
-            before, silent = silent, bool(store.admission.silence)
-            now = self._monotonic()
-            with self._changed:
-                if before or silent:
-                    self._begin_anew(store, now)
-                expired = [
-                    session
-                    for session in self._sessions.values()
-                    if session.staging.store is store
-                    and session.state in (State.OPEN, State.LEFT)
-                    and session.expires < now
-                    and not session.calls
-                ]
-                for session in expired:
-                    session.state = State.ENDING
+            try:
+                silent = self._drop_those_expired(store, silent)
+            except Exception:
+                # The thread must outlive a defect: without it nothing would be dropped here any more.
+                _log.exception("leases not looked at datastore=%s", store.datastore.name)
+
+    def _drop_those_expired(self, store: ImageStore, silent_before: bool) -> bool:
+        """Whether the datastore was silent: no lease runs then, as who goes on with an import is refused, or waits."""
+        silent = bool(store.admission.silence)
+        now = self._monotonic()
+        with self._changed:
+            if silent_before or silent:
+                self._begin_anew(store, now)
+            expired = [
+                session
+                for session in self._sessions.values()
+                if session.staging.store is store
+                and session.state in (State.OPEN, State.LEFT)
+                and session.expires < now
+                and not session.calls
+            ]
             for session in expired:
-                if self._drop(session):
-                    _log.info("staging dropped image=%s", store.key(session.staging.image_id))
-            # A removal that hung is silence, too, which nobody has seen from here.
-            silent = silent or self._monotonic() - now > _SLOW_SECONDS
+                session.state = State.ENDING
+        for session in expired:
+            if self._drop(session):
+                _log.info("staging dropped image=%s", store.key(session.staging.image_id))
+        # A removal that hung is silence, too, which nobody has seen from here.
+        return silent or self._monotonic() - now > _SLOW_SECONDS
 
     def _begin_anew(self, store: ImageStore, now: float) -> None:
         """The leases on one datastore; call with the lock."""

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sidecar.datastores.interface import Datastore
@@ -52,8 +52,13 @@ class ImageStore:
         self.clock = clock
         self.new_token = new_token
         self.admission = admission or Admission(datastore.name)
+        self.stores: Sequence[ImageStore] = (self,)
         self._lock_timeout = lock_timeout
         self._observer: Callable[[str], None] = lambda image_id: None
+
+    def share_host(self, stores: "Sequence[ImageStore]") -> None:
+        """Sets `stores`, all of this host: a VM on any may use an image of this one. Once, before the store is used."""
+        self.stores = stores
 
     def observe(self, observer: Callable[[str], None]) -> None:
         """Sets who is told the id of each image that this process changed; once, before the store is used."""
@@ -123,9 +128,9 @@ class ImageStore:
         FileNotFoundError.
         """
         check_image_id(image_id)
+        # What is changed where nobody sees it would be lost, or come back, with what hides it.
+        self.datastore.require_in_place()
         try:
-            # What is changed where nobody sees it would be lost, or come back, with what hides it.
-            self.datastore.require_in_place()
             with self._acquired(image_id, operation, timeout, new, check):
                 self.datastore.require_in_place()  # the wait may have been long
                 yield
@@ -153,6 +158,7 @@ class ImageStore:
     def _tidy(self, image_id: str) -> None:
         """After each lock: of two who lock what is not there any more, the first finds the other one's lock in it."""
         try:
+            self.datastore.require_in_place()
             self.layout.tidy(self.datastore, image_id)
         except ImagesError as error:
             _log.warning("directory not tidied image=%s error=%s", self.key(image_id), error)

@@ -18,7 +18,8 @@ from sidecar.images.names import UNUSED_MARKER
 from sidecar.images.runs import Run, RunState
 from sidecar.images.store import ImageStore
 from sidecar.images.unused_marker import put_timestamp_back, remove_marker, rename_timestamp, renamed_ns
-from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, read_uses
+from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, in_time, read_uses
+from sidecar.images.while_answering import check_all
 
 _NS = 10**9
 _CLOCK_NS = 60 * _NS  # what clocks of two hosts may differ
@@ -88,11 +89,10 @@ def sweep(
 
     An image that cannot be read or locked stays; a VM that cannot be read is an error, as it may use any image.
     """
-    for each in stores:
-        each.datastore.check()
+    check_all(stores)
 
     def look() -> Uses:
-        return read_uses(source, stores, CheckedSteps(run.check))
+        return read_uses(source, stores, CheckedSteps(in_time(run.check)))
 
     # The mark may be old, and not everybody who makes a VM touches its image.
     rules = Rules(grace, tally.dry_run, look(), look)

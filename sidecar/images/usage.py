@@ -1,16 +1,20 @@
 """In use: the images that the disks of VMs are made on, whether a VM runs or not.
 
-What cannot be read is an error and never "no use": a VM that is not known may use any image.
+What cannot be read is an error and never "no use": a VM that is not known may use any image. So is a datastore that
+does not answer: it would hold up the others, whose images its VMs may use.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sidecar.errors import DatastoreUnavailable, ImageInUse
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Places
 from sidecar.images.vm_disks import VmDisks
+from sidecar.images.vm_scan import in_time
+from sidecar.images.while_answering import while_answering
 
 _MOST_TOLD = 5
 
@@ -27,9 +31,13 @@ class Use:
 
 def vm_directories(store: ImageStore) -> list[str]:
     """What may be a VM's, relative to the datastore's root. The datastore must be usable: else DatastoreUnavailable."""
-    try:
+
+    def look() -> list[str]:
         store.datastore.check()
         return store.layout.vm_directories(store.datastore)
+
+    try:
+        return while_answering((store,), look)
     except FileNotFoundError as error:  # never taken for an image that is not there
         raise DatastoreUnavailable(f"{store.datastore.name}: {error.filename or 'its root'} vanished") from error
 
@@ -40,7 +48,7 @@ def uses_of_vm(stores: Sequence[ImageStore], store: ImageStore, vm_directory: st
     `stores`: every datastore of this host, in which those images may be. UseUnknown, DatastoreDenied or
     DatastoreUnavailable, with the VM and the file, when anything of it cannot be read.
     """
-    return _uses(_places(stores), store, vm_directory)
+    return while_answering(stores, lambda: _uses(_places(stores), store, vm_directory))
 
 
 def uses_of_image(
@@ -50,21 +58,22 @@ def uses_of_image(
 
     `check` is called before each VM, and what it raises ends the search.
     """
-    places = _places(stores)
+    places = while_answering(stores, partial(_places, stores))
     uses: list[Use] = []
     for store in stores:
         for vm_directory in vm_directories(store):
             check()
-            uses += _uses(places, store, vm_directory).get(key, [])
+            uses += while_answering(stores, partial(_uses, places, store, vm_directory)).get(key, [])
     return uses
 
 
-def require_no_vm(stores: Sequence[ImageStore], key: ImageKey) -> None:
-    """ImageInUse, with the VMs, when one needs the image; raises as `uses_of_vm` when that cannot be known.
+def require_no_vm(store: ImageStore, key: ImageKey, check: Callable[[], None]) -> None:
+    """ImageInUse, with the VMs, when one on any datastore of this host needs the image of this one.
 
-    Call under the image's lock: who makes a VM of an image touches it first, under that lock.
+    Raises as `uses_of_image` when that cannot be known. Call under the image's lock: who makes a VM of an image touches
+    it first, under that lock.
     """
-    uses = uses_of_image(stores, key)
+    uses = uses_of_image(store.stores, key, check=in_time(check))
     if uses:
         more = f" and {len(uses) - _MOST_TOLD} more" if len(uses) > _MOST_TOLD else ""
         told = ", ".join(use.what for use in uses[:_MOST_TOLD])

@@ -87,17 +87,12 @@ class Places:
         if mount := self._image_mount_of(path):
             found = mount.image_in(path)
             return [ImageKey(*found[:2])] if found and found[0] in self._stores and is_image_id(found[1]) else []
-        if place := self._place(path):
-            store, relative = place
-            image_id = _image_id(store, relative)
-            return [] if image_id is None else [store.key(image_id)]
-        return []
+        ids = ((store, _image_id(store, relative)) for store, relative in self._places(path))
+        return [store.key(image_id) for store, image_id in ids if image_id is not None]
 
-    def _place(self, path: str) -> tuple[ImageStore, str] | None:
-        """The datastore that a path is in, and the path from its root."""
-        for root, store in self._roots:
-            if path.startswith(root):
-                return store, path[len(root) :]
+    def _places(self, path: str) -> list[tuple[ImageStore, str]]:
+        """The datastores that a path is in, each with the path from its root: one may be in another, or be the same."""
+        found = [(store, path[len(root) :]) for root, store in self._roots if path.startswith(root)]
         # A bind mount has the root, or a directory in it, somewhere else: the place in the file system tells.
         directory = os.path.dirname(path)
         if directory not in self._mounted:
@@ -105,15 +100,18 @@ class Places:
         mount = self._mounted[directory]
         if mount is not None:
             inside = mount.within(path)
-            for device, root, store in self._physical_roots:
-                if device == mount.device and inside.startswith(root):
-                    return store, inside[len(root) :]
-        return None
+            found += [
+                (store, inside[len(root) :])
+                for device, root, store in self._physical_roots
+                if device == mount.device and inside.startswith(root)
+            ]
+        return found
 
     def _at_root(self, path: str) -> str:
         """The path on this host: /vmfs/volumes/<name> where there is none is the datastore's root."""
-        if path.startswith(f"{VOLUMES}/") and not os.path.lexists(path) and (place := self._place(path)):
-            return f"{place[0].datastore.root_path}/{place[1]}"
+        if path.startswith(f"{VOLUMES}/") and not os.path.lexists(path):
+            for store, relative in self._places(path):
+                return f"{store.datastore.root_path}/{relative}"
         return path
 
     def _image_mount_of(self, path: str) -> Mount | None:

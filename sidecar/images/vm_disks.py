@@ -22,6 +22,7 @@ from sidecar.images.vmx import CONFIGURATION_SUFFIXES, MAX_CONFIGURATION_BYTES, 
 _MOST_FILES = 10_000  # of one VM
 _LONGEST_CHAIN = 256
 _TRIES = 3
+_DRIVES = (2, 11)  # majors of floppy and CD-ROM: no disk is there, and to ask one without a medium is slow, or an error
 _ADVICE = "it is not known which images it uses, so none can be purged: repair that, or remove the VM, and try again"
 
 
@@ -86,7 +87,7 @@ class VmDisks:
             self._follow(names, file, os.path.join(os.path.dirname(file.path), names[0]), (), is_parent=False)
 
     def _list(self) -> list[tuple[str, str]]:
-        """Every regular file of the VM, also through links: its path, and the one without links."""
+        """Every file of the VM that may be a disk, also through links: its path, and the one without links."""
         found: list[tuple[str, str]] = []
         seen: set[tuple[int, int]] = set()
         waiting = [(self._top, "")]  # each with the path without links, where that is known
@@ -104,7 +105,7 @@ class VmDisks:
                     # A directory of disks, or the VM's own, on what is not mounted now. Locks of ESX may be such links.
                     if not located.keys and not os.path.basename(path).startswith("."):
                         raise self._unknown(path, "it is a link to what is not there")
-                elif stat.S_ISREG(status.st_mode):
+                elif _may_be_disk(status):
                     found.append((path, located.path))
                 elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in seen and not located.keys:
                     seen.add((status.st_dev, status.st_ino))
@@ -120,7 +121,7 @@ class VmDisks:
 
     def _file(self, path: str, real: str) -> _File:
         with self._reading(path), _opened(real) as fd:
-            size = os.fstat(fd).st_size
+            size = os.lseek(fd, 0, os.SEEK_END)  # its status has none of a block device
             try:
                 return _File(path, real, names_in(real, size, lambda offset, length: os.pread(fd, length, offset)))
             except InvalidDisk as fault:
@@ -163,7 +164,7 @@ class VmDisks:
             if status is None:
                 continue
             known = True
-            if stat.S_ISREG(status.st_mode):
+            if _may_be_disk(status):
                 self._follow_file(self._file(located.path, located.path), disk, chain)
         if not known:
             raise self._unknown(file.path, f"it names {names[0]!r}, which is not there")
@@ -219,6 +220,13 @@ def _status(path: str) -> os.stat_result | None:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _may_be_disk(status: os.stat_result) -> bool:
+    """A regular file, or a block device, as of LVM. To open a FIFO or another device may hang, or do something."""
+    if stat.S_ISBLK(status.st_mode):
+        return os.major(status.st_rdev) not in _DRIVES
+    return stat.S_ISREG(status.st_mode)
 
 
 @contextmanager

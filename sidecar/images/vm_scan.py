@@ -1,11 +1,16 @@
 """Which images the VMs use: all VMs of all datastores, read one by one. One that cannot be read may use anything."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sidecar.errors import UseUnknown
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
+
+# For how long the VMs are looked at while an image's lock is held: whoever makes a VM of it waits for that.
+LOCKED_SECONDS = 300.0
 
 Uses = Mapping[ImageKey, Sequence[str]]
 """By what each image is used, in words; an image that is not in it is used by no VM."""
@@ -33,6 +38,22 @@ class VmSteps(Protocol):
         """Before each VM. What it raises ends the reading."""
 
     def end(self) -> None: ...
+
+
+def in_time(check: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    """`check`, which raises UseUnknown, too, LOCKED_SECONDS from now on."""
+    until = monotonic() + LOCKED_SECONDS
+
+    def check_time() -> None:
+        check()
+        if monotonic() >= until:
+            raise UseUnknown(
+                f"the VMs of all datastores were not read within {LOCKED_SECONDS:g} s, and an image's lock is held no "
+                "longer for that: it is not known which images they use, so none can be purged; look why a datastore "
+                "is slow, and try again"
+            )
+
+    return check_time
 
 
 @dataclass(frozen=True, slots=True)

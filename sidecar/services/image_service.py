@@ -10,7 +10,7 @@ import grpc
 from protos.images.v1 import image_service_pb2 as pb
 from protos.images.v1 import image_service_pb2_grpc as pb_grpc
 from protos.images.v1 import types_pb2
-from sidecar.errors import ImagesError, InvalidMetadata, InvalidRequest, OperationCancelled
+from sidecar.errors import ImagesError, InvalidMetadata, InvalidRequest
 from sidecar.images.checking import touch_image, validate_image
 from sidecar.images.deletion import delete_image, purge_image, restore_image
 from sidecar.images.image import Image, ImageKey
@@ -29,7 +29,7 @@ from sidecar.services.messages import (
     lock_timeout,
     timestamp,
 )
-from sidecar.services.requests import Requests, fingerprint
+from sidecar.services.requests import Requests, fingerprint, wanted_by
 
 PROGRESS_SECONDS = 0.25
 DEFAULT_PAGE, LARGEST_PAGE = 500, 5_000
@@ -106,7 +106,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 paths = [image.path(file.name) for file in image.files]
                 message.users.extend(store.datastore.users(paths, key.image_id))
             if request.with_vms:
-                message.users.extend(self._vms_using(key, context.is_active))
+                message.users.extend(_vms_using(store, key, wanted_by(context)))
         return pb.GetImageResponse(image=message)
 
     def ValidateImage(
@@ -159,7 +159,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 
         def work(store: ImageStore) -> pb.DeleteImageResponse:
             if request.force:
-                purge_image(store, key.image_id, stores=self._library.stores(), force=True, lock_timeout=timeout)
+                purge_image(store, key.image_id, force=True, lock_timeout=timeout, check=wanted_by(context))
             else:
                 delete_image(store, key.image_id, lock_timeout=timeout)
             return pb.DeleteImageResponse()
@@ -180,8 +180,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
         key, timeout = image_key(request.ref), lock_timeout(request)
 
         def work(store: ImageStore) -> pb.PurgeImageResponse:
-            stores = self._library.stores()
-            freed = purge_image(store, key.image_id, stores=stores, lock_timeout=timeout)
+            freed = purge_image(store, key.image_id, lock_timeout=timeout, check=wanted_by(context))
             return pb.PurgeImageResponse(freed_bytes=freed)
 
         return self._once("PurgeImage", request, context, work, long=True)
@@ -221,18 +220,6 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                     incomplete_datastores=event.incomplete if event.everything else [],
                 )
 
-    def _vms_using(self, key: ImageKey, wanted: Callable[[], bool]) -> list[str]:
-        """In words. When that cannot be known, so it says: no answer here would read as "nobody"."""
-
-        def check() -> None:
-            if not wanted():
-                raise OperationCancelled(f"nobody waits for the users of {key} any more")
-
-        try:
-            return [use.what for use in uses_of_image(self._library.stores(), key, check=check)]
-        except ImagesError as error:
-            return [f"unknown, {error.message}"]
-
     def _once(
         self,
         method: str,
@@ -254,6 +241,14 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
                 context.time_remaining(),
                 store.admission.stepping_aside,
             )
+
+
+def _vms_using(store: ImageStore, key: ImageKey, check: Callable[[], None]) -> list[str]:
+    """In words. When that cannot be known, so it says: no answer here would read as "nobody"."""
+    try:
+        return [use.what for use in uses_of_image(store.stores, key, check=check)]
+    except ImagesError as error:
+        return [f"unknown, {error.message}"]
 
 
 def _batches(images: Sequence[Image], most: int) -> Iterator[list[types_pb2.Image]]:

@@ -15,7 +15,7 @@ from sidecar.images.library import Library
 from sidecar.images.maintenance import RATE, SWEEP_GRACE_SECONDS, TIMEOUT_SECONDS, Maintenance
 from sidecar.images.runs import Outcome, RunState, RunStatus
 from sidecar.services.messages import image_message, timestamp
-from sidecar.services.requests import Requests, fingerprint
+from sidecar.services.requests import Requests, fingerprint, wanted_by
 
 DEFAULT_PAGE, LARGEST_PAGE = 500, 5_000
 RESULTS_A_MESSAGE = 5_000
@@ -151,7 +151,7 @@ class MaintenanceServicer(pb_grpc.MaintenanceServiceServicer):
                 faults=reaped.faults[:_MOST_TOLD],
             )
             if purge_grace >= 0:
-                expired = maintenance.purge(purge_grace)
+                expired = maintenance.purge(purge_grace, check=wanted_by(context))
                 answer.purged_images.extend(expired.purged)
                 answer.freed_bytes += expired.freed
                 answer.kept.extend(expired.kept[:_MOST_TOLD])

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
-from sidecar.errors import DeadlineExceeded, ImagesError, InternalError, InvalidRequest
+from sidecar.errors import DeadlineExceeded, ImagesError, InternalError, InvalidRequest, OperationCancelled
 from sidecar.images.operations import check_request_id
 
 T = TypeVar("T")
@@ -35,6 +36,16 @@ def fingerprint(method: str, request: Message) -> bytes:
     if "lock_timeout" in bare.DESCRIPTOR.fields_by_name:
         bare.ClearField("lock_timeout")
     return hashlib.sha256(method.encode() + b"\0" + bare.SerializeToString(deterministic=True)).digest()
+
+
+def wanted_by(context: grpc.ServicerContext) -> Callable[[], None]:
+    """What raises OperationCancelled once the caller has gone, or its deadline is over."""
+
+    def check() -> None:
+        if not context.is_active():
+            raise OperationCancelled("nobody waits for this call any more")
+
+    return check
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def purge_without_lock() -> None:
 def publish_over_others() -> None:
     """Does not look whether somebody was faster, and takes the image away that is in the way."""
 
-    def clear_the_way(store: ImageStore, image_id: str) -> str | None:
+    def clear_the_way(store: ImageStore, image_id: str, check: Callable[[], None]) -> str | None:
         try:
             return deletion.discard_unused(store, store.read(image_id))
         except ImageNotFound:

@@ -75,7 +75,8 @@ def test_a_full_disk_at_any_step_leaves_nothing_half_made(layout: str, operation
             assert step["staging"] == 0, step
             assert step["locks"] == 0, step
         if OPERATIONS[operation].publishes:
-            assert step["remains"] == [], step
+            # The wreck that was in the way is the reaper's: nothing comes back from the trash.
+            assert [path for path in step["remains"] if not path.startswith("deleted_images/")] == [], step
             assert step["directory"] == (step["state"] != "ABSENT"), step
             assert (step["answer"] == "ok") == (step["state"] == "WHOLE"), step
 

@@ -19,11 +19,16 @@ from sidecar import errors
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.images.admission import LINE, RESERVED, Admission
 from sidecar.images.catalog import Catalog
+from sidecar.images.deletion import purge_image
 from sidecar.images.discovery import Discovery
 from sidecar.images.image import ImageKey
 from sidecar.images.layouts import LAYOUTS as IMAGE_LAYOUTS
 from sidecar.images.library import Library
+from sidecar.images.maintenance import Maintenance, Plan
+from sidecar.images.runs import Runs, RunState
 from sidecar.images.store import ImageStore
+from sidecar.images.usage import uses_of_image, uses_of_vm, vm_directories
+from sidecar.images.vm_scan import VmSource
 from tests.crash.support import answers, lock_files, staging_directories, write_image
 from tests.support.disks import MIB
 from tests.support.places import Place
@@ -352,3 +357,71 @@ def test_a_call_on_two_datastores_holds_no_place_of_one_while_it_waits_for_the_o
         call.result(10)
     with one.call(lambda: False), two.call(lambda: False):
         pass
+
+
+class Hanging(PosixDatastore):
+    """A datastore that does not answer who asks for its VMs, or whether it is well, until `answers` is set."""
+
+    def __init__(self, name: str, root: str) -> None:
+        super().__init__(name, root)
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def silence(self) -> str:
+        """As the discovery tells it a while later."""
+        return "it has not answered since noon" if self.asked.is_set() and not self.answers.is_set() else ""
+
+    def check(self) -> None:
+        self._hang()
+
+    def names(self, path: str) -> list[str]:
+        self._hang()
+        return super().names(path)
+
+    def _hang(self) -> None:
+        self.asked.set()
+        self.answers.wait()
+
+
+LOOKS: dict[str, Callable[[Maintenance, list[ImageStore]], object]] = {
+    "purge": lambda maintenance, stores: purge_image(stores[0], "a", force=True),
+    "users": lambda maintenance, stores: uses_of_image(stores, ImageKey("fine", "a")),
+    "expiry": lambda maintenance, stores: maintenance.purge(0),
+    "scan": lambda maintenance, stores: raise_of(maintenance.start_scan, maintenance.scans),
+    "sweep": lambda maintenance, stores: raise_of(maintenance.start_sweep, maintenance.sweeps),
+}
+
+
+def raise_of(start: Callable[[str], None], runs: Runs[Any]) -> None:
+    """What a run ends with."""
+    start("run")
+    wait_until(lambda: (now := runs.current()) is not None and now[0].state is RunState.IDLE, "it ends")
+    current = runs.current()
+    assert current and current[0].error
+    raise current[0].error
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_datastore_that_begins_to_hang_holds_no_look_at_the_vms_of_the_others_up(
+    tmp_path: Path, stack: ExitStack, look: str
+) -> None:
+    """The lock of an image on another one was held, and nothing there freed any more, until it answered."""
+    write_image(tmp_path / "fine", "compound", "a")
+    (tmp_path / "fine" / "image_a" / "image_tombstone.txt").touch()
+    (tmp_path / "hangs").mkdir()
+    fine = stack.enter_context(closing(PosixDatastore("fine", str(tmp_path / "fine"))))
+    hangs = stack.enter_context(closing(Hanging("hangs", str(tmp_path / "hangs"))))
+    stores = [ImageStore(datastore, IMAGE_LAYOUTS["compound"]) for datastore in (fine, hangs)]
+    stores[0].share_host(stores)
+    stores[1].admission.ask(hangs.silence)
+    source = VmSource(vm_directories, uses_of_vm)
+    maintenance = stack.enter_context(closing(Maintenance(stores[0], stores, source, Plan())))
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            outcome = pool.submit(LOOKS[look], maintenance, stores)
+            with pytest.raises(errors.DatastoreUnavailable, match="hangs: it has not answered since noon"):
+                outcome.result(QUICK)
+            with stores[0].lock("a", "test", timeout=0):
+                pass
+            assert (tmp_path / "fine" / "image_a").is_dir()
+        finally:
+            hangs.answers.set()

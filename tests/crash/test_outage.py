@@ -18,7 +18,7 @@ from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS as IMAGE_LAYOUTS
 from sidecar.images.store import ImageStore
-from sidecar.locks.interface import LockHolder
+from sidecar.locks.interface import HeldLock, LockHolder
 from tests.crash.support import LAYOUTS, TIMESTAMP, answers, image_directory, write_image, write_image_files
 from tests.support.disks import MIB
 from tests.support.processes import Sidecar, loop_mount, run, wait_until
@@ -268,6 +268,31 @@ def test_what_is_done_to_a_hidden_datastore_is_not_lost_with_it(
     client.purge("one/deleted")
     client.copy("one/a", "one/b").wait()
     assert {"one/a", "one/b", "one/d"} <= set(ids(client))
+
+
+@pytest.mark.parametrize("when", ["before the lock", "while it is waited for"])
+def test_a_lock_that_a_hidden_datastore_refuses_tidies_nothing_away_there(
+    tmp_path: Path, stack: ExitStack, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "one"
+    (root / "image_a").mkdir(parents=True)
+    datastore = stack.enter_context(contextlib.closing(PosixDatastore("one", str(root))))
+    store = ImageStore(datastore, IMAGE_LAYOUTS["vsan"])
+    assert datastore.names("") == ["image_a"]
+    lock, hidden = datastore.lock, contextlib.ExitStack()
+
+    def late(path: str, operation: str, timeout: float, check: Callable[[], None]) -> HeldLock:
+        held = lock(path, operation, timeout, check)
+        hidden.enter_context(moved_away(root))
+        return held
+
+    if when == "before the lock":
+        hidden.enter_context(moved_away(root))
+    else:
+        monkeypatch.setattr(datastore, "lock", late)
+    with hidden, pytest.raises(errors.DatastoreUnavailable), store.lock("a", "test"):
+        pass
+    assert (root / "image_a").is_dir()
 
 
 def test_a_datastore_that_hangs_is_told_to_be_away(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """In use: what somebody has open is never taken away, and the refusal says who it is."""
 
 import contextlib
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from tests.support.disks import assert_same_disk
 from tests.support.places import MIB, TOMBSTONE, Place, flat_files
 from tests.support.processes import background, wait_until
 from tests.support.world import World
+from tests.usage.conftest import delta
 
 Use = Callable[[Path], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
 
@@ -160,6 +162,24 @@ def test_a_wreck_that_somebody_has_open_is_not_replaced(world: World, place: Pla
         with pytest.raises(errors.ImageInUse, match=rf"qemu-io \(pid {process.pid}\)"):
             world.client.copy(f"{place.name}/a", f"{place.name}/b").wait()
         assert place.snapshot() == before
+    world.client.copy(f"{place.name}/a", f"{place.name}/b").wait()
+    place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
+
+
+def test_a_wreck_that_a_vm_has_a_disk_on_is_not_replaced(world: World, place: Place) -> None:
+    """Its disk would be on another image's bytes, and what is left of its own gone."""
+    place.plant("a")
+    place.plant("b", timestamp=False)
+    descriptor = place.descriptor("b")
+    place.file("b", "b-flat.vmdk").unlink()
+    vm = world.places["one"].root / "vm_web"
+    vm.mkdir()
+    (vm / "disk.vmdk").write_text(delta(str(descriptor)))
+    before = place.snapshot()
+    with pytest.raises(errors.ImageInUse, match="VM web"):
+        world.client.copy(f"{place.name}/a", f"{place.name}/b").wait()
+    assert place.snapshot() == before
+    shutil.rmtree(vm)
     world.client.copy(f"{place.name}/a", f"{place.name}/b").wait()
     place.assert_holds({"a": flat_files("a"), "b": flat_files("b")})
 

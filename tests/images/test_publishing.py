@@ -136,3 +136,28 @@ def test_a_publish_onto_what_came_in_between_is_refused_and_leaves_both(
         left = {path.name: path.read_bytes() for path in (place.root / staging.directory).glob("*[!k]")}
         assert left == staged
     place.assert_holds({"a": flat_files("a") if there == "an image" else {"a.ecv"}})
+
+
+def test_what_an_undo_meets_does_not_hide_why_the_publish_failed(
+    store: ImageStore, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.plant("source")
+    rename, undone = store.datastore.rename, list[str]()
+
+    def fail_to_sync(path: str) -> None:
+        if place.file("a", TIMESTAMP).exists():
+            raise DatastoreUnavailable("why it failed")
+
+    def fail_to_undo(source: str, destination: str) -> None:
+        if (place.root / source).is_relative_to(place.directory("a")) and "tmp_image" in destination:
+            undone.append(source)
+            if len(undone) == 1:
+                raise DatastoreUnavailable("what the undo met")
+        rename(source, destination)
+
+    monkeypatch.setattr(store.datastore, "sync_directory", fail_to_sync)
+    monkeypatch.setattr(store.datastore, "rename", fail_to_undo)
+    with pytest.raises(DatastoreUnavailable, match="why it failed"):
+        copy_image(store, "source", store, "a", Progress())
+    if place.layout == "vsan":
+        place.assert_holds({"source": flat_files("source"), "a": {TIMESTAMP}})  # the rest is undone all the same

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -186,6 +187,24 @@ def test_no_lease_runs_while_the_datastore_is_silent(
     silence[0] = ""
     clock.wait_looks(3)
     assert len(place.staging_directories()) == 1, "the end of the silence came after the last look at it"
+    clock.now += 2 * LEASE
+    wait_until(lambda: place.holds({}), "it is dropped")
+
+
+def test_one_defect_does_not_end_all_leases(
+    sessions: StagingSessions, store: ImageStore, place: Place, clock: Clock
+) -> None:
+    met = threading.Event()
+
+    def defect() -> str:
+        if met.is_set():
+            return ""
+        met.set()
+        raise ZeroDivisionError
+
+    store.admission.ask(defect)
+    assert met.wait(10)
+    sessions.create(store, "a", 0, "")
     clock.now += 2 * LEASE
     wait_until(lambda: place.holds({}), "it is dropped")
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from sidecar.datastores import posix
 from sidecar.datastores.posix_files import remove_tree
 from sidecar.errors import DatastoreUnavailable, OperationCancelled
+from sidecar.images.deletion import purge_image
 from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
 from tests.maintenance.conftest import DAY, Site
@@ -59,6 +61,20 @@ def test_a_directory_that_is_written_to_without_a_lock_is_not_eaten(site: Site) 
     site.set_age(path / "new-flat.vmdk", HOURS)
     assert reap(site.store, 2 * HOURS).staging == []
     assert path.exists()
+
+
+def test_a_copy_that_keeps_the_times_of_its_source_is_not_eaten(site: Site) -> None:
+    """As `cp -a` and rsync do: every file in there may be years old by the time of its last write."""
+    site.clock.seconds = time.time() + HOURS
+    path = staging(site, "origin", 1000 * DAY)
+    remains = site.place.directory("begun")
+    remains.mkdir(parents=True)
+    site.set_age(remains, 1000 * DAY)
+    assert reap(site.store, 2 * HOURS).staging == []
+    assert path.exists() and remains.exists()
+    site.clock.seconds += 3 * HOURS
+    reap(site.store, 2 * HOURS)
+    site.place.assert_holds({})
 
 
 def test_the_trash_goes_always_and_no_link_in_it_is_followed(make_site: Callable[[str], Site], tmp_path: Path) -> None:
@@ -181,3 +197,51 @@ def test_a_datastore_that_is_new_has_nothing_to_reap(site: Site) -> None:
         path.rmdir()
     reaped = reap(site.store, 0)
     assert not reaped and not reaped.faults
+
+
+def test_a_discard_that_failed_takes_nothing_out_of_the_trash_that_a_reaper_has_begun_to_free(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image would be there again, without what the reaper of another host had removed by then."""
+    site.plant("a")
+    datastore, changed = site.store.datastore, list[str]()
+    site.store.observe(changed.append)
+    sync = datastore.sync_directory
+
+    def fail(path: str) -> None:
+        monkeypatch.setattr(datastore, "sync_directory", sync)
+        for begun in (site.place.root / "deleted_images").rglob("a-flat.vmdk"):
+            begun.unlink()
+        raise DatastoreUnavailable(f"{path}: Input/output error")
+
+    monkeypatch.setattr(datastore, "sync_directory", fail)
+    with pytest.raises(DatastoreUnavailable):
+        purge_image(site.store, "a", force=True)
+    assert not site.place.file("a", TIMESTAMP).exists()
+    assert changed == ["a"]
+    if site.place.layout == "vsan":
+        purge_image(site.store, "a", force=True)
+    reap(site.store, 0)
+    site.place.assert_holds({})
+
+
+@pytest.mark.parametrize("what", ["trash", "staging"])
+def test_nothing_is_freed_on_a_datastore_that_is_hidden_while_it_is_reaped(site: Site, what: str) -> None:
+    """It would come back with the file system that is mounted there for everybody else, or be missed with it."""
+    if what == "staging":
+        staging(site, "old", 3 * HOURS)
+    elif site.place.layout == "vsan":
+        pytest.skip("it has no trash")
+    else:
+        (site.place.root / "deleted_images" / "a").mkdir()
+    before = site.place.contents()
+    root, hidden = site.place.root, site.place.root.with_name("hidden")
+
+    def hide() -> None:
+        if not hidden.exists():
+            root.rename(hidden)
+
+    with pytest.raises(DatastoreUnavailable):
+        reap(site.store, 2 * HOURS, hide)
+    hidden.rename(root)
+    assert site.place.contents() == before

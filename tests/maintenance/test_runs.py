@@ -19,6 +19,21 @@ def ended(clock: OwnClock, work: Callable[[Run], None], timeout: float = 1000) -
     return status
 
 
+def test_a_run_without_a_thread_is_none_and_keeps_no_other(clock: OwnClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: Runs[object] = Runs("scan", "one", clock.as_clock())
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(threading.Thread, "start", refuse)
+        runs.start("a", 1000, object(), lambda run: None)
+    assert runs.current() is None
+    runs.start("b", 1000, object(), lambda run: None)
+    assert wait_ended(runs).run_id == "b"
+    runs.close()
+
+
 def test_a_run_tells_how_it_ended(clock: OwnClock) -> None:
     def fail(run: Run) -> None:
         raise DatastoreUnavailable("it is away")

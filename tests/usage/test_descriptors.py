@@ -4,14 +4,18 @@ import contextlib
 import errno
 import os
 import socket
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from sidecar import errors
+from sidecar.datastores.posix import PosixDatastore
 from sidecar.images import usage_paths, vm_disks
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.store import ImageStore
 from sidecar.images.usage import uses_of_image, uses_of_vm
-from tests.support.places import write_flat_disk
+from tests.support.places import Place, write_flat_disk
 from tests.support.processes import run
 from tests.usage.conftest import Host, delta
 
@@ -157,6 +161,28 @@ def test_a_bind_mount_hides_no_image(host: Host, tmp_path: Path, what: str) -> N
         assert host.used(vm) == {"one/a"}
     finally:
         run("umount", bound)
+
+
+@pytest.mark.parametrize("how", ["nested", "the same", "bound into"])
+def test_a_datastore_in_another_one_hides_none_of_its_images(host: Host, how: str) -> None:
+    """Of two datastores to which a path leads, the one that was found first had no such image."""
+    vm, one = host.vm("1"), host.places["one"]
+    inner = Place("inner", "compound", one.root / "inner")
+    inner.root.mkdir()
+    with ExitStack() as stack:
+        if how == "nested":
+            inner.plant("a")
+        else:
+            source = host.places["three"] if how == "bound into" else one
+            run("mount", "--bind", source.root, inner.root)
+            stack.callback(run, "umount", inner.root)
+        if how != "bound into":
+            datastore = stack.enter_context(closing(PosixDatastore("inner", str(inner.root))))
+            host.stores["inner"] = ImageStore(datastore, LAYOUTS["compound"])
+            stack.callback(host.stores.pop, "inner")
+        write(vm, str(inner.descriptor("a")))
+        expected = {"nested": {"inner/a"}, "the same": {"one/a", "inner/a"}, "bound into": {"three/a"}}
+        assert host.used(vm) == expected[how]
 
 
 def test_a_disk_that_only_the_configuration_names_is_a_use(host: Host) -> None:

@@ -3,6 +3,8 @@
 import json
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,40 @@ def test_a_chain_of_several_formats_ends_at_the_image(host: Host, tmp_path: Path
     # QEMU finds the same names.
     told = json.loads(run("qemu-img", "info", "-U", "--backing-chain", "--output=json", top).stdout)
     assert [link.get("backing-filename") for link in told[:2]] == [str(middle), str(base)]
+
+
+@contextmanager
+def block_device(content: Path) -> Iterator[Path]:
+    """A block device with that in it, as a logical volume would have it."""
+    device = run("losetup", "--find", "--show", content).stdout.strip()
+    try:
+        yield Path(device)
+    finally:
+        run("losetup", "--detach", device)
+
+
+@pytest.mark.parametrize("name", ["{device}", "host_device:{device}"])
+def test_an_overlay_on_a_block_device_keeps_its_image(host: Host, tmp_path: Path, name: str) -> None:
+    """As the disks of VMs on LVM are, and those that others are made on."""
+    vm, clone = host.vm("1"), host.vm("2")
+    with block_device(overlay(tmp_path / "volume", host.places["two"].descriptor("a"))) as device:
+        disk = vm / "disk.qcow2"
+        disk.symlink_to(device)
+        assert host.uses(vm) == {"two/a": [f"VM 1 (disk {disk})"]}
+        top = overlay(clone / "top.qcow2", name.format(device=device), "qcow2")
+        assert host.uses(clone) == {"two/a": [f"VM 2 (disk {top})"]}
+        disk.unlink()
+        (vm / "1.vmx").write_text(f'scsi0:0.fileName = "{device}"\n')
+        assert host.used(vm) == {"two/a"}
+
+
+def test_a_block_device_with_a_guests_bytes_is_a_disk_of_its_own(host: Host, tmp_path: Path) -> None:
+    vm = host.vm("1")
+    (tmp_path / "volume").write_bytes(b"\xeb\x3c\x90" * 8192)
+    with block_device(tmp_path / "volume") as device:
+        (vm / "disk.raw").symlink_to(device)
+        (vm / "console").symlink_to("/dev/tty")
+        assert host.used(vm) == set()
 
 
 @pytest.mark.parametrize(

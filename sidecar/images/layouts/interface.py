@@ -61,6 +61,7 @@ class Layout(Protocol):
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         """Takes the image's directory away. Call under the image's lock. Durable when it returns.
 
+        After an error the image may be there, in part, or in the trash, where the reaper finds it: nothing is put back.
         Returns what is left to be freed, outside the lock, by `remove_tree`; None where all is freed already.
         Staging directories inside the image's directory stay.
         """

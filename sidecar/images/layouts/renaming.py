@@ -1,13 +1,17 @@
 """The layouts whose images come and go by renaming their directory: `compound` and `sharded`."""
 
 import contextlib
+import logging
 
 from sidecar.datastores.interface import Datastore, EntryKind
+from sidecar.errors import ImagesError
 from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.names import LOCK_SUFFIX, STAGING_PREFIX, VM_PREFIX, is_image_id
 
 TRASH = "deleted_images"
 STAGING = "tmp_images"
+
+_log = logging.getLogger(__name__)
 
 
 def parent(path: str) -> str:
@@ -47,7 +51,7 @@ class RenamingLayout:
                 datastore.sync_directory(parent(staging.directory))
         except BaseException:
             # Who is told that it failed must not find the image there, to be lost by the next power cut.
-            datastore.rename(destination, staging.directory)
+            move_back(datastore, destination, staging.directory)
             raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
@@ -55,14 +59,10 @@ class RenamingLayout:
         directory = self.image_directory(image_id)
         trash = f"{TRASH}/{token}"
         datastore.rename(directory, trash)
-        try:
-            # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
-            datastore.sync_directory(TRASH)
-            datastore.sync_directory(parent(directory))
-        except BaseException:
-            # Who is told that it failed can do it again: in the trash, nobody would find it but the reaper.
-            datastore.rename(trash, directory)
-            raise
+        # Not taken back when a sync fails: a reaper, of whatever host, may have begun to free it.
+        # The trash first: after a crash between the two, the directory is in both places or in one, never in none.
+        datastore.sync_directory(TRASH)
+        datastore.sync_directory(parent(directory))
         return trash
 
     def tidy(self, datastore: Datastore, image_id: str) -> None:
@@ -138,6 +138,14 @@ class ShardedLayout(RenamingLayout):
     def staging_places(self, datastore: Datastore) -> list[StagingPlace]:
         names = {name.removesuffix(LOCK_SUFFIX) for name in _names(datastore, STAGING)}
         return [StagingPlace(f"{STAGING}/{name}", f"{STAGING}/{name}{LOCK_SUFFIX}") for name in sorted(names)]
+
+
+def move_back(datastore: Datastore, source: str, destination: str) -> None:
+    """Undoes a rename after an error, which says more than what this meets: that is logged."""
+    try:
+        datastore.rename(source, destination)
+    except (ImagesError, OSError) as error:
+        _log.warning("not moved back datastore=%s path=%s to=%s error=%s", datastore.name, source, destination, error)
 
 
 def prefixed_image_id(name: str) -> str | None:

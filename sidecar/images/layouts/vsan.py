@@ -9,7 +9,7 @@ import contextlib
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import InvalidRequest
 from sidecar.images.layouts.interface import StagingPlace
-from sidecar.images.layouts.renaming import prefixed_image_id, prefixed_vm_directories
+from sidecar.images.layouts.renaming import move_back, prefixed_image_id, prefixed_vm_directories
 from sidecar.images.names import (
     LOCK_SUFFIX,
     STAGING_PREFIX,
@@ -95,7 +95,7 @@ class VsanLayout:
             # Who is told that it failed must not find a valid image there, to be lost by the next power cut; nor a
             # whole one without its timestamp, which the next repair would take for durable.
             for name in reversed(moved):
-                datastore.rename(f"{destination}/{name}", f"{staging.directory}/{name}")
+                move_back(datastore, f"{destination}/{name}", f"{staging.directory}/{name}")
             raise
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
