@@ -14,6 +14,7 @@ from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
 from fusefs.filesystem import FileSystem
+from fusefs.guard import Guard
 from fusefs.kernel import KernelMemory
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
@@ -58,23 +59,27 @@ def run(
 
     Raises MountError when it cannot be made.
     """
-    try:
-        path = mountpoints.prepare(mountpoint, may_cover_files=options.may_cover_files)
-        client.wait_ready(CALL_SECONDS)
-    except (MountpointError, ImagesError) as error:
-        raise MountError(str(error)) from error
-    _allow_many_files()
-    _Mount(path, client, options, binding_name).run(signals, on_ready)
+    with Guard() as guard:  # it starts while all else does
+        try:
+            path = mountpoints.prepare(mountpoint, may_cover_files=options.may_cover_files)
+            client.wait_ready(CALL_SECONDS)
+        except (MountpointError, ImagesError) as error:
+            raise MountError(str(error)) from error
+        _allow_many_files()
+        _Mount(path, client, options, binding_name, guard).run(signals, on_ready)
 
 
 class _Mount:
-    def __init__(self, path: str, client: SidecarClient, options: MountOptions, binding_name: str) -> None:
+    def __init__(
+        self, path: str, client: SidecarClient, options: MountOptions, binding_name: str, guard: Guard
+    ) -> None:
         self._path = path
         self._client = client
         self._options = options
         self._binding = binding_name
         self._session: Session | None = None
         self._finishing = False
+        self._guard = guard
         self._tree = Tree()
         self._kernel = KernelMemory(path)
         rules = Rules(self._tree, self._open_source)
@@ -116,6 +121,7 @@ class _Mount:
 
     def _ready(self, session: Session, on_ready: Callable[[], None]) -> None:
         """In a thread of libfuse, before the kernel has its answer: what asks the mount has to wait for that."""
+        self._guard.watch(mountpoints.device_of(self._path))
         self._session = session
         self._kernel.serve(session)
 

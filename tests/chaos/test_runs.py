@@ -12,9 +12,9 @@ from tests.chaos.driver import Plan, carry_out
 from tests.chaos.history import Recorder, read_history
 from tests.chaos.report import render
 
-# Open defects of the mount, which the run may meet: a file of an image that was replaced a moment ago is read with the
-# size of the old one; and its daemon, killed while it makes the kernel forget a name, waits for its own answers.
-KNOWN = {"mount reads", "hangs after SIGKILL"}
+# An open defect of the mount, which the run may meet: a file of an image that was replaced a moment ago is read with
+# the size of the old one.
+KNOWN = {"mount reads"}
 SEED = 20
 MINUTE = 60.0
 # By the client alone: what breaks is a sidecar.
