@@ -13,6 +13,7 @@ from fusefs.binding import BindingError, Session
 from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
+from fusefs.ending import Ending
 from fusefs.filesystem import FileSystem
 from fusefs.guard import Guard
 from fusefs.kernel import KernelMemory
@@ -79,6 +80,7 @@ class _Mount:
         self._binding = binding_name
         self._session: Session | None = None
         self._finishing = False
+        self._ending = Ending(client)
         self._guard = guard
         self._tree = Tree()
         self._kernel = KernelMemory(path)
@@ -149,6 +151,7 @@ class _Mount:
         session = self._session
         if session is None:
             os._exit(1)  # still starting: nothing is made yet
+        self._ending.begin()
         self._publisher.wait_settled(min(self._options.settle_seconds, _MOST_SETTLE_SECONDS) + 1.0)
         # Before: what is making the kernel forget waits for requests, which nobody answers afterwards.
         self._kernel.stop()
@@ -159,6 +162,7 @@ class _Mount:
     def _finish(self) -> None:
         self._finishing = True  # before the session is gone, which would mean that it is not there yet
         self._session = None
+        self._ending.begin()
         # What is being published may wait for a datastore that hangs, whoever wants the mount to end.
         limit = threading.Timer(_MOST_FINISH_SECONDS, self._client.cancel_calls)
         limit.start()
@@ -169,6 +173,7 @@ class _Mount:
         finally:
             limit.cancel()
             limit.join()
+            self._ending.end()
 
     def _forget(self, changes: Changes) -> None:
         for datastore, image in changes:

@@ -12,7 +12,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tests.mount.harness import hanging, message_of, names
+from tests.mount.harness import hanging, is_in_kernel_at, message_of, names
 from tests.support.processes import Mount, Sidecar, background, is_mounted, loop_mount, run, wait_until
 
 SOON = 5.0
@@ -58,17 +58,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def is_in_kernel_at(pid: int, function: str) -> bool:
-    """Whether one of its threads is in a function of the kernel."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            if function in (task / "stack").read_text():
-                return True
-        except OSError:  # it has ended
-            continue
-    return False
 
 
 def killed(mount: Mount) -> None:
