@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
-from sidecar.errors import DeadlineExceeded, ImagesError
+from sidecar.errors import DeadlineExceeded, ImagesError, OperationCancelled
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,9 @@ def operation(
         try:
             return method(self, *arguments, **options)
         except ImagesError as error:
-            # Who does not answer within the time that any answer takes is away for whoever waits for it.
-            number = errno.EHOSTDOWN if isinstance(error, DeadlineExceeded) else error.errno
+            # Who does not answer within the time that any answer takes, or before the mount ends, is away for whoever
+            # waits for it.
+            number = errno.EHOSTDOWN if isinstance(error, DeadlineExceeded | OperationCancelled) else error.errno
             level = logging.INFO if number in _EXPECTED else logging.WARNING
             path = self.path_of(*arguments)
             _log.log(level, "%s failed path=%s reason=%s cause=%s", call, path, error.reason, error.message)

@@ -13,8 +13,10 @@ from fusefs.binding import BindingError, Session
 from fusefs.daemon import EndSignals
 from fusefs.deleting import Deletions
 from fusefs.documents import Documents
+from fusefs.ending import Ending
 from fusefs.filesystem import FileSystem
 from fusefs.generations import Generations
+from fusefs.guard import Guard
 from fusefs.kernel import KernelMemory
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
@@ -59,23 +61,28 @@ def run(
 
     Raises MountError when it cannot be made.
     """
-    try:
-        path = mountpoints.prepare(mountpoint, may_cover_files=options.may_cover_files)
-        client.wait_ready(CALL_SECONDS)
-    except (MountpointError, ImagesError) as error:
-        raise MountError(str(error)) from error
-    _allow_many_files()
-    _Mount(path, client, options, binding_name).run(signals, on_ready)
+    with Guard() as guard:  # it starts while all else does
+        try:
+            path = mountpoints.prepare(mountpoint, may_cover_files=options.may_cover_files)
+            client.wait_ready(CALL_SECONDS)
+        except (MountpointError, ImagesError) as error:
+            raise MountError(str(error)) from error
+        _allow_many_files()
+        _Mount(path, client, options, binding_name, guard).run(signals, on_ready)
 
 
 class _Mount:
-    def __init__(self, path: str, client: SidecarClient, options: MountOptions, binding_name: str) -> None:
+    def __init__(
+        self, path: str, client: SidecarClient, options: MountOptions, binding_name: str, guard: Guard
+    ) -> None:
         self._path = path
         self._client = client
         self._options = options
         self._binding = binding_name
         self._session: Session | None = None
         self._finishing = False
+        self._ending = Ending(client)
+        self._guard = guard
         self._kernel = KernelMemory(path)
         self._generations = Generations(options.entry_timeout)
         self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
@@ -120,6 +127,7 @@ class _Mount:
 
     def _ready(self, session: Session, on_ready: Callable[[], None]) -> None:
         """In a thread of libfuse, before the kernel has its answer: what asks the mount has to wait for that."""
+        self._guard.watch(mountpoints.device_of(self._path))
         self._session = session
         self._kernel.serve(session)
 
@@ -147,6 +155,7 @@ class _Mount:
         session = self._session
         if session is None:
             os._exit(1)  # still starting: nothing is made yet
+        self._ending.begin()
         self._publisher.wait_settled(min(self._options.settle_seconds, _MOST_SETTLE_SECONDS) + 1.0)
         # Before: what is making the kernel forget waits for requests, which nobody answers afterwards.
         self._kernel.stop()
@@ -157,6 +166,7 @@ class _Mount:
     def _finish(self) -> None:
         self._finishing = True  # before the session is gone, which would mean that it is not there yet
         self._session = None
+        self._ending.begin()
         # What is being published may wait for a datastore that hangs, whoever wants the mount to end.
         limit = threading.Timer(_MOST_FINISH_SECONDS, self._client.cancel_calls)
         limit.start()
@@ -167,6 +177,7 @@ class _Mount:
         finally:
             limit.cancel()
             limit.join()
+            self._ending.end()
 
     def _tell_kernel(self, datastore: str, before: IndexedImage) -> None:
         """The image is not what it was: what the kernel knows of it is old."""

@@ -12,6 +12,8 @@ from fusefs.options import FILE_SYSTEM_NAME
 _log = logging.getLogger(__name__)
 
 _MNT_DETACH = 2
+# What the kernel answers for a daemon that has died, and for one that died before it answered.
+_DEAD = {errno.ENOTCONN, errno.ECONNABORTED}
 _ESCAPES = {r"\040": " ", r"\011": "\t", r"\012": "\n", r"\134": "\\"}
 
 
@@ -28,7 +30,7 @@ def prepare(mountpoint: str, *, may_cover_files: bool) -> str:
     try:
         os.statvfs(path)  # the kernel answers a stat for a daemon that died, for as long as it remembers
     except OSError as error:
-        if error.errno != errno.ENOTCONN:
+        if error.errno not in _DEAD:
             hint = ": make the directory first" if error.errno == errno.ENOENT else ""
             raise MountpointError(f"cannot mount at {path}: {os.strerror(error.errno or 0)}{hint}") from None
         if not is_ours(path):
@@ -53,13 +55,25 @@ def prepare(mountpoint: str, *, may_cover_files: bool) -> str:
 
 def is_ours(path: str) -> bool:
     """Whether the last thing that was mounted at the path is an image-mount."""
-    kind = ""
+    kind, _ = _last_mounted(path)
+    return kind == f"fuse.{FILE_SYSTEM_NAME}"
+
+
+def device_of(path: str) -> int:
+    """The number of the device that was mounted last at the path; 0 for none. Whoever serves it is not asked."""
+    _, device = _last_mounted(path)
+    return device
+
+
+def _last_mounted(path: str) -> tuple[str, int]:
+    kind, device = "", 0
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             before, _, after = line.partition(" - ")
             if _unescaped(before.split()[4]) == path:
-                kind = after.split()[0]
-    return kind == f"fuse.{FILE_SYSTEM_NAME}"
+                major, _, minor = before.split()[2].partition(":")
+                kind, device = after.split()[0], os.makedev(int(major), int(minor))
+    return kind, device
 
 
 def unmount(path: str, *, lazily: bool) -> None:

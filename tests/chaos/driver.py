@@ -21,7 +21,6 @@ from tests.chaos.stage import Actor, Stage, stage
 WORKERS = 6
 QUIET_EVERY = 20.0
 CALL_SECONDS = 10.0
-STOP = "stop"
 # Answers that leave open what became of the call.
 _OPEN = {"SIDECAR_UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "STAGING_PUBLISHED"}
 _STATUSES = {
@@ -227,18 +226,13 @@ class Run:
                 if self._plan.disturb and not self._stopping.is_set():
                     self._disturb_once(choose)
 
-    def _choose_action(self, choose: random.Random, actor: Actor) -> str:
-        action = choose.choices(("kill", "term", STOP, "stop and kill"), (5, 2, 3, 1))[0]
-        return STOP if actor is self._stage.spared else action
-
     def _disturb_once(self, choose: random.Random) -> None:
         victims = choose.sample(self._stage.actors, choose.choice((1, 1, 1, 2)))
         down: list[Actor] = []
-        # Nobody is asked to end while the sidecar is stopped that he may have to hear from first.
-        chosen = sorted(
-            ((self._choose_action(choose, actor), actor) for actor in victims), key=lambda one: one[0] == STOP
-        )
-        for action, actor in chosen:
+        for actor in victims:
+            action = choose.choices(("kill", "term", "stop", "stop and kill"), (5, 2, 3, 1))[0]
+            if actor is self._stage.spared:
+                action = "stop"
             match action:
                 case "kill":
                     actor.kill()

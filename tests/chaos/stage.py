@@ -74,7 +74,7 @@ class Actor:
         self._wait_killed("after SIGKILL")
 
     def _wait_killed(self, when: str) -> None:
-        """A daemon that waits in the kernel for itself survives SIGKILL, until its mount is taken away by force."""
+        """A daemon that waits in the kernel for itself would survive SIGKILL until its mount is taken away by force."""
         assert self.process.process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.process.wait(KILL_SECONDS)

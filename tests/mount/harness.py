@@ -88,6 +88,17 @@ def import_sparse(
         staging.commit()
 
 
+def is_in_kernel_at(pid: int, function: str) -> bool:
+    """Whether one of its threads is in a function of the kernel."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            if function in (task / "stack").read_text():
+                return True
+        except OSError:  # it has ended
+            continue
+    return False
+
+
 @contextlib.contextmanager
 def hanging(sidecar: Sidecar) -> Iterator[None]:
     """The sidecar does nothing for the time of the block; it may still have answered what came before."""

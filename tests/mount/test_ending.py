@@ -1,6 +1,7 @@
 """The end of a mount, while its other threads still have something to tell the kernel."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import wait_listed
+from tests.mount.harness import import_sparse, is_in_kernel_at, log_of, wait_listed
 from tests.support.disks import MIB, import_image, make_disk
-from tests.support.processes import Mount, Sidecar, background, is_mounted, run
+from tests.support.processes import Mount, Sidecar, background, is_mounted, loop_mount, run, wait_until
 
 # A mount of which every path is out of date, all the time, and which is told to end all the time when it has ended.
 _SCRIPT = """
@@ -97,3 +98,25 @@ def test_a_mount_in_the_middle_of_changes_ends(sidecar: Sidecar, client: Sidecar
                 client.delete("one/a")
                 client.restore("one/a")
             assert mount.stop(20) == 0
+
+
+@pytest.mark.parametrize("change", ["touch", "rm"])
+def test_a_mount_ends_soon_while_its_sidecar_hangs_with_a_change(change: str, tmp_path: Path, stack: ExitStack) -> None:
+    """It has been sent already, and may take minutes: in a request, or, what is left for later, in a thread."""
+    root = stack.enter_context(loop_mount(tmp_path / "xfs", 320 * MIB, ("mkfs.xfs", "-q")))
+    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={root}"))
+    with sidecar.client() as client:
+        import_sparse(client, "one/a", make_disk(tmp_path / "source"), companions={"disk.ecv": b"{}"})
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address, options="settle=0"))
+    image = wait_listed(mount, "one/a")
+    run("fsfreeze", "--freeze", root)
+    try:
+        stack.enter_context(background("touch", image) if change == "touch" else background("rm", image / "a.ecv"))
+        wait_until(lambda: is_in_kernel_at(sidecar.pid, "mnt_want_write"), "the sidecar is at it")
+        sidecar.signal(signal.SIGSTOP)
+        assert mount.stop(15) == 0
+    finally:
+        sidecar.signal(signal.SIGCONT)
+        run("fsfreeze", "--unfreeze", root)
+    assert "ending without the sidecar" in log_of(mount)
+    assert not is_mounted(mount.path)
