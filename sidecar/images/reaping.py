@@ -104,13 +104,28 @@ class _Reaper:
             # Its maker may have gone on, and ended, since it was looked at.
             if self._look(place, held=True)[1] > self._before_ns:
                 return
-            self._free(place.directory)
+            self._free_staged(place)
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             self._datastore.remove_directory(place.directory)  # the lock file was in it
         if place.image_id:
             self._store.layout.tidy(self._datastore, place.image_id)
         if kind:
             self.reaped.staging.append(place.directory)
+
+    def _free_staged(self, place: StagingPlace) -> None:
+        """All of it, but for its lock where that is inside: who came for it after it was unlinked would make another
+        one in the directory, and believe that the directory is his."""
+        if not place.lock.startswith(f"{place.directory}/"):
+            self._free(place.directory)
+            return
+        self._datastore.require_in_place()
+        for entry in self._datastore.entries(place.directory):
+            path = f"{place.directory}/{entry.name}"
+            if entry.kind is EntryKind.DIRECTORY:
+                self.reaped.freed += self._datastore.remove_tree(path)
+            elif path != place.lock:
+                self._datastore.remove_file(path)
+                self.reaped.freed += entry.allocated
 
     def _look(self, place: StagingPlace, *, held: bool) -> tuple[EntryKind | None, int]:
         """What the staging directory is, and when it was last written to; of its lock, where only that is left.

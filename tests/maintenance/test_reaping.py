@@ -121,6 +121,25 @@ def test_lock_files_and_half_written_files_of_the_dead_go(site: Site) -> None:
     site.place.assert_holds({"a": flat_files("a", ".bashrc")})
 
 
+def test_who_begins_in_a_directory_that_is_being_reaped_keeps_it(
+    make_site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layout vsan, in which the lock is in the directory: a reaper that removed it too would remove the next one's."""
+    site = make_site("three")
+    path = staging(site, "old", DAY)
+    datastore, lock = site.store.datastore, site.store.layout.staging_place("new", "old").lock
+    remove_directory = datastore.remove_directory
+
+    def remove_once_another_one_has_it(directory: str) -> None:
+        with datastore.lock(lock, "make", timeout=0):
+            remove_directory(directory)
+
+    monkeypatch.setattr(datastore, "remove_directory", remove_once_another_one_has_it)
+    reap(site.store, 0)
+    assert path.is_dir()
+    assert list(path.iterdir()) == []
+
+
 def test_a_lock_that_is_held_stays_where_it_is(site: Site) -> None:
     site.plant("a")
     with site.place.locked("a"):
