@@ -109,11 +109,12 @@ class FileSystem:
         return self._handles.add(DirectoryHandle(path, self._views.entries(node), staged, image, process))
 
     def is_current(self, handle: int) -> bool:
-        """Whether the entries of an open directory are described as what they are now."""
+        """Whether the kernel may take what the entries of an open directory are described as."""
         match self._handles.get(handle):
             case DirectoryHandle(path=path, image=IndexedImage() as image):
                 now = self._tree.image(nodes.split(path)[0], image.image_id)
-                return now is not None and now.same_content(image)
+                is_same = now is not None and now.same_content(image)
+                return is_same and not self._generations.is_open_below(path)
             case _:
                 return True
 
@@ -232,6 +233,7 @@ class FileSystem:
             case nodes.StagedFileNode(directory, file) if same_directory:
                 directory.require_not_anothers(thread_group(pid))
                 directory.rename(file.name, nodes.split(new)[-1], flags)
+                self._generations.removed(new)
                 self._area.renamed(directory)
                 self._area.wake()
             case nodes.LateNode() if same_directory and node.companion.is_temporary:

@@ -83,6 +83,13 @@ class Generations:
                 doubt.shown[path] = generation
             return attributes
 
+    def is_open_below(self, directory: str) -> bool:
+        """Whether a file in the directory is open: a listing must not say of it what is at its path now."""
+        if not self._open:
+            return False
+        with self._told:
+            return any(path.startswith(f"{directory}/") for path in self._open)
+
     def opened(self, key: Key, path: str, generation: Generation, attributes: Attributes) -> bool:
         """A file is opened; whether the pages that the kernel has of the path are this file's.
 

@@ -13,7 +13,7 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusefs.binding import Session
 
@@ -31,17 +31,16 @@ class _FileHandle(ctypes.Structure):
     _fields_ = (("size", ctypes.c_uint), ("type", ctypes.c_int), ("content", ctypes.c_ubyte * _MOST_HANDLE_BYTES))
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """To have the kernel ask again about paths, and forget the name that a path ends with; then to call `then`."""
+class _Change(NamedTuple):
+    """The kernel is to ask again about a directory and names in it; then `told` is to be called."""
 
-    changed: Iterable[str]
-    gone: str
-    then: Callable[[], None] = lambda: None
+    directory: str
+    names: Iterable[str]
+    told: Callable[[], None]
 
 
 class KernelMemory:
-    """Owns a thread: `start`, then `stop`, which joins it. Does nothing while there is no session.
+    """Owns threads: `start`, then `stop`, which joins them. Does nothing while there is no session.
 
     Who makes the kernel forget waits, in the kernel and deaf to every signal, for the requests that are under way in
     that directory. So it has to be over before the session stops to answer: else neither ever ends.
@@ -52,21 +51,28 @@ class KernelMemory:
         self._session: Session | None = None
         self._idle = threading.Condition()  # guards the number
         self._running = 0  # calls that make the kernel forget
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        # Apart: what has a name forgotten waits for its directory, for as long as a request in it takes.
+        self._changed: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
+        self._gone: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def start(self, is_there: Callable[[str], bool]) -> None:
         """`is_there` tells of a path in the mount whether it leads to something now."""
-        self._thread = threading.Thread(target=self._run, args=(is_there,), name="forget", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._tell, name="tell", daemon=True),
+            threading.Thread(target=self._forget, args=(is_there,), name="forget", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Returns when the kernel is not being made to forget anything, and will not be any more."""
         with self._idle:
             self._session = None
-        self._orders.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        self._changed.put(None)
+        self._gone.put(None)
+        for thread in self._threads:
+            thread.join()
         with self._idle:
             self._idle.wait_for(lambda: not self._running)
 
@@ -85,33 +91,40 @@ class KernelMemory:
 
         The kernel holds that directory until the answer, and could not forget a name in it before.
         """
-        self._orders.put(_Order((), path))
+        self._gone.put(path)
 
     def replaced(self, directory: str, names: Iterable[str], told: Callable[[], None]) -> None:
-        """Makes the kernel ask again about a directory and names in it, soon, and calls `told` afterwards."""
-        self._orders.put(_Order((directory, *(f"{directory}/{name}" for name in names)), directory, told))
+        """Makes the kernel ask again about a directory and names in it, soon; calls `told` then.
 
-    def _run(self, is_there: Callable[[str], bool]) -> None:
-        while (order := self._orders.get()) is not None:
+        The directory's own name is forgotten if it leads to nothing.
+        """
+        self._changed.put(_Change(directory, names, told))
+
+    def _tell(self) -> None:
+        while (change := self._changed.get()) is not None:
             try:
-                self._carry_out(order, is_there)
-            except OSError as error:
-                # It is forgotten by itself when its time is over.
-                _log.info("name not forgotten at once path=%s cause=%s", order.gone, error)
+                self.changed([change.directory, *(f"{change.directory}/{name}" for name in change.names)])
             except Exception:
-                # The thread must outlive a defect: without it names would gather, and be told to nobody.
-                _log.exception("name not forgotten at once path=%s", order.gone)
-
-    def _carry_out(self, order: _Order, is_there: Callable[[str], bool]) -> None:
-        with self._forgetting() as session:
-            try:
-                if session is not None:
-                    session.invalidate(order.changed)
+                # The thread must outlive a defect: without it nothing that changed could be opened any more.
+                _log.exception("kernel not told of a change path=%s", change.directory)
             finally:
-                order.then()
-            if session is not None and not is_there(order.gone):
-                parent, _, name = order.gone.rpartition("/")
-                session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
+                change.told()
+            self._gone.put(change.directory)
+
+    def _forget(self, is_there: Callable[[str], bool]) -> None:
+        while (path := self._gone.get()) is not None:
+            with self._forgetting() as session:
+                try:
+                    if session is None or is_there(path):
+                        continue
+                    parent, _, name = path.rpartition("/")
+                    session.forget_name(node_number(self._mountpoint + parent), os.fsencode(name))
+                except OSError as error:
+                    # It is forgotten by itself when its time is over.
+                    _log.info("name not forgotten at once path=%s cause=%s", path, error)
+                except Exception:
+                    # The thread must outlive a defect: without it names would gather, and be told to nobody.
+                    _log.exception("name not forgotten at once path=%s", path)
 
     @contextlib.contextmanager
     def _forgetting(self) -> Iterator[Session | None]:

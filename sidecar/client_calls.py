@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import grpc
-import grpc.experimental
 import tenacity
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -132,9 +131,6 @@ class Caller:
                 ("grpc.enable_http_proxy", 0),
                 # Two clients of one process are two connections: closing one closes one.
                 ("grpc.use_local_subchannel_pool", 1),
-                # Who waits for an answer of a stream would look for it ten times a second, in Python, for as long as
-                # a mount is idle.
-                (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
             ],
         )
         # Made once, while the channel is open: gRPC crashes the process when it makes one on a closed channel.

@@ -154,6 +154,15 @@ def test_a_name_that_was_removed_here_is_free_for_another_file(generations: Gene
     closed(generations, NEW)
 
 
+def test_a_listing_says_nothing_of_files_that_are_open(generations: Generations) -> None:
+    assert not generations.is_open_below("/one/a")
+    opened(generations, OLD)
+    assert generations.is_open_below("/one/a")
+    assert not generations.is_open_below("/one/a.vmdk")
+    closed(generations, OLD)
+    assert not generations.is_open_below("/one/a")
+
+
 def test_a_change_is_forgotten_when_the_kernel_has_no_name_of_before(generations: Generations, clock: Clock) -> None:
     replace(generations)
     clock.now += 100

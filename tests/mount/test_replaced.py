@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import signal
 import threading
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from sidecar.client import SidecarClient
 from tests.mount.harness import log_of, wait_listed
 from tests.support.disks import MIB, import_image, make_disk
-from tests.support.processes import Mount, Sidecar, wait_until
+from tests.support.processes import Mount, Sidecar, run, wait_until
 
 # What a reader is told while there is no such image, or while it is replaced.
 _REFUSED = {errno.ENOENT, errno.ESTALE}
@@ -76,3 +77,29 @@ def test_a_reader_gets_no_mixture_of_two_images(
     for reader in readers:
         assert set(reader.digests) <= set(whole.values())
         assert set(reader.refused) <= _REFUSED
+
+
+def test_a_listing_does_not_cut_what_is_open(sidecar: Sidecar, client: SidecarClient, tmp_path: Path) -> None:
+    import_image(client, "one/a", make_disk(tmp_path / "source"), companions={"a.nvram": b"x" * 300_000})
+    with Mount(tmp_path / "lasting", sidecar.address, options="entry_timeout=60,attr_timeout=60") as mount:
+        path = wait_listed(mount, "one/a") / "a.nvram"
+        with path.open("rb", buffering=0) as file:
+            assert file.read(1000) == b"x" * 1000
+            client.update_metadata("one/a", files={"a.nvram": b"y" * 500})
+            wait_until(lambda: sizes_listed(path.parent)["a.nvram"] == 300_000, "it is shown as what is open")
+            wait_until(lambda: is_refused(path), "the new one is in the index")
+            run("ls", "-l", path.parent)
+            assert file.read(500_000) == b"x" * 299_000
+        assert path.read_bytes() == b"y" * 500
+
+
+def sizes_listed(directory: Path) -> dict[str, int]:
+    return {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
+
+
+def is_refused(path: Path) -> bool:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return error.errno == errno.ESTALE
+    return False
