@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -317,7 +318,7 @@ def test_what_nobody_wants_to_hear_is_no_error(closed: str, imagectl: Imagectl, 
 
     def run(arguments: str) -> tuple[int, str, str]:
         result = subprocess.run(
-            ["bash", "-c", f"exec {imagectl.command()[0]} {arguments} {closed}"],
+            ["bash", "-c", f"exec {shlex.join(imagectl.command())} {arguments} {closed}"],
             capture_output=True,
             text=True,
             timeout=30,
@@ -373,7 +374,7 @@ def test_a_reader_that_has_enough_is_no_error(imagectl: Imagectl, make_image: Ma
     make_image("one/a")
     for command in ("ls", "ls -o json", "watch"):
         result = subprocess.run(
-            ["bash", "-c", f"{imagectl.command()[0]} {command} | head -c 1; echo ${{PIPESTATUS[0]}}"],
+            ["bash", "-c", f"{shlex.join(imagectl.command())} {command} | head -c 1; echo ${{PIPESTATUS[0]}}"],
             capture_output=True,
             text=True,
             timeout=30,

@@ -7,6 +7,7 @@ holder of its destination's lock, an import by zeroes without end, an export by 
 import fcntl
 import gzip
 import os
+import shlex
 import signal
 import subprocess
 import termios
@@ -268,7 +269,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_signal_ends_also_what_can_tell_nobody(closed: str, imagectl: Imagectl, stack: ExitStack) -> None:
-    watch = f"exec {imagectl.command()[0]} watch {closed}"
+    watch = f"exec {shlex.join(imagectl.command('watch'))} {closed}"
     process = subprocess.Popen(
         ["env", "--default-signal=INT,HUP,TERM", "bash", "-c", watch], env=imagectl.env(), stdout=subprocess.DEVNULL
     )

@@ -1,5 +1,6 @@
 """A mount that cannot reach the datastore's files by path: everything goes through the sidecar, nothing is lost."""
 
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable
@@ -27,8 +28,10 @@ def mountpoint(tmp_path: Path) -> Path:
 def inside(sidecar: Sidecar, mountpoint: Path, tmp_path: Path, stack: ExitStack) -> Inside:
     """Runs a command where the datastores' directories are empty, beside a mount that sees them so too."""
     hide = " && ".join(f"mount -t tmpfs none {tmp_path / name}" for name in ("one", "two", "three"))
-    serve = f"{hide} && exec {BIN / 'image-mount'} {mountpoint} --sidecar {sidecar.address} --foreground"
-    process = stack.enter_context(background("unshare", "--mount", "--propagation", "private", "sh", "-c", serve))
+    serve = shlex.join(map(str, (BIN / "image-mount", mountpoint, "--sidecar", sidecar.address, "--foreground")))
+    process = stack.enter_context(
+        background("unshare", "--mount", "--propagation", "private", "sh", "-c", f"{hide} && exec {serve}")
+    )
 
     def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
         return run("nsenter", "-t", str(process.pid), "-m", *words, check=False)

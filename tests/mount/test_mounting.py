@@ -1,6 +1,7 @@
 """How it is mounted besides by hand: mount(8), /etc/fstab, systemd; and the options that decide who may do what."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from sidecar.client import SidecarClient
 from tests.mount.harness import log_of, message_of, names, wait_listed
 from tests.support.processes import BIN, Mount, Sidecar, is_mounted, run, wait_until
 
+INSTALLED = "/opt/datastore-images/.venv/bin"
 UNITS = Path(__file__).parents[2] / "scripts" / "systemd"
 NOBODY = 65534
 
@@ -95,7 +97,8 @@ def test_mount_says_why_it_fails(tmp_path: Path) -> None:
 def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
     """Verified as they are, but for where the programs are."""
     for unit in UNITS.iterdir():
-        (tmp_path / unit.name).write_text(unit.read_text().replace("/opt/datastore-images/.venv/bin", str(BIN)))
+        text = re.sub(rf"{INSTALLED}(\S+)", rf'"{BIN}\1"', unit.read_text())
+        (tmp_path / unit.name).write_text(text)
     done = run("systemd-analyze", "verify", "--man=no", tmp_path / name, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -109,8 +112,8 @@ def test_the_unit_of_the_mount_starts_and_stops_it(image: str, sidecar: Sidecar,
     assert service["Type"] == "forking"
 
     with unmounted_after(tmp_path / "mnt") as mountpoint:
-        command = service["ExecStart"].replace("/opt/datastore-images/.venv/bin", str(BIN))
-        start = shlex.split(command.replace("/mnt/images", str(mountpoint)))
+        words = shlex.split(service["ExecStart"])  # before the paths are put in, which may have spaces
+        start = [word.replace(INSTALLED, str(BIN)).replace("/mnt/images", str(mountpoint)) for word in words]
         run("env", f"IMAGE_SIDECAR={sidecar.address}", *start)
         assert names(mountpoint / "one") == {"a"}  # it answers when the command is through
         [daemon] = processes_of(mountpoint)
