@@ -181,7 +181,10 @@ class Datastore(Protocol):
         """Removes an empty directory; FileExistsError when it is not empty."""
 
     def remove_tree(self, path: str) -> int:
-        """Removes a directory with all in it, following no link; gone already is no error. Returns allocated bytes."""
+        """Removes a file, or a directory with all in it, following no link; gone already is no error.
+
+        Returns the allocated bytes.
+        """
 
     def sync_file(self, path: str) -> None: ...
 

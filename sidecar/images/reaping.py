@@ -118,14 +118,10 @@ class _Reaper:
         if not place.lock.startswith(f"{place.directory}/"):
             self._free(place.directory)
             return
-        self._datastore.require_in_place()
         for entry in self._datastore.entries(place.directory):
             path = f"{place.directory}/{entry.name}"
-            if entry.kind is EntryKind.DIRECTORY:
-                self.reaped.freed += self._datastore.remove_tree(path)
-            elif path != place.lock:
-                self._datastore.remove_file(path)
-                self.reaped.freed += entry.allocated
+            if path != place.lock:
+                self._free(path)
 
     def _look(self, place: StagingPlace, *, held: bool) -> tuple[EntryKind | None, int]:
         """What the staging directory is, and when it was last written to; of its lock, where only that is left.
