@@ -4,6 +4,10 @@ Holes stay holes at every stage. The order is by cost. A clone is nothing and ta
 source's pages in the cache copies no byte in memory, and leaves in the cache what running VMs read: on ext4, 2 GiB took
 0.5 s, of it 0.1 s of a processor, where copy_file_range took 1.1 s and 0.7 s. copy_file_range lets a file server do it.
 Reading and writing works everywhere.
+
+What has to be durable before it is answered, such as a touch, waits for all that copies have handed to the disk. So the
+direct writes to one device are, of all copies together, no more at a time than one chunk: beside 16 copies, an fsync
+took 111 ms when each wrote chunks, 18 ms since they share one, and they are no slower. One alone would be, in pieces.
 """
 
 import contextlib
@@ -13,11 +17,15 @@ import fcntl
 import mmap
 import os
 import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from sidecar.datastores.interface import Transfer
 from sidecar.holes import data_ranges, seek_in
 
 CHUNK = 16 * 1024 * 1024  # bytes between two looks at cancellation
+LEAST_PIECE = 1024 * 1024  # of one direct write, however many there are; smaller ones make a fast disk slow
 FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
 _CANNOT_COPY_IN_KERNEL = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
@@ -29,6 +37,29 @@ _READ_AHEAD = 256 * 1024  # of one advice; of larger ones some devices read only
 # Direct I/O that this file system, device or memory does not do, and a fault in the source, which reading it will name.
 _CANNOT_WRITE_DIRECTLY = {errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT, errno.EIO, errno.EAGAIN}
 
+
+class Writers:
+    """How many write directly to each device. Safe for use by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the counts
+        self._counts: Counter[int] = Counter()
+
+    @contextlib.contextmanager
+    def writing(self, device: int) -> Iterator[Callable[[], int]]:
+        """One more, for the block; gives how many bytes it may write at a time now: its share of a chunk."""
+        with self._lock:
+            self._counts[device] += 1
+        try:
+            yield lambda: max(CHUNK // self._counts[device] // LEAST_PIECE, 1) * LEAST_PIECE
+        finally:
+            with self._lock:
+                self._counts[device] -= 1
+                if not self._counts[device]:
+                    del self._counts[device]
+
+
+_writers = Writers()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -154,20 +185,34 @@ def _copy_directly(
     except OSError:
         return 0
     try:
-        done = advised = 0
-        while done < length:
-            # The next chunk is read while this one is written; without, a cold source is read a few pages at a time.
-            while advised < min(done + 2 * CHUNK, length):
-                os.posix_fadvise(source, source_offset + advised, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-                advised += _READ_AHEAD
-            moved = _write_pages(source, source_offset + done, direct, offset + done, min(CHUNK, length - done))
-            done += moved
-            transfer.advance(moved)
-            if not moved or moved % _DIRECT_UNIT:
-                break
-        return done
+        with _writers.writing(os.fstat(destination).st_dev) as piece:
+            return _write_pieces(source, source_offset, direct, offset, length, piece, transfer)
     finally:
         os.close(direct)
+
+
+def _write_pieces(
+    source: int,
+    source_offset: int,
+    direct: int,
+    offset: int,
+    length: int,
+    piece: Callable[[], int],
+    transfer: Transfer,
+) -> int:
+    """Bytes done, fewer where direct writes are not made. `piece`: how many may be written at a time, as of now."""
+    done = advised = 0
+    while done < length:
+        # The next chunk is read while this one is written; without, a cold source is read a few pages at a time.
+        while advised < min(done + 2 * CHUNK, length):
+            os.posix_fadvise(source, source_offset + advised, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            advised += _READ_AHEAD
+        moved = _write_pages(source, source_offset + done, direct, offset + done, min(piece(), length - done))
+        done += moved
+        transfer.advance(moved)
+        if not moved or moved % _DIRECT_UNIT:
+            break
+    return done
 
 
 def _write_pages(source: int, source_offset: int, direct: int, offset: int, length: int) -> int:

@@ -39,8 +39,8 @@ def measure(parent: Path, sizes: LoadSizes, runs: int) -> Report:
             f"{runs} runs, the contenders in turn, after a round that does not count. p50 and p99 are the medians of "
             f"the runs', max is that of all. {'; '.join(running)}.",
             f"The copies are of {sizes.large.title}, on ext4, by {sizes.copies} clients that copy and free; cp is cp "
-            "-r, then sync of each file, then rm -r, in as many loops. A touch is a lock, a look at the image, utime, and "
-            "fsync, which waits for the disk that the copies write to: both file systems are on loop devices with "
+            "-r, then sync of each file, then rm -r, in as many loops. A touch is a lock, a look at the image, utime "
+            "and fsync, which waits for the disk that the copies write to: both file systems are on loop devices with "
             "direct I/O on one disk.",
             f"The {sizes.clients} clients are in {sizes.processes} processes, each with a connection of its own and "
             f"without pauses: of ten operations six are touches, three list the {sizes.images} images and more of a "

@@ -18,7 +18,8 @@ STATE_COLUMNS = ("the sidecar", "resident MiB", "descriptors", "threads")
 # The one error that a client may get that does nothing wrong.
 ALLOWED = TooManyCalls.reason
 # What the sidecar may need more after a load than after one before it, when nothing of it is left.
-MORE_MIB, MORE_DESCRIPTORS, MORE_THREADS = 64, 4, 16
+# A thread for each client that was there would be 64; the pools, which keep their threads, may still grow a little.
+MORE_MIB, MORE_DESCRIPTORS, MORE_THREADS = 64, 4, 32
 # A part of the time before which the pools of a new process, and what it remembers, grow.
 WARM_UP = 0.25
 _SAMPLE_SECONDS = 0.2
@@ -37,7 +38,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """A load, and the states of the sidecar. `before`: after a warm-up, whose clients left. `after`: these left, too."""
+    """A load, and the sidecar's states. `before`: after a warm-up, whose clients left. `after`: these left, too."""
 
     outcome: Outcome
     seconds: float

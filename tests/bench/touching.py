@@ -43,9 +43,9 @@ def rows_of(title: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> 
     """A row for each way; the verdict in that of the sidecar beside copies."""
     p99 = {way: statistics.median(values[way][_P99]) for way in WAYS}
     against = {
-        IDLE: f"{p99[IDLE] / p99[RAW_IDLE]:.2g} of utime and fsync",
-        BESIDE: f"{p99[BESIDE] / p99[IDLE]:.2g} of idle, {p99[BESIDE] / p99[RAW_BESIDE]:.2g} of beside cp",
-        RAW_BESIDE: f"{p99[RAW_BESIDE] / p99[RAW_IDLE]:.2g} of idle",
+        IDLE: f"{p99[IDLE] / p99[RAW_IDLE]:.3g} of utime and fsync",
+        BESIDE: f"{p99[BESIDE] / p99[IDLE]:.3g} of idle, {p99[BESIDE] / p99[RAW_BESIDE]:.3g} of beside cp",
+        RAW_BESIDE: f"{p99[RAW_BESIDE] / p99[RAW_IDLE]:.3g} of idle",
     }
     return [
         [

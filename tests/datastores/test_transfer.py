@@ -1,5 +1,6 @@
 """Ranges of files, moved on real file systems: the same bytes, the same holes, whatever the way."""
 
+import contextlib
 import errno
 import mmap
 import os
@@ -114,3 +115,17 @@ def test_a_source_that_cannot_be_mapped_is_copied_all_the_same(
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert move(ext4 / "source", target, Progress()) == SIZE
     assert digest(target) == digest(ext4 / "source")
+
+
+def test_copies_to_one_device_share_what_one_may_write_at_a_time() -> None:
+    writers = transfer.Writers()
+    with writers.writing(1) as first, writers.writing(2) as elsewhere:
+        assert first() == elsewhere() == transfer.CHUNK
+        with writers.writing(1) as second:
+            assert first() + second() <= transfer.CHUNK
+            with contextlib.ExitStack() as stack:
+                shares = [first, second, *(stack.enter_context(writers.writing(1)) for _ in range(14))]
+                assert sum(share() for share in shares) <= transfer.CHUNK
+                more = [stack.enter_context(writers.writing(1)) for _ in range(100)]
+                assert {share() for share in more} == {transfer.LEAST_PIECE}
+        assert first() == elsewhere() == transfer.CHUNK
