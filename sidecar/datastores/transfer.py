@@ -7,7 +7,8 @@ Reading and writing works everywhere.
 
 What has to be durable before it is answered, such as a touch, waits for all that copies have handed to the disk. So the
 direct writes to one device are, of all copies together, no more at a time than one chunk: beside 16 copies, an fsync
-took 70 ms when each wrote chunks, 2.5 ms since they share one, and they are hardly slower. One alone would be, in pieces.
+took 70 ms when each wrote chunks, 2.5 ms since they share one, and they are hardly slower. One copy alone would be, if
+it wrote small pieces.
 """
 
 import contextlib
