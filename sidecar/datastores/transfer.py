@@ -4,11 +4,6 @@ Holes stay holes at every stage. The order is by cost. A clone is nothing and ta
 source's pages in the cache copies no byte in memory, and leaves in the cache what running VMs read: on ext4, 2 GiB took
 0.5 s, of it 0.1 s of a processor, where copy_file_range took 1.1 s and 0.7 s. copy_file_range lets a file server do it.
 Reading and writing works everywhere.
-
-What has to be durable before it is answered, such as a touch, waits for all that copies have handed to the disk. So the
-direct writes to one device are, of all copies together, no more at a time than one chunk: beside 16 copies, an fsync
-took 70 ms when each wrote chunks, 2.5 ms since they share one, and they are hardly slower. One copy alone would be, if
-it wrote small pieces.
 """
 
 import contextlib
@@ -18,15 +13,13 @@ import fcntl
 import mmap
 import os
 import struct
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from sidecar.datastores.interface import Transfer
+from sidecar.datastores.writers import Writers
 from sidecar.holes import data_ranges, seek_in
 
 CHUNK = 16 * 1024 * 1024  # bytes between two looks at cancellation
-LEAST_PIECE = 1024 * 1024  # of one direct write, however many there are; smaller ones make a fast disk slow
 FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
 _CANNOT_COPY_IN_KERNEL = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
@@ -38,29 +31,6 @@ _READ_AHEAD = 256 * 1024  # of one advice; of larger ones some devices read only
 # Direct I/O that this file system, device or memory does not do, and a fault in the source, which reading it will name.
 _CANNOT_WRITE_DIRECTLY = {errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT, errno.EIO, errno.EAGAIN}
 
-
-class Writers:
-    """How many write directly to each device. Safe for use by several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the counts
-        self._counts: Counter[int] = Counter()
-
-    @contextlib.contextmanager
-    def writing(self, device: int) -> Iterator[Callable[[], int]]:
-        """One more, for the block; gives how many bytes it may write at a time now: its share of a chunk."""
-        with self._lock:
-            self._counts[device] += 1
-        try:
-            yield lambda: max(CHUNK // self._counts[device] // LEAST_PIECE, 1) * LEAST_PIECE
-        finally:
-            with self._lock:
-                self._counts[device] -= 1
-                if not self._counts[device]:
-                    del self._counts[device]
-
-
-_writers = Writers()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -89,9 +59,18 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def transfer_range(
-    source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
 ) -> int:
-    """Makes a range of one open file equal to one of another; returns the bytes done, fewer at the source's end."""
+    """Makes a range of one open file equal to one of another; returns the bytes done, fewer at the source's end.
+
+    `writers`: all copies that it shares the disk with.
+    """
     length = min(length, os.fstat(source).st_size - source_offset)
     if length <= 0:
         return 0
@@ -104,7 +83,7 @@ def transfer_range(
         if start > position:
             punch_hole(destination, position + shift, start - position)
             transfer.advance(start - position)
-        _copy_data(source, start, destination, start + shift, size, transfer)
+        _copy_data(source, start, destination, start + shift, size, transfer, writers)
         position = start + size
     end = source_offset + length
     if position < end:
@@ -140,8 +119,16 @@ def _clone(source: int, source_offset: int, destination: int, offset: int, lengt
     return True
 
 
-def _copy_data(source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer) -> None:
-    done = _copy_directly(source, source_offset, destination, offset, length, transfer)
+def _copy_data(
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
+) -> None:
+    done = _copy_directly(source, source_offset, destination, offset, length, transfer, writers)
     in_kernel = True
     while done < length:
         wanted = min(CHUNK, length - done)
@@ -168,7 +155,13 @@ def _copy_data(source: int, source_offset: int, destination: int, offset: int, l
 
 
 def _copy_directly(
-    source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
 ) -> int:
     """Writes the source's pages past the page cache; returns the bytes done, fewer or 0 where that cannot be.
 
@@ -186,7 +179,7 @@ def _copy_directly(
     except OSError:
         return 0
     try:
-        with _writers.writing(os.fstat(destination).st_dev) as piece:
+        with writers.writing(os.fstat(destination).st_dev) as piece:
             return _write_pieces(source, source_offset, direct, offset, length, piece, transfer)
     finally:
         os.close(direct)
