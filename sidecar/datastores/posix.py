@@ -179,9 +179,11 @@ class PosixDatastore:
                 os.close(fd)
             os.fsync(parent)
 
-    def set_modified(self, path: str, modified_ns: int) -> None:
+    @contextmanager
+    def set_modified(self, path: str, modified_ns: int) -> Iterator[None]:
         with self._faults.during("touch", path), self._opened(path, os.O_RDONLY) as fd:
             os.utime(fd, ns=(modified_ns, modified_ns))
+            yield
             os.fsync(fd)
 
     def make_directory(self, path: str, *, parents: bool = False) -> None:
