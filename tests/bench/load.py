@@ -47,8 +47,9 @@ def measure(parent: Path, sizes: LoadSizes, runs: int) -> Report:
             f"datastore, one is a copy of {sizes.small.title}, which is freed afterwards. {mixing.ALLOWED} is what the "
             "limits answer when all 16 places for copies of a kind are taken; any other error fails the benchmark, "
             "and so does anything that is left on a datastore.",
-            f"Before the load, a warm-up of {mixing.WARM_UP * sizes.seconds:g} s, whose clients leave. Pools keep "
-            "their threads; what was answered is remembered by request id, 10,000 answers at most.",
+            "Before the load, a warm-up, whose clients leave: all of them copy for "
+            f"{mixing.WARM_UP * sizes.seconds:g} s, then do for as long what they do in the load. Pools keep their "
+            "threads; what was answered is remembered by request id, 10,000 answers at most.",
             f"Everything runs at nice {PRIORITY}; the sidecar logs at its default level.",
         ],
         machine,
