@@ -4,7 +4,6 @@ import contextlib
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -141,7 +140,7 @@ class Discovery:
         self.refresh(image_id)
 
     def _reading(self, image_id: str) -> threading.Lock:
-        return self._refreshing[zlib.crc32(image_id.encode()) % _SHARES]
+        return self._refreshing[hash(image_id) % _SHARES]
 
     def _read_again(self, image_id: str, *, changed: bool) -> bool:
         """Whether it is known now what there is."""
