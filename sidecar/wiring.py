@@ -12,6 +12,7 @@ from protos.images.v1 import (
 )
 from sidecar.config import ConfigError, MaintenanceConfig, SidecarConfig
 from sidecar.datastores.kinds import DATASTORE_TYPES
+from sidecar.datastores.writers import Writers
 from sidecar.images.admission import Admission, most_copies
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
@@ -49,11 +50,11 @@ class Parts:
 def build(config: SidecarConfig) -> Parts:
     """Opens the datastores and makes the services. A datastore that cannot be reached now is no error."""
     _refuse_aliases(config)
-    catalog = Catalog()
+    catalog, writers = Catalog(), Writers()
     discoveries = []
     for place in config.datastores:
         store = ImageStore(
-            DATASTORE_TYPES[place.type](place.name, place.path, LOCK_KINDS[place.locks]()),
+            DATASTORE_TYPES[place.type](place.name, place.path, LOCK_KINDS[place.locks](), writers),
             LAYOUTS[place.layout],
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,

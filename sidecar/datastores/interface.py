@@ -167,8 +167,11 @@ class Datastore(Protocol):
     def create_file(self, path: str, modified_ns: int | None = None) -> None:
         """Makes an empty file durably, or leaves one that is there; sets its mtime when given."""
 
-    def set_modified(self, path: str, modified_ns: int) -> None:
-        """Sets a file's mtime durably."""
+    def set_modified(self, path: str, modified_ns: int) -> AbstractContextManager[None]:
+        """Sets a file's mtime: everybody sees it in the block, and it is durable when that has ended without an error.
+
+        The file is held meanwhile: what becomes durable is that one's, whatever is at the path by then.
+        """
 
     def make_directory(self, path: str, *, parents: bool = False) -> None: ...
 

@@ -31,6 +31,7 @@ from sidecar.datastores.posix_files import (
 )
 from sidecar.datastores.renaming import rename_no_replace
 from sidecar.datastores.transfer import can_clone
+from sidecar.datastores.writers import Writers
 from sidecar.errors import (
     DatastoreUnavailable,
     ImageInUse,
@@ -63,14 +64,23 @@ class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
     def __init__(
-        self, name: str, root_path: str, datastore_type: str = "local", lock_kind: LockKind | None = None
+        self,
+        name: str,
+        root_path: str,
+        datastore_type: str = "local",
+        lock_kind: LockKind | None = None,
+        writers: Writers | None = None,
     ) -> None:
-        """Opens nothing yet: a datastore that is away now may come back. The locks are flock's when not told."""
+        """Opens nothing yet: a datastore that is away now may come back. The locks are flock's when not told.
+
+        `writers` of all datastores that may lie on the same disk; without, of this one.
+        """
         self.name = name
         self.type = datastore_type
         self.root_path = os.path.abspath(root_path)
         self.shared = datastore_type != "local"
         self._lock_kind = lock_kind or Flock()
+        self._writers = writers or Writers()
         self._faults = Faults(name, self.root_path)
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
@@ -169,9 +179,11 @@ class PosixDatastore:
                 os.close(fd)
             os.fsync(parent)
 
-    def set_modified(self, path: str, modified_ns: int) -> None:
+    @contextmanager
+    def set_modified(self, path: str, modified_ns: int) -> Iterator[None]:
         with self._faults.during("touch", path), self._opened(path, os.O_RDONLY) as fd:
             os.utime(fd, ns=(modified_ns, modified_ns))
+            yield
             os.fsync(fd)
 
     def make_directory(self, path: str, *, parents: bool = False) -> None:
@@ -247,7 +259,7 @@ class PosixDatastore:
                 raise InvalidRequest(
                     f"{self.name}: {path} has another name, a hard link: what is written would be there"
                 )
-            return PosixWritable(self._faults, path, fd)
+            return PosixWritable(self._faults, path, fd, self._writers)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         if not isinstance(other, PosixDatastore):

@@ -9,6 +9,7 @@ from sidecar.beneath import open_beneath
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.interface import Entry, EntryKind, ReadableFile, Transfer
 from sidecar.datastores.transfer import data_in, punch_hole, transfer_range
+from sidecar.datastores.writers import Writers
 from sidecar.errors import InvalidRequest
 
 _CLONE_PIECE = 256 * 1024 * 1024  # bytes cloned between two looks at cancellation
@@ -76,10 +77,10 @@ class PosixReadable:
 
 
 class PosixWritable:
-    """A staged file of a posix datastore that is being written."""
+    """A staged file of a posix datastore that is being written. `writers`: see transfer_range."""
 
-    def __init__(self, faults: Faults, path: str, fd: int) -> None:
-        self._faults, self._path, self._fd = faults, path, fd
+    def __init__(self, faults: Faults, path: str, fd: int, writers: Writers) -> None:
+        self._faults, self._path, self._fd, self._writers = faults, path, fd, writers
 
     def write(self, offset: int, data: bytes) -> None:
         with self._faults.during("write", self._path):
@@ -110,7 +111,9 @@ class PosixWritable:
         while done < length:
             piece = min(_CLONE_PIECE, length - done)
             with self._faults.during("copy to", self._path):
-                moved = transfer_range(source.fd, source_offset + done, self._fd, offset + done, piece, transfer)
+                moved = transfer_range(
+                    source.fd, source_offset + done, self._fd, offset + done, piece, transfer, self._writers
+                )
             if not moved:
                 break
             done += moved

@@ -13,8 +13,10 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Callable
 
 from sidecar.datastores.interface import Transfer
+from sidecar.datastores.writers import Writers
 from sidecar.holes import data_ranges, seek_in
 
 CHUNK = 16 * 1024 * 1024  # bytes between two looks at cancellation
@@ -57,9 +59,18 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def transfer_range(
-    source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
 ) -> int:
-    """Makes a range of one open file equal to one of another; returns the bytes done, fewer at the source's end."""
+    """Makes a range of one open file equal to one of another; returns the bytes done, fewer at the source's end.
+
+    `writers`: all copies that it shares the disk with.
+    """
     length = min(length, os.fstat(source).st_size - source_offset)
     if length <= 0:
         return 0
@@ -72,7 +83,7 @@ def transfer_range(
         if start > position:
             punch_hole(destination, position + shift, start - position)
             transfer.advance(start - position)
-        _copy_data(source, start, destination, start + shift, size, transfer)
+        _copy_data(source, start, destination, start + shift, size, transfer, writers)
         position = start + size
     end = source_offset + length
     if position < end:
@@ -108,8 +119,16 @@ def _clone(source: int, source_offset: int, destination: int, offset: int, lengt
     return True
 
 
-def _copy_data(source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer) -> None:
-    done = _copy_directly(source, source_offset, destination, offset, length, transfer)
+def _copy_data(
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
+) -> None:
+    done = _copy_directly(source, source_offset, destination, offset, length, transfer, writers)
     in_kernel = True
     while done < length:
         wanted = min(CHUNK, length - done)
@@ -136,7 +155,13 @@ def _copy_data(source: int, source_offset: int, destination: int, offset: int, l
 
 
 def _copy_directly(
-    source: int, source_offset: int, destination: int, offset: int, length: int, transfer: Transfer
+    source: int,
+    source_offset: int,
+    destination: int,
+    offset: int,
+    length: int,
+    transfer: Transfer,
+    writers: Writers,
 ) -> int:
     """Writes the source's pages past the page cache; returns the bytes done, fewer or 0 where that cannot be.
 
@@ -154,20 +179,34 @@ def _copy_directly(
     except OSError:
         return 0
     try:
-        done = advised = 0
-        while done < length:
-            # The next chunk is read while this one is written; without, a cold source is read a few pages at a time.
-            while advised < min(done + 2 * CHUNK, length):
-                os.posix_fadvise(source, source_offset + advised, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-                advised += _READ_AHEAD
-            moved = _write_pages(source, source_offset + done, direct, offset + done, min(CHUNK, length - done))
-            done += moved
-            transfer.advance(moved)
-            if not moved or moved % _DIRECT_UNIT:
-                break
-        return done
+        with writers.writing(os.fstat(destination).st_dev) as piece:
+            return _write_pieces(source, source_offset, direct, offset, length, piece, transfer)
     finally:
         os.close(direct)
+
+
+def _write_pieces(
+    source: int,
+    source_offset: int,
+    direct: int,
+    offset: int,
+    length: int,
+    piece: Callable[[], int],
+    transfer: Transfer,
+) -> int:
+    """Bytes done, fewer where direct writes are not made. `piece`: how many may be written at a time, as of now."""
+    done = advised = 0
+    while done < length:
+        # The next chunk is read while this one is written; without, a cold source is read a few pages at a time.
+        while advised < min(done + 2 * CHUNK, length):
+            os.posix_fadvise(source, source_offset + advised, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            advised += _READ_AHEAD
+        moved = _write_pages(source, source_offset + done, direct, offset + done, min(piece(), length - done))
+        done += moved
+        transfer.advance(moved)
+        if not moved or moved % _DIRECT_UNIT:
+            break
+    return done
 
 
 def _write_pages(source: int, source_offset: int, direct: int, offset: int, length: int) -> int:

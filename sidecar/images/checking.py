@@ -1,5 +1,7 @@
 """Is an image whole? And what a touch, a repair and a validation make of it."""
 
+from contextlib import ExitStack
+
 from sidecar.errors import ImageIncomplete, InvalidDisk
 from sidecar.images import vmdk
 from sidecar.images.image import NO_DESCRIPTOR, NO_TIMESTAMP, Image, ImageState, not_found, reader_of
@@ -83,14 +85,15 @@ def put_timestamp(store: ImageStore, image: Image) -> int:
 def touch_image(store: ImageStore, image_id: str, *, lock_timeout: float | None = None) -> int:
     """Notes that the image is in use now; returns the time, in nanoseconds since the epoch.
 
-    Under the lock, so that a sweep that is deciding about the image is over, and what it decided is seen.
+    Under the lock, so that a sweep that is deciding about the image is over, and what it decided is seen. It is made
+    durable after that: the next holder sees it, and need not wait for the disk.
     """
     try:
-        with store.lock(image_id, "touch", timeout=lock_timeout):
+        with ExitStack() as durable, store.lock(image_id, "touch", timeout=lock_timeout):
             image = store.read_valid(image_id)
             now = store.clock()
-            store.datastore.set_modified(image.path(TIMESTAMP), now)
+            durable.enter_context(store.datastore.set_modified(image.path(TIMESTAMP), now))
+            store.used(image_id, now)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
-    store.changed(image_id)
     return now

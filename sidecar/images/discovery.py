@@ -20,6 +20,7 @@ from sidecar.images.store import ImageStore
 RESCAN_WATCHED_SECONDS = 60.0  # a net below inotify, which does not hear of everything on every file system
 STATUS_SECONDS = 5.0
 _HUNG_SECONDS = 3 * STATUS_SECONDS
+_SHARES = 64
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ class Discovery:
         self._catalog = catalog
         self._rescan_seconds = rescan_seconds
         self._monotonic = monotonic
-        self._refreshing = threading.Lock()  # from reading an image to putting it: the later reading wins
+        # From reading an image to putting it, the later reading wins: each guards a share of the images, so that a call
+        # does not wait for the discovery's thread, which may read one image after the other.
+        self._refreshing = tuple(threading.Lock() for _ in range(_SHARES))
         self._watching = threading.Lock()  # guards which watcher there is; only the thread changes it
         self._watcher: ChangeWatcher | None = None
         self._can_watch = True
@@ -111,7 +114,7 @@ class Discovery:
 
     def read(self, image_id: str) -> Image:
         """One image with all its details, from the datastore; ImageNotFound. The catalogue learns of it."""
-        with self._refreshing:
+        with self._reading(image_id):
             image = self.store.read(image_id)
             self._catalog.put(image)
             return image
@@ -123,11 +126,27 @@ class Discovery:
         """
         self._read_again(image_id, changed=changed)
 
+    def note_use(self, image_id: str, used_ns: int) -> None:
+        """That the timestamp file of a valid image has that mtime now: the catalogue learns it without another look.
+
+        Call under the image's lock: of two uses, the later one is noted last.
+        """
+        with self._reading(image_id):
+            known = self._catalog.get(self.store.key(image_id))
+            if known and known.state is ImageState.VALID and known.touched_ns is not None:
+                inode, changed_ns, _ = known.fingerprint
+                self._catalog.put(replace(known, touched_ns=used_ns, fingerprint=(inode, changed_ns, used_ns)))
+                return
+        self.refresh(image_id)
+
+    def _reading(self, image_id: str) -> threading.Lock:
+        return self._refreshing[hash(image_id) % _SHARES]
+
     def _read_again(self, image_id: str, *, changed: bool) -> bool:
         """Whether it is known now what there is."""
         key = self.store.key(image_id)
         try:
-            with self._refreshing:
+            with self._reading(image_id):
                 known = self._catalog.get(key)
                 detailed = changed and known is not None and known.details_known
                 try:
@@ -318,7 +337,8 @@ class Discovery:
         for directory, names in changes.names.items():
             found = {layout.image_id(directory, name) for name in names} - {None}
             owner = self._owner(directory)
-            if owner is not None and any(not name.endswith(LOCK_SUFFIX) for name in names):
+            told = {name for name in names if not name.endswith(LOCK_SUFFIX)}
+            if owner is not None and told and not self._is_noted_use(owner, told):
                 found.add(owner)
             changed.update(image_id for image_id in found if image_id is not None)
         for image_id in changed:
@@ -327,6 +347,13 @@ class Discovery:
             self.refresh(image_id)
         self._changes_lost = self._changes_lost or changes.lost
         return changes.lost or layout.collection_parent() in changes.names or self._watcher is None
+
+    def _is_noted_use(self, image_id: str, names: set[str]) -> bool:
+        """Whether what changed in an image's directory is the time of a use, and known: this process made it."""
+        try:
+            return names == {TIMESTAMP} and self._is_unchanged(image_id)
+        except ImagesError:
+            return False  # reading it says what is wrong
 
     def _owner(self, directory: str) -> str | None:
         """The image whose directory this is."""

@@ -115,8 +115,8 @@ class StagingDirectory:
 
     def note_use(self, now_ns: int) -> None:
         """Sets the time of the timestamp file, durably; the error is as that of `complete`."""
-        with self._syncing():
-            self.store.datastore.set_modified(self.path(TIMESTAMP), now_ns)
+        with self._syncing(), self.store.datastore.set_modified(self.path(TIMESTAMP), now_ns):
+            pass
 
     def sync_written(self, file: WritableFile) -> None:
         """Makes what was written to one of its files durable; the error is as that of `complete`."""

@@ -54,20 +54,32 @@ class ImageStore:
         self.admission = admission or Admission(datastore.name)
         self.stores: Sequence[ImageStore] = (self,)
         self._lock_timeout = lock_timeout
-        self._observer: Callable[[str], None] = lambda image_id: None
+        self._on_change: Callable[[str], None] = lambda image_id: None
+        self._on_use: Callable[[str, int], None] = lambda image_id, used_ns: None
 
     def share_host(self, stores: "Sequence[ImageStore]") -> None:
         """Sets `stores`, all of this host: a VM on any may use an image of this one. Once, before the store is used."""
         self.stores = stores
 
-    def observe(self, observer: Callable[[str], None]) -> None:
-        """Sets who is told the id of each image that this process changed; once, before the store is used."""
-        self._observer = observer
+    def observe(self, on_change: Callable[[str], None], on_use: Callable[[str, int], None] | None = None) -> None:
+        """Sets who is told the id of each image that this process changed; once, before the store is used.
+
+        `on_use`: who is told, instead, of those whose use was noted and nothing else, with the time.
+        """
+        self._on_change = on_change
+        self._on_use = on_use or (lambda image_id, used_ns: on_change(image_id))
 
     def changed(self, image_id: str) -> None:
-        """Tells the observer. The change is made: what is wrong with telling of it is logged, never raised."""
+        """Tells of it. The change is made: what is wrong with telling of it is logged, never raised."""
+        self._tell(image_id, lambda: self._on_change(image_id))
+
+    def used(self, image_id: str, used_ns: int) -> None:
+        """Tells of a use, as `changed` does; call under the image's lock."""
+        self._tell(image_id, lambda: self._on_use(image_id, used_ns))
+
+    def _tell(self, image_id: str, tell: Callable[[], None]) -> None:
         try:
-            self._observer(image_id)
+            tell()
         except Exception:
             _log.exception("change not told image=%s", self.key(image_id))
 

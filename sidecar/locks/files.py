@@ -135,7 +135,10 @@ class FileLocks:
 
     def _write_holder(self, fd: int, holder: LockHolder) -> None:
         try:
-            os.ftruncate(fd, 0)
+            # Not a new file, which is empty: ext4 writes out what was truncated when it is closed, and the holder would
+            # wait for the disk to let go of it.
+            if os.fstat(fd).st_size:
+                os.ftruncate(fd, 0)
             self._kind.write(fd, holder.to_bytes())
         except OSError as error:
             # Deleting on a full datastore has to work: the lock is held, only its holder stays unnamed.

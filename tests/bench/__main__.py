@@ -7,6 +7,7 @@ from types import FrameType
 
 BENCHMARKS = {
     "copy": "copies of whole images, against cp on the same file system",
+    "load": "touches beside running copies, and 64 clients at once",
     "mount": "the mount, against bindfs and against the datastore's own directory",
 }
 

@@ -38,10 +38,10 @@ def measure(parent: Path, sizes: Sizes, runs: int) -> list[Result]:
             for when, command in (("mounted", None), ("after ls -l", ["ls", "-l"]), ("after find", ["find"])):
                 if command is not None:
                     run(*command, mount.path / on.kind, timeout=300)
-                values = {OURS: [_memory(pid, RESIDENT)]}
+                values = {OURS: [memory(pid, RESIDENT)]}
                 results.append(Result(f"resident memory, {many}, {when}", values, mebibytes, limit))
                 progress(f"memory: {when}")
-            results.append(Result(f"its peak, {many}", {OURS: [_memory(pid, PEAK)]}, mebibytes, limit))
+            results.append(Result(f"its peak, {many}", {OURS: [memory(pid, PEAK)]}, mebibytes, limit))
             before = _jiffies(pid)
             time.sleep(sizes.idle_seconds)
             values = {OURS: [_jiffies(pid) - before]}
@@ -49,7 +49,7 @@ def measure(parent: Path, sizes: Sizes, runs: int) -> list[Result]:
     return results
 
 
-def _memory(pid: int, field: str) -> float:
+def memory(pid: int, field: str) -> float:
     """MiB of that field of the process's status."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -11,8 +11,17 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 @dataclass(frozen=True, slots=True)
+class Section:
+    """A further table of a result."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """One benchmark's result: a table, what has to be known to read it, and the machine."""
+    """One benchmark's result: a table, maybe more of them, what has to be known to read it, and the machine."""
 
     name: str
     title: str
@@ -20,20 +29,23 @@ class Report:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
     machine: Sequence[tuple[str, str]]
+    more: Sequence[Section] = ()
 
     def show(self) -> None:
-        table = Table(*self.columns, title=self.title)
-        for row in self.rows:
-            table.add_row(*row)
         # As wide as it is, also into a file: a column that is cut off is none.
         console = Console(width=160)
-        console.print(table)
+        for section in (Section(self.title, self.columns, self.rows), *self.more):
+            table = Table(*section.columns, title=section.title)
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
         for note in self.notes:
             console.print(f"- {note}", markup=False, highlight=False)
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", "", _row(self.columns), _row(["---"] * len(self.columns))]
-        lines += [_row(row) for row in self.rows]
+        lines = [f"## {self.title}", "", *_table(self.columns, self.rows)]
+        for section in self.more:
+            lines += ["", f"### {section.title}", "", *_table(section.columns, section.rows)]
         lines += ["", *(f"- {note}" for note in self.notes), "", "| machine | |", "| --- | --- |"]
         lines += [_row(item) for item in self.machine]
         return "\n".join(lines) + "\n"
@@ -56,6 +68,10 @@ _INTRODUCTION = """\
 Each is `scripts/bench NAME`; with `--write` it puts its result here. Peers run in the same run, in turn with what they
 are compared with: absolute times are this machine's on that day, ratios are what to look at.
 """
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_row(columns), _row(["---"] * len(columns)), *(_row(row) for row in rows)]
 
 
 def _row(cells: Sequence[str]) -> str:

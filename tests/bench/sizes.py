@@ -24,3 +24,35 @@ class Sizes:
     def file_system(*, images: int = 0, data: int = 0) -> int:
         """Bytes of a file system that has room for so many images of no data, and so many bytes of data."""
         return _ROOM + images * _PLANTED_BYTES + data
+
+
+SMALL = Disk("small", "64 MiB dense", 64 * MIB, MIB, 64)
+LARGE = Disk("large", "256 MiB dense", 256 * MIB, 8 * MIB, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSizes:
+    """How large a load is."""
+
+    seconds: float = 60.0
+    clients: int = 64
+    processes: int = 4
+    # On each datastore, to be touched and listed.
+    images: int = 200
+    # What the clients copy.
+    small: Disk = SMALL
+    # Of each contender that touches; it does so beside that many copies of a larger image.
+    touch_seconds: float = 5.0
+    copies: int = 16
+    large: Disk = LARGE
+
+    @property
+    def written_bytes(self) -> int:
+        """Of a file system on which all copies are written out."""
+        data = max((self.clients + 1) * self.small.size, (self.copies + 1) * self.large.size)
+        return Sizes.file_system(images=self.images, data=int(1.1 * data))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a file system on which copies share their extents."""
+        return Sizes.file_system(images=self.images, data=2 * (self.small.size + self.large.size))

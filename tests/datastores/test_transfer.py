@@ -1,5 +1,6 @@
 """Ranges of files, moved on real file systems: the same bytes, the same holes, whatever the way."""
 
+import contextlib
 import errno
 import mmap
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.datastores import transfer
+from sidecar.datastores.writers import LEAST, MOST, Writers
 from sidecar.errors import OperationCancelled
 from sidecar.images.progress import Progress
 from tests.support.disks import MIB, allocated, digest, pseudo_random
@@ -35,7 +37,7 @@ def move(source: Path, target: Path, progress: Progress, *, start: int = 0, offs
     source_fd = os.open(source, os.O_RDONLY)
     target_fd = os.open(target, os.O_RDWR | os.O_CREAT)
     try:
-        return transfer.transfer_range(source_fd, start, target_fd, offset, length, progress)
+        return transfer.transfer_range(source_fd, start, target_fd, offset, length, progress, Writers())
     finally:
         os.close(source_fd)
         os.close(target_fd)
@@ -114,3 +116,17 @@ def test_a_source_that_cannot_be_mapped_is_copied_all_the_same(
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert move(ext4 / "source", target, Progress()) == SIZE
     assert digest(target) == digest(ext4 / "source")
+
+
+def test_copies_to_one_device_share_what_one_may_write_at_a_time() -> None:
+    writers = Writers()
+    with writers.writing(1) as first, writers.writing(2) as elsewhere:
+        assert first() == elsewhere() == MOST
+        with writers.writing(1) as second:
+            assert first() + second() <= MOST
+            with contextlib.ExitStack() as stack:
+                shares = [first, second, *(stack.enter_context(writers.writing(1)) for _ in range(14))]
+                assert sum(share() for share in shares) <= MOST
+                more = [stack.enter_context(writers.writing(1)) for _ in range(100)]
+                assert {share() for share in more} == {LEAST}
+        assert first() == elsewhere() == MOST

@@ -85,7 +85,7 @@ class CatalogMachine(RuleBasedStateMachine):
         self.elsewhere(0, True)
         self.time = 0.0
         self.discovery = Discovery(self.store, self.catalog, monotonic=lambda: self.time)
-        self.store.observe(self.discovery.refresh)
+        self.store.observe(self.discovery.refresh, self.discovery.note_use)
         self.model: dict[str, Known] = {}
         self.touched: dict[str, int] = {}
         self.sizes = 0

@@ -1,4 +1,4 @@
-"""scripts/bench mount on sizes of a test: that every part measures what it says, and that nothing is left of it."""
+"""scripts/bench mount and load on sizes of a test: every part measures what it says, and nothing is left of it."""
 
 import re
 import tempfile
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import load
 from tests.bench.command import MIB
+from tests.bench.crowd import Outcome, percentile
 from tests.bench.disks import Disk
 from tests.bench.mount import PARTS, measure
 from tests.bench.results import Result, Target, at_least, at_most, seconds
-from tests.bench.sizes import Sizes
+from tests.bench.sizes import LoadSizes, Sizes
 from tests.bench.stage import BINDFS, OURS, RAW
 from tests.support.processes import run
 
@@ -21,6 +23,16 @@ SMALL = Sizes(
     dense=Disk("dense", "8 MiB dense", 8 * MIB, MIB, 8),
     sparse=Disk("sparse", "64 MiB, 4 MiB of data", 64 * MIB, MIB, 4),
     idle_seconds=0.1,
+)
+SMALL_LOAD = LoadSizes(
+    seconds=2.0,
+    clients=8,
+    processes=2,
+    images=5,
+    small=Disk("small", "2 MiB dense", 2 * MIB, MIB, 2),
+    touch_seconds=0.5,
+    copies=2,
+    large=Disk("large", "8 MiB dense", 8 * MIB, MIB, 8),
 )
 # Contenders of each measure, and how many verdicts there are on the mount.
 MEASURED: dict[str, list[tuple[set[str], int]]] = {
@@ -55,6 +67,36 @@ def test_every_part_compares_all_contenders_and_leaves_nothing(part: str, place:
             assert re.match(r"\d", row[2]), row
     assert list(place.iterdir()) == []
     assert str(place) not in Path("/proc/self/mounts").read_text() + run("losetup", "--list").stdout
+
+
+@pytest.mark.slow
+def test_a_load_shows_every_operation_and_what_the_sidecar_needs_and_leaves_nothing(place: Path) -> None:
+    report = load.measure(place, SMALL_LOAD, 1)
+    assert len(report.rows) == 8
+    assert sum(bool(re.fullmatch(r"≤ 50: (?:reached|missed)", row[-1])) for row in report.rows) == 2
+    operations, state = report.more
+    assert {row[0] for row in operations.rows} == {
+        *("touch", "list", "delete", "copy, shared", "copy, written", "copy, between the two")
+    }
+    assert all(int(row[1]) > 0 for row in operations.rows)
+    assert len(re.findall("reached|missed", " ".join(state.rows[-1]))) == 3
+    assert list(place.iterdir()) == []
+    assert str(place) not in Path("/proc/self/mounts").read_text() + run("losetup", "--list").stdout
+
+
+def test_a_load_fails_for_an_error_that_no_client_may_get() -> None:
+    outcome = Outcome()
+    outcome.add({"touch": [0.1]}, {"copy": {"TOO_MANY_CALLS": 3}})
+    outcome.require_no_error_but("TOO_MANY_CALLS")
+    outcome.add({}, {"touch": {"INTERNAL": 1}})
+    with pytest.raises(AssertionError, match="INTERNAL"):
+        outcome.require_no_error_but("TOO_MANY_CALLS")
+
+
+def test_percentiles_are_of_the_values() -> None:
+    values = [float(number) for number in range(100, 0, -1)]
+    assert [percentile(values, share) for share in (0.5, 0.99, 1.0)] == [50.0, 99.0, 100.0]
+    assert percentile([7.0], 0.5) == 7.0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def serving(
         ),
         limits=Limits(**{"shutdown_seconds": 10.0, **limits}),
     )
-    with mock.patch.dict(DATASTORE_TYPES, {"local": lambda name, path, locks: make(name, path)}):
+    with mock.patch.dict(DATASTORE_TYPES, {"local": lambda name, path, *_: make(name, path)}):
         parts = build(config)
     server = SidecarServer(parts.services, config, interrupt=parts.interrupt)
     try:

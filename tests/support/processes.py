@@ -28,11 +28,13 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 20.0) 
 class Sidecar:
     """An image-sidecar of its own process. `datastores` are written as its --datastore flags are."""
 
-    def __init__(self, directory: Path, *datastores: str, config: str = "", name: str = "sidecar") -> None:
+    def __init__(
+        self, directory: Path, *datastores: str, config: str = "", name: str = "sidecar", log_level: str = "debug"
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.log = directory / f"{name}.log"
         self.address = f"unix:{directory}/{name}.sock"
-        self._command = [str(BIN / "image-sidecar"), "serve", "--listen", self.address, "--log-level", "debug"]
+        self._command = [str(BIN / "image-sidecar"), "serve", "--listen", self.address, "--log-level", log_level]
         if config:
             (directory / f"{name}.toml").write_text(config)
             self._command += ["--config", str(directory / f"{name}.toml")]
