@@ -116,12 +116,27 @@ class StagedDirectory:
         self.resolve_pause = 0.0  # since the last question what became of its publish, in seconds
         self.reason = ""  # why it is not published
         self.spoiled = ""  # why it will never be published, and takes no change but removals
-        self.lease_in_doubt = False  # whether the sidecar may have been restarted since it was asked last
+        self._doubt = self._settled = object()
         self.maker_was_killed = False
 
     @property
     def inode(self) -> int:
         return directory_inode(self.number)
+
+    @property
+    def lease_in_doubt(self) -> bool:
+        """Whether the sidecar may have been restarted since it answered last."""
+        return self._doubt is not self._settled
+
+    def doubt_lease(self) -> None:
+        self._doubt = object()
+
+    @contextlib.contextmanager
+    def settling_lease(self) -> Iterator[None]:
+        """Asking the sidecar, in the block: without an error, what was in doubt before is settled, and only that."""
+        doubt = self._doubt
+        yield
+        self._settled = doubt
 
     @property
     def files(self) -> list[StagedFile]:

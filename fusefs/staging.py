@@ -348,17 +348,17 @@ class StagingArea:
     def doubt_leases(self) -> None:
         """The sidecar was away: if it was restarted, it knows of nothing that was staged before."""
         for directory in self.directories:
-            directory.lease_in_doubt = True
+            directory.doubt_lease()
 
     def renew(self, directory: StagedDirectory) -> None:
         """Renews its lease; an image whose sidecar dropped it, or was restarted, is dropped here, too."""
-        directory.lease_in_doubt = False  # before the question: it may become true again meanwhile
         try:
-            directory.staging.renew()
+            with directory.settling_lease():
+                directory.staging.renew()
         except (StagingNotFound, ImageAlreadyExists) as error:
             self._lost(directory, error.message)
         except ImagesError:
-            directory.lease_in_doubt = True
+            directory.doubt_lease()
             raise
 
     def _lost(self, directory: StagedDirectory, reason: str) -> None:

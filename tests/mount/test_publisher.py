@@ -1,8 +1,10 @@
 """What is published, dropped or asked for again, by whom and when: one image's trouble is no other one's."""
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -114,6 +116,35 @@ def test_work_that_hangs_holds_up_no_other_groups_and_is_begun_once(workers: Wor
         release.set()
     wait_until(lambda: not any(map(workers.is_running, range(8))), "all of it is done")
     assert sorted(begun) == list(range(8))
+
+
+def test_a_close_says_that_the_lease_is_lost_also_while_the_publisher_asks_for_it(
+    client: SidecarClient, stack: ExitStack, tmp_path: Path
+) -> None:
+    """Its question is not answered yet: what is in doubt is not settled by asking."""
+    making = Making(client, stack)
+    (tmp_path / "notes.txt").write_text("n")
+    directory = making.stage(tmp_path / "notes.txt")
+    directory.staging.abort()  # as who was restarted: the sidecar knows nothing of it
+    making.area.doubt_leases()
+    pool = stack.enter_context(ThreadPoolExecutor())
+    asking, answer = threading.Event(), threading.Event()
+    stack.callback(answer.set)
+
+    class Slow:
+        def renew(self) -> None:
+            asking.set()
+            assert answer.wait(60)
+
+    real, directory.staging = directory.staging, cast(Staging, Slow())
+    renewing = pool.submit(making.area.renew, directory)
+    assert asking.wait(60)
+    directory.staging = real
+    with pytest.raises(OSError) as caught:
+        making.area.closing(directory)
+    assert caught.value.errno == errno.ESTALE
+    answer.set()
+    renewing.result(60)
 
 
 def test_what_nobody_goes_on_with_is_dropped_and_named(
