@@ -12,7 +12,12 @@ from tests.bench.hall import hall
 from tests.bench.sizes import LoadSizes
 
 # The large disk of the benchmark is not needed: no touches are measured beside its copies.
-SIZES = LoadSizes(seconds=20.0, copies=1, large=Disk("large", "1 MiB dense", MIB, MIB, 1))
+SIZES = LoadSizes(
+    seconds=10.0,
+    small=Disk("small", "8 MiB dense", 8 * MIB, MIB, 8),
+    copies=1,
+    large=Disk("large", "1 MiB dense", MIB, MIB, 1),
+)
 
 
 @pytest.mark.slow
