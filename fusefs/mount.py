@@ -179,18 +179,17 @@ class _Mount:
             limit.join()
             self._ending.end()
 
-    def _tell_kernel(self, datastore: str, before: IndexedImage) -> None:
+    def _tell_kernel(self, datastore: str, before: IndexedImage, now: IndexedImage | None) -> None:
         """The image is not what it was: what the kernel knows of it is old."""
         key = (datastore, before.image_id)
-        directory = f"/{datastore}/{nodes.DELETED}/" if before.is_tombstoned else f"/{datastore}/"
 
         def told() -> None:
             self._generations.told(key)
             if not before.is_valid and self._tree.image(*key) is None:
                 self._deletions.lay(key)  # purged
 
-        names = (file.name for file in before.files)
-        self._kernel.replaced(directory + before.image_id, names, told)
+        # Those of both: the kernel may know the new image's names, too, from one that was there before the last one.
+        self._kernel.replaced(nodes.image_path(datastore, before), nodes.file_paths(datastore, before, now), told)
 
     def _open_source(self, source: SourceFile) -> Reader:
         datastore = self._tree.datastore(source.datastore)
