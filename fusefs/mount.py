@@ -84,7 +84,7 @@ class _Mount:
         self._ending = Ending(client)
         self._guard = guard
         self._kernel = KernelMemory(path)
-        self._generations = Generations(options.entry_timeout)
+        self._generations = Generations(options.entry_timeout, tell=self._kernel.replaced)
         self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
