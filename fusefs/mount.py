@@ -88,7 +88,15 @@ class _Mount:
         self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
-        self._area = StagingArea(client, pulse, self._tree, rules, changed=self._kernel.changed, gone=self._kernel.gone)
+        self._area = StagingArea(
+            client,
+            pulse,
+            self._tree,
+            rules,
+            changed=self._kernel.changed,
+            gone=self._kernel.gone,
+            change=self._generations.change,
+        )
         self._watcher = Watcher(client, self._tree, on_lost=self._area.doubt_leases)
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
