@@ -1,6 +1,8 @@
 """Which file the kernel takes a path for, while images are replaced: nobody reads one file with the size of another."""
 
 import errno
+import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from fusefs.doubts import Key
 from fusefs.errors import AskAgain
 from fusefs.generations import Generations, OpenFile
 from fusefs.provenance import Generation
+from tests.mount.harness import process_name
 
 KEY = ("one", "a")
 PATH = "/one/a/a.vmdk"
@@ -132,18 +135,19 @@ def test_while_the_older_file_is_open_its_path_is_not_the_new_ones(generations: 
 
 
 def test_who_is_refused_is_told_who_has_the_older_file_open(generations: Generations) -> None:
-    with subprocess.Popen(["sleep", "60"]) as holder:
-        for process in (holder.pid, holder.pid, 0):
-            opened(generations, OLD, process=process)
-        replace(generations)
-        users = rf"open in sleep \(pid {holder.pid}\), a process that cannot be seen from here$"
-        with pytest.raises(OSError, match=users):
-            opened(generations, NEW)
-        with pytest.raises(OSError, match=users):
-            generations.require_free(PATH)
-        holder.kill()
-    with pytest.raises(OSError, match=rf"open in a process that has ended \(pid {holder.pid}\), "):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for process in (os.getpid(), os.getpid(), ended.pid, 0):
+        opened(generations, OLD, process=process)
+    replace(generations)
+    users = (
+        f"open in {process_name()} (pid {os.getpid()}), a process that has ended (pid {ended.pid}), "
+        "a process that cannot be seen from here"
+    )
+    with pytest.raises(OSError, match=re.escape(users)):
         opened(generations, NEW)
+    with pytest.raises(OSError, match=re.escape(users)):
+        generations.require_free(PATH)
 
 
 def test_when_the_older_file_is_closed_the_kernel_is_told_once_more(

@@ -136,7 +136,9 @@ def test_work_that_hangs_holds_up_no_other_groups_and_is_begun_once(workers: Wor
     assert sorted(begun) == list(range(8))
 
 
-@pytest.mark.parametrize("end", [StagingArea.publish, partial(StagingArea.abort, reason="removed")])
+@pytest.mark.parametrize(
+    "end", [StagingArea.publish, partial(StagingArea.abort, reason="removed")], ids=["published", "dropped"]
+)
 def test_where_an_image_was_staged_nothing_is_opened_before_the_kernel_was_told(
     end: Callable[[StagingArea, StagedDirectory], None],
     client: SidecarClient,

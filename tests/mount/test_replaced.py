@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import log_of, wait_listed
+from tests.mount.harness import log_of, process_name, wait_listed
 from tests.support.disks import MIB, import_image, make_disk
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
@@ -112,10 +112,6 @@ def test_what_is_open_is_not_cut_after_its_image_was_restored_by_a_rename(
             assert file.read(500_000) == b"x" * 300_000
         wait_until(lambda: not is_refused(path), "the older one is closed")
         assert path.read_bytes() == b"y" * 500
-
-
-def process_name() -> str:
-    return Path("/proc/self/comm").read_text().strip()
 
 
 def sizes_listed(directory: Path) -> dict[str, int]:
