@@ -127,15 +127,15 @@ class Files:
 
         reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
         source = SourceFile(*key, name, file.generation)
-        attributes = self._views.attributes(node)
+        process = thread_group(pid)
         try:
-            keep_cache = self._generations.opened(key, path, file.generation, attributes)
+            opened = self._generations.opened(key, path, file.generation, self._views.attributes(node), process)
         except OSError:
             reader.close()
             raise
         self._sources.seen(source)
-        handle = ImageHandle(path, source, reader, thread_group(pid), attributes, current)
-        return Opened(self._handles.add(handle), keep_cache)
+        handle = ImageHandle(path, source, reader, process, opened, current)
+        return Opened(self._handles.add(handle), opened.keep_pages)
 
     @operation
     def create(self, path: str, flags: int, pid: int) -> Opened:
@@ -268,9 +268,7 @@ class Files:
             case ImageHandle():
                 opened.reader.close()
                 self._sources.seen(opened.source)
-                generation = opened.source.generation
-                is_there = opened.current() == generation
-                self._generations.closed(opened.source.key, opened.path, generation, is_there=is_there)
+                self._generations.closed(opened.opened, lambda: opened.current() == opened.source.generation)
             case StagedHandle():
                 if opened.borrowed is not None:
                     opened.borrowed.reader.close()

@@ -74,8 +74,8 @@ class FileSystem:
         match self._handles.find(handle):
             case StagedHandle(directory=directory, file=file):
                 return self._views.attributes(nodes.StagedFileNode(directory, file))
-            case ImageHandle(attributes=attributes):
-                return attributes
+            case ImageHandle(opened=opened):  # a file that is open outlives its name
+                return opened.attributes
             case _:
                 return self._attributes(path)
 
@@ -233,7 +233,6 @@ class FileSystem:
             case nodes.StagedFileNode(directory, file) if same_directory:
                 directory.require_not_anothers(thread_group(pid))
                 directory.rename(file.name, nodes.split(new)[-1], flags)
-                self._generations.removed(new)
                 self._area.renamed(directory)
                 self._area.wake()
             case nodes.LateNode() if same_directory and node.companion.is_temporary:
@@ -252,7 +251,7 @@ class FileSystem:
             case _:
                 # Whoever renames by hand goes on with a copy, and a removal: both of which mean something here.
                 fail(errno.EXDEV)
-        self._generations.removed(old)
+        self._generations.renamed(old, new)
 
     def _opened_as_deleted(self, key: Key, pid: int) -> bool:
         """Whether the process goes through the image's directory as a deleted one, which it was when it was opened.

@@ -6,29 +6,39 @@ off or filled with zeroes, and see no error. So a file of an image that changed 
 of the change, and has asked what is at the path since; and while a file is open, its path stands for no other one.
 """
 
+import contextlib
 import errno
 import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 from fusefs.attributes import Attributes
 from fusefs.doubts import Key
 from fusefs.errors import AskAgain, fail
+from fusefs.processes import described
 from fusefs.provenance import Generation
 
 _TOLD_SECONDS = 1.0  # that an open waits for the kernel to be told
 # That a doubt lasts longer than any name that the kernel learned with an answer of before.
 _ANSWER_SECONDS = 60.0
 _MOST_PATHS = 65536
+_MOST_NAMED = 3
 
 
-class _Open(NamedTuple):
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """A file that is open, from `opened` to `closed`."""
+
+    key: Key
+    path: str  # where the kernel has it, or had it until it was removed
     generation: Generation
-    attributes: Attributes
+    attributes: Attributes  # as they were when it was opened
+    process: int  # who opened it; 0: not known
+    keep_pages: bool  # whether the pages that the kernel has of the path are this file's
 
 
 @dataclass(slots=True)
@@ -42,15 +52,25 @@ class _Doubt:
 
 
 class Generations:
-    """`name_seconds`: for how long the kernel keeps a name without asking. `clock` is monotonic."""
+    """`name_seconds`: for how long the kernel keeps a name without asking. `clock` is monotonic.
 
-    def __init__(self, name_seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `tell` has the kernel told that what it knows of a directory and of paths in it is old, and calls `told` then.
+    """
+
+    def __init__(
+        self,
+        name_seconds: float,
+        *,
+        tell: Callable[[str, Iterable[str], Callable[[], None]], None] = lambda directory, paths, told: told(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tell = tell
         self._clock = clock
         self._doubt_seconds = name_seconds + _ANSWER_SECONDS
         self._requests = itertools.count(1)
         self._told = threading.Condition()  # guards what follows
-        self._doubts: OrderedDict[Key, _Doubt] = OrderedDict()
-        self._open: dict[str, list[_Open]] = {}
+        self._doubts: OrderedDict[Key, _Doubt] = OrderedDict()  # the first to end comes first
+        self._open: dict[str, list[OpenFile]] = {}  # by path, all of one generation
         self._last: OrderedDict[str, Generation] = OrderedDict()  # whose pages the kernel may have
 
     def changing(self, key: Key) -> None:
@@ -67,17 +87,24 @@ class Generations:
             doubt.shown.clear()
             self._told.notify_all()
 
+    @contextlib.contextmanager
+    def change(self, key: Key) -> Iterator[None]:
+        """For who changes what is shown, and tells the kernel before leaving."""
+        self.changing(key)
+        try:
+            yield
+        finally:
+            self.told(key)
+
     def begin(self) -> int:
         """A request that asks what is at a path begins: its number."""
         return next(self._requests)
 
     def shown(self, key: Key, path: str, generation: Generation, attributes: Attributes, request: int) -> Attributes:
         """What the request is answered for a file that the index has at the path: the older one, while that is open."""
-        if not self._open and not self._doubts:
-            return attributes
         with self._told:
             if opened := self._open.get(path):
-                generation, attributes = opened[0]
+                generation, attributes = opened[0].generation, opened[0].attributes
             doubt = self._doubts.get(key)
             if doubt is not None and not doubt.untold and request > doubt.told_at:
                 doubt.shown[path] = generation
@@ -85,13 +112,11 @@ class Generations:
 
     def is_open_below(self, directory: str) -> bool:
         """Whether a file in the directory is open: a listing must not say of it what is at its path now."""
-        if not self._open:
-            return False
         with self._told:
-            return any(path.startswith(f"{directory}/") for path in self._open)
+            return bool(self._paths_at(f"{directory}/"))
 
-    def opened(self, key: Key, path: str, generation: Generation, attributes: Attributes) -> bool:
-        """A file is opened; whether the pages that the kernel has of the path are this file's.
+    def opened(self, key: Key, path: str, generation: Generation, attributes: Attributes, process: int) -> OpenFile:
+        """A file is opened.
 
         Raises ESTALE when the kernel has to look the path up first, which it then does by itself, once; or when an
         older file is open under the path.
@@ -102,52 +127,77 @@ class Generations:
                 self._told.wait_for(lambda: not doubt.untold, _TOLD_SECONDS)
             others = self._open.get(path, [])
             if others and others[0].generation != generation:
-                fail(errno.ESTALE, f"{path} was replaced, and the file that it was is still open")
+                fail(errno.ESTALE, f"{path} was replaced, and the file that it was is still open in {_users(others)}")
             if doubt is not None and (doubt.untold or doubt.shown.get(path) != generation):
                 raise AskAgain(path)
-            self._open[path] = [*others, _Open(generation, attributes)]
-            keep = self._last.get(path) == generation
+            file = OpenFile(key, path, generation, attributes, process, self._last.get(path) == generation)
+            self._open[path] = [*others, file]
             self._last[path] = generation
             self._last.move_to_end(path)
             while len(self._last) > _MOST_PATHS:
                 self._last.popitem(last=False)
-            return keep
+            return file
 
-    def closed(self, key: Key, path: str, generation: Generation, *, is_there: bool) -> None:
-        """A file is closed; `is_there`: whether it is still the one at its path."""
+    def closed(self, file: OpenFile, is_there: Callable[[], bool]) -> None:
+        """A file is closed; `is_there` says, without waiting, whether the index has it at its path.
+
+        Where another one is by now, the kernel is told once more: it was answered with this file's size until now, and
+        such an answer may still be on its way.
+        """
         with self._told:
-            self._remove(path, generation)
-            if not is_there:
-                self._doubt(key).shown.pop(path, None)
+            files = self._open.get(file.path, [])
+            if file not in files:  # removed here
+                return
+            files.remove(file)
+            if files:
+                return
+            del self._open[file.path]
+            # Not before: of a change that comes after this the kernel is told after all of those answers.
+            if is_there():
+                return
+            self.changing(file.key)
+        self._tell(file.path.rpartition("/")[0], [file.path], partial(self.told, file.key))
 
     def require_free(self, path: str) -> None:
         """ESTALE while a file of an image is open that was at the path: the kernel would take a new one for it."""
         with self._told:
-            if path in self._open:
-                fail(errno.ESTALE, f"{path} is gone, and still open")
+            if files := self._open.get(path):
+                fail(errno.ESTALE, f"{path} is gone, and still open in {_users(files)}")
 
     def removed(self, path: str) -> None:
-        """What is at the path was removed or renamed here: what comes there next is another file to the kernel, too."""
+        """What is at the path was removed here: what comes there next is another file to the kernel, too."""
         with self._told:
-            for each in [each for each in self._open if each == path or each.startswith(f"{path}/")]:
+            for each in self._paths_at(path):
                 del self._open[each]
+
+    def renamed(self, old: str, new: str) -> None:
+        """What was at `old` was renamed here, over what was at `new`: to the kernel, what is open goes with it."""
+        with self._told:
+            self.removed(new)
+            for path in self._paths_at(old):
+                files = self._open.pop(path)
+                moved = new + path.removeprefix(old)
+                self._open[moved] = files
+                for file in files:
+                    file.path = moved
+
+    def _paths_at(self, path: str) -> list[str]:
+        """Of open files: the path itself, and what is below it; of one with a slash at its end, the latter alone."""
+        below = path if path.endswith("/") else f"{path}/"
+        return [each for each in self._open if each == path or each.startswith(below)]
 
     def _doubt(self, key: Key) -> _Doubt:
         now = self._clock()
         doubt = self._doubts.setdefault(key, _Doubt())
         doubt.until = now + self._doubt_seconds
         self._doubts.move_to_end(key)
-        # The oldest ones come first.
-        for old in [
-            key for key, each in itertools.islice(self._doubts.items(), 8) if each.until <= now and not each.untold
-        ]:
-            del self._doubts[old]
+        # One that the kernel is still to be told of begins anew then, and holds up the ones behind it until then.
+        while (first := next(iter(self._doubts.values()))).until <= now and not first.untold:
+            self._doubts.popitem(last=False)
         return doubt
 
-    def _remove(self, path: str, generation: Generation) -> None:
-        opened = self._open.get(path, [])
-        same = next((each for each in opened if each.generation == generation), None)
-        if same is not None:
-            opened.remove(same)
-        if not opened:
-            self._open.pop(path, None)
+
+def _users(files: Iterable[OpenFile]) -> str:
+    """Who opened the files, or the first few of them, for the log."""
+    processes = dict.fromkeys(file.process for file in files)
+    return ", ".join(described(process) for process in itertools.islice(processes, _MOST_NAMED))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fusefs.attributes import Attributes
 from fusefs.errors import fail
+from fusefs.generations import OpenFile
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import LocalReader, Reader
 from fusefs.staged import StagedDirectory, StagedFile
@@ -27,7 +28,7 @@ class ImageHandle:
     source: SourceFile
     reader: Reader
     process: int  # whose it is; 0: not known
-    attributes: Attributes  # what stat showed: a file that is open outlives its name
+    opened: OpenFile
     current: Callable[[], Generation | None]  # what the index shows at its path now
 
 

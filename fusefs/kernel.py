@@ -32,10 +32,10 @@ class _FileHandle(ctypes.Structure):
 
 
 class _Change(NamedTuple):
-    """The kernel is to ask again about a directory and names in it; then `told` is to be called."""
+    """The kernel is to ask again about paths; then `told` is to be called."""
 
-    directory: str
-    names: Iterable[str]
+    directory: str  # whose name is to be forgotten if it leads to nothing
+    paths: Iterable[str]
     told: Callable[[], None]
 
 
@@ -49,8 +49,9 @@ class KernelMemory:
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = mountpoint
         self._session: Session | None = None
-        self._idle = threading.Condition()  # guards the number
+        self._idle = threading.Condition()  # guards what follows
         self._running = 0  # calls that make the kernel forget
+        self._stopped = False
         # Apart: what has a name forgotten waits for its directory, for as long as a request in it takes.
         self._changed: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
         self._gone: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -69,7 +70,8 @@ class KernelMemory:
         """Returns when the kernel is not being made to forget anything, and will not be any more."""
         with self._idle:
             self._session = None
-        self._changed.put(None)
+            self._stopped = True
+            self._changed.put(None)
         self._gone.put(None)
         for thread in self._threads:
             thread.join()
@@ -93,17 +95,22 @@ class KernelMemory:
         """
         self._gone.put(path)
 
-    def replaced(self, directory: str, names: Iterable[str], told: Callable[[], None]) -> None:
-        """Makes the kernel ask again about a directory and names in it, soon; calls `told` then.
+    def replaced(self, directory: str, paths: Iterable[str], told: Callable[[], None]) -> None:
+        """Makes the kernel ask again about a directory and other paths, soon; calls `told` then.
 
-        The directory's own name is forgotten if it leads to nothing.
+        The directory's own name is forgotten if it leads to nothing. After `stop` the kernel is told of nothing any
+        more, and `told` is called at once: whoever waits for it would wait in vain.
         """
-        self._changed.put(_Change(directory, names, told))
+        with self._idle:
+            if not self._stopped:
+                self._changed.put(_Change(directory, paths, told))
+                return
+        told()
 
     def _tell(self) -> None:
         while (change := self._changed.get()) is not None:
             try:
-                self.changed([change.directory, *(f"{change.directory}/{name}" for name in change.names)])
+                self.changed({change.directory, *change.paths})
             except Exception:
                 # The thread must outlive a defect: without it nothing that changed could be opened any more.
                 _log.exception("kernel not told of a change path=%s", change.directory)

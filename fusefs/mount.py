@@ -84,11 +84,19 @@ class _Mount:
         self._ending = Ending(client)
         self._guard = guard
         self._kernel = KernelMemory(path)
-        self._generations = Generations(options.entry_timeout)
+        self._generations = Generations(options.entry_timeout, tell=self._kernel.replaced)
         self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
         rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
-        self._area = StagingArea(client, pulse, self._tree, rules, changed=self._kernel.changed, gone=self._kernel.gone)
+        self._area = StagingArea(
+            client,
+            pulse,
+            self._tree,
+            rules,
+            changed=self._kernel.changed,
+            gone=self._kernel.gone,
+            change=self._generations.change,
+        )
         self._watcher = Watcher(client, self._tree, on_lost=self._area.doubt_leases)
         self._deletions = Deletions(client, pulse, self._tree, options.settle_seconds)
         self._publisher = Publisher(self._area, rules, self._deletions, options.settle_seconds)
@@ -179,18 +187,17 @@ class _Mount:
             limit.join()
             self._ending.end()
 
-    def _tell_kernel(self, datastore: str, before: IndexedImage) -> None:
+    def _tell_kernel(self, datastore: str, before: IndexedImage, now: IndexedImage | None) -> None:
         """The image is not what it was: what the kernel knows of it is old."""
         key = (datastore, before.image_id)
-        directory = f"/{datastore}/{nodes.DELETED}/" if before.is_tombstoned else f"/{datastore}/"
 
         def told() -> None:
             self._generations.told(key)
             if not before.is_valid and self._tree.image(*key) is None:
                 self._deletions.lay(key)  # purged
 
-        names = (file.name for file in before.files)
-        self._kernel.replaced(directory + before.image_id, names, told)
+        # Those of both: the kernel may know the new image's names, too, from one that was there before the last one.
+        self._kernel.replaced(nodes.image_path(datastore, before), nodes.file_paths(datastore, before, now), told)
 
     def _open_source(self, source: SourceFile) -> Reader:
         datastore = self._tree.datastore(source.datastore)

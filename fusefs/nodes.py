@@ -1,6 +1,7 @@
 """What a path in the mount leads to."""
 
 import errno
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fusefs.deleting import Deletions, Ghost, purged_key
@@ -142,6 +143,18 @@ def new_name(path: str) -> str:
     except UnicodeEncodeError:
         fail(errno.EINVAL, f"{name!r} is not UTF-8")
     return name
+
+
+def image_path(datastore: str, image: IndexedImage) -> str:
+    """Where the image is shown, in the state that it is in."""
+    return f"/{datastore}/{DELETED}/{image.image_id}" if image.is_tombstoned else f"/{datastore}/{image.image_id}"
+
+
+def file_paths(datastore: str, *images: IndexedImage | None) -> Iterator[str]:
+    """Where the files of images are shown, each in the state that it is in."""
+    for image in filter(None, images):
+        directory = image_path(datastore, image)
+        yield from (f"{directory}/{file.name}" for file in image.files)
 
 
 class Resolver:

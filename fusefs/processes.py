@@ -9,6 +9,13 @@ def thread_group(pid: int) -> int:
     return int(_status(pid).get("Tgid", 0))
 
 
+def described(process: int) -> str:
+    """For the log: the process by its name, as far as that can be seen, and its number."""
+    if not process:
+        return "a process that cannot be seen from here"
+    return f"{_status(process).get('Name', 'a process that has ended')} (pid {process})"
+
+
 def runs_a_program(process: int) -> bool:
     """Whether the process is there, has not ended, and is none of the kernel's own, which work for anybody."""
     return "VmSize" in _status(process)

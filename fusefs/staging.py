@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from fusefs.contents import RemotePlace, open_place
@@ -110,7 +111,8 @@ class Recent:
 class StagingArea:
     """The staged images of a mount by key.
 
-    `changed` makes the kernel ask again about paths, `gone` makes it forget a name.
+    `changed` makes the kernel ask again about paths, `gone` makes it forget a name. In `change`, an image is shown
+    where a staged one was, or the other way round, until the kernel knows.
 
     `lock_timeout`: seconds that a change waits for the lock of its image, until `end`.
     """
@@ -126,6 +128,7 @@ class StagingArea:
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[Iterable[str]], None] = lambda paths: None,
         gone: Callable[[str], None] = lambda path: None,
+        change: Callable[[Key], AbstractContextManager[None]] = lambda key: contextlib.nullcontext(),
     ) -> None:
         self._client = client
         self._pulse = pulse
@@ -134,6 +137,7 @@ class StagingArea:
         self._clock = clock
         self._changed = changed
         self._gone = gone
+        self._change = change
         self._lock = threading.Lock()  # guards the dictionaries
         self._directories: dict[Key, StagedDirectory] = {}
         self._recent: dict[Key, Recent] = {}
@@ -425,22 +429,24 @@ class StagingArea:
         with self._lock:
             now = self._clock()
             self._recent[key] = Recent(directory.ref, names, now + RECENT_SECONDS, now + _MOST_RECENT_SECONDS)
-        self._tree.changed(image)
-        with self._lock:
-            self._directories.pop(key, None)
-        directory.end(State.PUBLISHED)
-        self._tree.expect(key, None)
         path = f"/{key[0]}/{key[1]}"
-        self._changed([*(f"{path}/{name}" for name in {*names, *names.values()}), path])
+        with self._change(key):
+            self._tree.changed(image)
+            with self._lock:
+                self._directories.pop(key, None)
+            directory.end(State.PUBLISHED)
+            self._tree.expect(key, None)
+            self._changed([*(f"{path}/{name}" for name in {*names, *names.values()}), path])
 
     def _drop(self, directory: StagedDirectory, reason: str) -> None:
         key = _key(directory)
-        directory.end(State.GONE, reason)
-        with self._lock:
-            if self._directories.get(key) is directory:
-                del self._directories[key]
         path = f"/{key[0]}/{key[1]}"
-        self._changed([*(f"{path}/{file.name}" for file in directory.files), path])
+        directory.end(State.GONE, reason)
+        with self._change(key):
+            with self._lock:
+                if self._directories.get(key) is directory:
+                    del self._directories[key]
+            self._changed([*(f"{path}/{file.name}" for file in directory.files), path])
         self._gone(path)
         try:
             self._pulse.require()

@@ -159,14 +159,14 @@ class Tree:
     """The index. `clock` is a monotonic time in seconds.
 
     `before_change` is called when an image is about to be shown otherwise, or not at all; `on_change` when it is, with
-    its datastore and what it was. Neither may wait, nor ask anything of the index.
+    its datastore, what it was and what it is now. Neither may wait, nor ask anything of the index.
     """
 
     def __init__(
         self,
         *,
         before_change: Callable[[Key], None] = lambda key: None,
-        on_change: Callable[[str, IndexedImage], None] = lambda datastore, before: None,
+        on_change: Callable[[str, IndexedImage, IndexedImage | None], None] = lambda datastore, before, now: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._before_change = before_change
@@ -357,7 +357,7 @@ class Tree:
         else:
             datastore.images[image.image_id] = image
         if changed is not None:
-            self._on_change(key[0], changed)
+            self._on_change(key[0], changed, image)
 
 
 def directory_inode(number: int) -> int:

@@ -36,6 +36,11 @@ def log_of(mount: Mount) -> str:
     return mount.log.read_text()
 
 
+def process_name() -> str:
+    """What the process that runs the tests is called."""
+    return Path("/proc/self/comm").read_text().strip()
+
+
 def names(directory: Path) -> set[str]:
     return set(os.listdir(directory))
 

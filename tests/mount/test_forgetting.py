@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusefs.kernel import node_number
+from fusefs.kernel import KernelMemory, node_number
 from sidecar.client import SidecarClient
 from tests.mount.harness import is_name, log_of, names, wait_listed
 from tests.support.disks import MIB, assert_same_disk, import_image, make_disk
@@ -66,3 +66,12 @@ def test_what_is_no_mount_has_no_number(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         node_number(str(tmp_path))
     assert caught.value.errno == errno.ENOTCONN
+
+
+def test_nobody_waits_for_the_kernel_to_be_told_after_the_end(tmp_path: Path) -> None:
+    kernel, told = KernelMemory(str(tmp_path)), list[str]()
+    kernel.start(lambda path: True)
+    kernel.replaced("/one/a", [], lambda: told.append("before"))
+    kernel.stop()
+    kernel.replaced("/one/a", [], lambda: told.append("after"))
+    assert told == ["before", "after"]

@@ -3,7 +3,7 @@
 import errno
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -12,9 +12,12 @@ from typing import cast
 
 import pytest
 
+from fusefs.attributes import Owner
 from fusefs.contents import Content, LocalContent, LocalPlace, RemotePlace
 from fusefs.deleting import Deletions
-from fusefs.provenance import SourceFile
+from fusefs.errors import AskAgain
+from fusefs.generations import Generations
+from fusefs.provenance import Generation, SourceFile
 from fusefs.publisher import ABANDONED_SECONDS, Publisher
 from fusefs.pulse import Pulse
 from fusefs.reading import Reader
@@ -51,7 +54,14 @@ def not_asked(source: SourceFile) -> Reader:
 class Making:
     """What a mount makes images with, without the mount; the datastores are on another host when they are `hidden`."""
 
-    def __init__(self, client: SidecarClient, stack: ExitStack, *, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        client: SidecarClient,
+        stack: ExitStack,
+        *,
+        hidden: bool = False,
+        changed: Callable[[Iterable[str]], None] = lambda paths: None,
+    ) -> None:
         self.clock = Clock()
         tree = Tree()
         watcher = Watcher(client, tree)
@@ -59,7 +69,17 @@ class Making:
         stack.callback(watcher.stop)
         assert tree.wait_complete(20)
         rules, pulse = Rules(tree, not_asked), Pulse(client)
-        self.area = StagingArea(client, pulse, tree, rules, lock_timeout=LOCK_SECONDS, clock=self.clock)
+        self.generations = Generations(5.0, clock=self.clock)
+        self.area = StagingArea(
+            client,
+            pulse,
+            tree,
+            rules,
+            lock_timeout=LOCK_SECONDS,
+            clock=self.clock,
+            changed=changed,
+            change=self.generations.change,
+        )
         deletions = Deletions(client, pulse, tree, SETTLE_SECONDS, clock=self.clock)
         self.publisher = Publisher(self.area, rules, deletions, SETTLE_SECONDS, clock=self.clock)
         found = tree.datastore("one")
@@ -145,6 +165,41 @@ def test_a_close_says_that_the_lease_is_lost_also_while_the_publisher_asks_for_i
     assert caught.value.errno == errno.ESTALE
     answer.set()
     renewing.result(60)
+
+
+@pytest.mark.parametrize(
+    "end", [StagingArea.publish, partial(StagingArea.abort, reason="removed")], ids=["published", "dropped"]
+)
+def test_where_an_image_was_staged_nothing_is_opened_before_the_kernel_was_told(
+    end: Callable[[StagingArea, StagedDirectory], None],
+    client: SidecarClient,
+    stack: ExitStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be read with the size of the staged file."""
+    monkeypatch.setattr("fusefs.generations._TOLD_SECONDS", 0.0)
+    key, path, generation = ("one", "new"), "/one/new/new.vmdk", Generation(1, 1, 1)
+    attributes = Owner(0, 0).file(7, 1, 1, 1)
+
+    def open_file() -> None:
+        making.generations.opened(key, path, generation, attributes, 0)
+
+    def ask_and_open() -> None:
+        making.generations.shown(key, path, generation, attributes, making.generations.begin())
+        open_file()
+
+    def changed(paths: Iterable[str]) -> None:
+        assert path in paths
+        with pytest.raises(AskAgain):
+            ask_and_open()
+
+    making = Making(client, stack, changed=changed)
+    descriptor = make_disk(tmp_path / "outside", "new.vmdk")
+    end(making.area, making.stage(*sorted(descriptor.parent.iterdir())))
+    with pytest.raises(AskAgain):
+        open_file()
+    ask_and_open()
 
 
 def test_what_nobody_goes_on_with_is_dropped_and_named(

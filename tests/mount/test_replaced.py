@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sidecar.client import SidecarClient
-from tests.mount.harness import log_of, wait_listed
+from tests.mount.harness import log_of, process_name, wait_listed
 from tests.support.disks import MIB, import_image, make_disk
 from tests.support.processes import Mount, Sidecar, run, wait_until
 
@@ -90,6 +90,27 @@ def test_a_listing_does_not_cut_what_is_open(sidecar: Sidecar, client: SidecarCl
             wait_until(lambda: is_refused(path), "the new one is in the index")
             run("ls", "-l", path.parent)
             assert file.read(500_000) == b"x" * 299_000
+        wait_until(lambda: not is_refused(path), "the older one is closed")
+        assert path.read_bytes() == b"y" * 500
+
+
+def test_what_is_open_is_not_cut_after_its_image_was_restored_by_a_rename(
+    sidecar: Sidecar, client: SidecarClient, tmp_path: Path
+) -> None:
+    import_image(client, "one/a", make_disk(tmp_path / "source"), companions={"a.nvram": b"x" * 300_000})
+    with Mount(tmp_path / "lasting", sidecar.address, options="entry_timeout=60,attr_timeout=60") as mount:
+        image = wait_listed(mount, "one/a")
+        deleted = image.parent / ".deleted" / "a"
+        run("rm", "-r", image)
+        with (deleted / "a.nvram").open("rb", buffering=0) as file:
+            run("mv", deleted, image)
+            client.update_metadata("one/a", files={"a.nvram": b"y" * 500})
+            path = image / "a.nvram"
+            wait_until(lambda: is_refused(path), f"the new one is in the index:\n{log_of(mount)}")
+            assert f"still open in {process_name()} (pid {os.getpid()})" in log_of(mount)
+            assert path.stat().st_size == 300_000
+            assert file.read(500_000) == b"x" * 300_000
+        wait_until(lambda: not is_refused(path), "the older one is closed")
         assert path.read_bytes() == b"y" * 500
 
 

@@ -4,6 +4,7 @@ import gc
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+from fusefs import nodes
 from fusefs.doubts import DOUBT_SECONDS, Key
 from fusefs.tree import Tree, file_inode
 from sidecar.client import Datastore, FileKind, Image, ImageRef, ImageState, WatchImagesResponse
@@ -259,16 +260,27 @@ def test_details_that_were_asked_for_stay_known() -> None:
 
 
 def test_says_which_images_changed() -> None:
-    told: list[tuple[str, str, bool]] = []
+    told: list[tuple[object, ...]] = []
     tree = Tree(
-        before_change=lambda key: told.append((*key, tree.image(*key) is before)),
-        on_change=lambda datastore, old: told.append((datastore, old.image_id, tree.image("one", "b") is before)),
+        before_change=lambda key: told.append((*key, tree.image(*key))),
+        on_change=lambda datastore, old, new: told.append((datastore, old, new, tree.image(datastore, old.image_id))),
     )
     tree.apply(snapshot(image("a"), image("b")))
     before = tree.image("one", "b")
     assert told == []
     tree.apply(change(image("a"), image("b", inode=2)))
-    assert told == [("one", "b", True), ("one", "b", False)]
+    now = tree.image("one", "b")
+    tree.purged(ImageRef(datastore="one", image_id="b"))
+    assert told == [("one", "b", before), ("one", before, now, now), ("one", "b", now), ("one", now, None, None)]
+
+
+def test_an_image_that_changed_is_known_by_the_paths_of_both() -> None:
+    tree = Tree()
+    tree.apply(snapshot(image("a", state=TOMBSTONED), image("b")))
+    assert list(nodes.file_paths("one", tree.image("one", "a"), None, tree.image("one", "b"))) == [
+        *("/one/.deleted/a/a.ecv", "/one/.deleted/a/a-flat.vmdk", "/one/.deleted/a/a.vmdk"),
+        *("/one/b/b.ecv", "/one/b/b-flat.vmdk", "/one/b/b.vmdk"),
+    ]
 
 
 def test_an_image_takes_less_than_a_kilobyte() -> None:
