@@ -6,6 +6,7 @@ from functools import partial
 
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
+from sidecar.images.vm_disks import printable
 from sidecar.images.vm_look import VmLook
 
 Uses = Mapping[ImageKey, Sequence[str]]
@@ -61,8 +62,8 @@ def read_uses(
         while new := [vm for store in stores for vm in _list(look, source, store) if vm not in read]:
             steps.expect(len(read) + len(new))
             for store, directory in new:
-                steps.begin(f"{store.datastore.name}/{directory}")
-                found = look.at(store, f"VM {directory}", partial(source.uses, stores, store, directory))
+                steps.begin(f"{store.datastore.name}/{printable(directory)}")
+                found = look.at(store, f"VM {printable(directory)}", partial(source.uses, stores, store, directory))
                 for key, uses in found.items():
                     used.setdefault(key, []).extend(uses)
                 read.add((store, directory))

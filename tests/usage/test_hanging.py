@@ -18,7 +18,7 @@ from sidecar.images.maintenance import Maintenance, Plan
 from sidecar.images.runs import Outcome, Runs
 from sidecar.images.store import ImageStore
 from sidecar.images.usage import uses_of_image, uses_of_vm, vm_directories
-from sidecar.images.vm_scan import Uses, VmSource
+from sidecar.images.vm_scan import Uses, VmSource, read_uses
 from tests.support.places import TOMBSTONE
 from tests.usage.conftest import Host, delta
 
@@ -176,3 +176,19 @@ def test_all_vms_are_read_in_one_thread(host: Host) -> None:
         assert maintenance.purge(0).purged == ["a"]
     assert len(threads) == 12, "without the lock, and under it"
     assert len(set(threads)) == 2
+
+
+def test_a_vm_that_hangs_is_named_in_one_line_of_text(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is by whoever runs it, and comes into logs and answers."""
+    directory, dead = host.vm("\udcff\nstopped"), Dead()
+    monkeypatch.setattr(vm_look, "monotonic", lambda: 300.0 * dead.asked.is_set())
+
+    def uses(stores: object, store: ImageStore, vm_directory: str) -> Uses:
+        assert vm_directory == directory.name
+        dead.asked.set()
+        dead.answers.wait()
+        return {}
+
+    with waiting(dead) as pool, pytest.raises(errors.UseUnknown) as raised:
+        pool.submit(read_uses, VmSource(vm_directories, uses), [host.stores["one"]], lambda: None).result(QUICK)
+    assert r"VM vm_\udcff?stopped was not read" in raised.value.message
