@@ -66,14 +66,13 @@ def build(config: SidecarConfig) -> Parts:
             ),
         )
         discoveries.append(Discovery(store, catalog, rescan_seconds=place.rescan_seconds))
-    stores = [discovery.store for discovery in discoveries]
     vms, plan = VmSource(vm_directories, uses_of_vm), _plan(config.maintenance)
     library = Library(
         discoveries,
         catalog,
         max_copies=most_copies(len(discoveries), config.limits.max_copies),
         lease_seconds=config.limits.staging_lease_seconds,
-        maintained=[Maintenance(store, stores, vms, plan) for store in stores],
+        maintained=[Maintenance(discovery.store, vms, plan) for discovery in discoveries],
     )
     watches = Watches(catalog, discoveries)
     requests = Requests()

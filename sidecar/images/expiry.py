@@ -10,7 +10,7 @@ from sidecar.images.image import ImageState
 from sidecar.images.listing import image_ids, names_if_directory
 from sidecar.images.names import TOMBSTONE
 from sidecar.images.store import ImageStore
-from sidecar.images.vm_scan import Uses
+from sidecar.images.vm_scan import Uses, VmSource, read_uses
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Expired:
 
 def expire(
     store: ImageStore,
-    uses: Callable[[], Uses],
+    source: VmSource,
     *,
     grace: float,
     wanted_free: int = 0,
@@ -34,8 +34,8 @@ def expire(
 ) -> Expired:
     """Purges what was tombstoned more than `grace` seconds ago, and more while fewer than `wanted_free` bytes are free.
 
-    Never what somebody has open, or a VM uses: `uses` is asked when there is something to purge, and again under the
-    lock of each image; what it raises the first time ends it, before anything is purged.
+    Never what somebody has open, or a VM uses: the VMs are read when there is something to purge, and again under the
+    lock of each image; what is raised the first time ends it, before anything is purged.
     """
     expired = Expired()
     due_ns = store.clock() - int(grace * 1e9)
@@ -46,13 +46,13 @@ def expire(
         # Some file systems count what was freed a moment later.
         if deleted_ns > due_ns and max(store.datastore.capacity().free, free + expired.freed) >= wanted_free:
             break
-        used = uses() if used is None else used
+        used = read_uses(source, store.stores, check) if used is None else used
         key = store.key(image_id)
         if users := used.get(key):
             expired.kept.append(f"{key}: it is in use by {', '.join(users[:3])}")
             continue
         try:
-            freed = _purge(store, image_id, deleted_ns, uses)
+            freed = _purge(store, image_id, deleted_ns, source, check)
         except (FileNotFoundError, ImageNotFound):
             continue
         except (LockTimeout, ImageInUse) as error:
@@ -83,13 +83,15 @@ def _tombstoned(store: ImageStore, check: Callable[[], None]) -> list[tuple[int,
     return sorted(found)
 
 
-def _purge(store: ImageStore, image_id: str, deleted_ns: int, uses: Callable[[], Uses]) -> int | None:
+def _purge(
+    store: ImageStore, image_id: str, deleted_ns: int, source: VmSource, check: Callable[[], None]
+) -> int | None:
     """The bytes; None when it was restored, or restored and deleted again, which begins its time anew."""
     with store.lock(image_id, "purge", timeout=0):
         image = store.read(image_id)
         if image.state is not ImageState.TOMBSTONED or image.tombstoned_ns != deleted_ns:
             return None
-        if users := uses().get(image.key):
+        if users := read_uses(source, store.stores, check, locked=True).get(image.key):
             raise ImageInUse(f"{image.key} is in use by {', '.join(users[:3])}")
         trash = discard_unused(store, image)
     store.changed(image_id)

@@ -56,9 +56,9 @@ class Library:
             discovery.store.datastore.interrupt()
 
     def close(self) -> None:
-        """Ends what runs, leaves nothing half made, joins every thread.
+        """Ends what runs, leaves nothing half made, joins every thread but those of looks at VMs that hang.
 
-        Does not return while a datastore hangs; what is of the others ends cleanly all the same.
+        Does not return while anything else hangs; what is of other datastores ends cleanly all the same.
         """
         discoveries = self.discoveries.values()
         maintained = self.maintained.values()
@@ -71,7 +71,8 @@ class Library:
                 *(d.close for d in discoveries),
             )
         )
-        # Not before: what still runs would go on in whatever has the number of a closed descriptor next.
+        # Not before: what still runs would change whatever has the number of a closed descriptor next. A look that was
+        # left may read that, and nobody asks for what it finds.
         end_all(d.store.datastore.close for d in discoveries)
 
     def store(self, datastore: str) -> ImageStore:

@@ -15,7 +15,7 @@ from sidecar.images.runs import Clock, Outcome, Run, Runs, RunState
 from sidecar.images.scan import ScanTally, scan
 from sidecar.images.store import ImageStore
 from sidecar.images.sweep import SweepTally, sweep
-from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, in_time, read_uses
+from sidecar.images.vm_scan import VmSource
 
 RATE = 10.0  # VMs, images, deletions a minute
 TIMEOUT_SECONDS = 7 * 86400.0
@@ -50,12 +50,11 @@ class Plan:
 
 
 class Maintenance:
-    """Of one datastore; `stores` are all of this sidecar, as a VM may use an image from another one. Thread-safe."""
+    """Of one datastore. Thread-safe."""
 
     def __init__(
         self,
         store: ImageStore,
-        stores: Sequence[ImageStore],
         source: VmSource,
         plan: Plan,
         clock: Clock | None = None,
@@ -63,7 +62,6 @@ class Maintenance:
         clock = clock or Clock()
         self.store = store
         self.plan = plan
-        self._stores = stores
         self._source = source
         name = store.datastore.name
         self.scans: Runs[ScanTally] = Runs("scan", name, clock)
@@ -102,7 +100,7 @@ class Maintenance:
         tally = ScanTally()
 
         def work(run: Run) -> None:
-            scan(self.store, self._stores, self._source, run, tally, vm_rate=vm_rate, image_rate=image_rate)
+            scan(self.store, self._source, run, tally, vm_rate=vm_rate, image_rate=image_rate)
 
         self.scans.start(run_id or self.store.new_token(), timeout, tally, work)
 
@@ -125,7 +123,7 @@ class Maintenance:
         tally = SweepTally(dry_run)
 
         def work(run: Run) -> None:
-            sweep(self.store, self._stores, self._source, run, tally, targets=targets, rate=rate, grace=grace)
+            sweep(self.store, self._source, run, tally, targets=targets, rate=rate, grace=grace)
 
         self.sweeps.start(run_id or self.store.new_token(), timeout, tally, work)
 
@@ -138,11 +136,7 @@ class Maintenance:
     def purge(self, grace: float, wanted_free: int = 0, check: Callable[[], None] = lambda: None) -> Expired:
         """Purges what was deleted longer ago than that, and more while fewer bytes are free than wanted."""
         _check_seconds("purge_grace", grace)
-
-        def uses() -> Uses:
-            return read_uses(self._source, self._stores, CheckedSteps(in_time(check)))
-
-        return expire(self.store, uses, grace=grace, wanted_free=wanted_free, check=check)
+        return expire(self.store, self._source, grace=grace, wanted_free=wanted_free, check=check)
 
     def unused(self, after: str, limit: int) -> list[Image]:
         """Up to so many of the valid images that are marked as unused, by id, from the one after `after` on."""

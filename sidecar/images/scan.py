@@ -6,7 +6,6 @@ the past: a VM that is made while the VMs are being read is not missed.
 
 import enum
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sidecar.errors import ImageNotFound, ImagesError, LockTimeout
@@ -15,8 +14,7 @@ from sidecar.images.listing import image_ids
 from sidecar.images.runs import Pace, Run, RunState
 from sidecar.images.store import ImageStore
 from sidecar.images.unused_marker import recover_timestamp, remove_marker, write_marker
-from sidecar.images.vm_scan import Uses, VmSource, read_uses
-from sidecar.images.while_answering import check_all
+from sidecar.images.vm_scan import Uses, VmSource, VmSteps, read_uses
 
 _NS = 10**9
 
@@ -47,7 +45,6 @@ class ScanTally:
 
 def scan(
     store: ImageStore,
-    stores: Sequence[ImageStore],
     source: VmSource,
     run: Run,
     tally: ScanTally,
@@ -55,14 +52,13 @@ def scan(
     vm_rate: float,
     image_rate: float,
 ) -> None:
-    """Marks the images of a datastore that no VM on any of the `stores` uses; at so many VMs and images a minute.
+    """Marks the images of a datastore that no VM on any of this host uses; at so many VMs and images a minute.
 
     When one VM cannot be read, that error is raised and nothing is marked. An image that cannot be read or locked is
     left as it is.
     """
-    check_all(stores)
     run.enter(RunState.VM_SCAN)
-    used = read_uses(source, stores, _Steps(run, run.pace(vm_rate), tally))
+    used = read_uses(source, store.stores, run.check, steps=_Steps(run, run.pace(vm_rate), tally))
     images = image_ids(store)
     run.enter(RunState.IMAGE_MARK, len(images))
     pace = run.pace(image_rate)
@@ -109,7 +105,7 @@ def mark(store: ImageStore, image_id: str, used: Uses, run: Run) -> Finding:
     return Finding.USED if is_used else Finding.UNUSED
 
 
-class _Steps:
+class _Steps(VmSteps):
     """The VMs as the run's items, at its pace."""
 
     def __init__(self, run: Run, pace: Pace, tally: ScanTally) -> None:

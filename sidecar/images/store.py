@@ -5,7 +5,9 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import (
@@ -53,6 +55,8 @@ class ImageStore:
         self.new_token = new_token
         self.admission = admission or Admission(datastore.name)
         self.stores: Sequence[ImageStore] = (self,)
+        # What looks at the VMs here were at when they were left, and are at still; each call on it is atomic.
+        self.steps_left: dict[Future[Any], str] = {}
         self._lock_timeout = lock_timeout
         self._on_change: Callable[[str], None] = lambda image_id: None
         self._on_use: Callable[[str, int], None] = lambda image_id, used_ns: None

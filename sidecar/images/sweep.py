@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 from sidecar.errors import ImageInUse, ImageNotFound, ImagesError, LockTimeout
 from sidecar.images.deletion import discard_unused, free_discarded
@@ -18,8 +19,7 @@ from sidecar.images.names import UNUSED_MARKER
 from sidecar.images.runs import Run, RunState
 from sidecar.images.store import ImageStore
 from sidecar.images.unused_marker import put_timestamp_back, remove_marker, rename_timestamp, renamed_ns
-from sidecar.images.vm_scan import CheckedSteps, Uses, VmSource, in_time, read_uses
-from sidecar.images.while_answering import check_all
+from sidecar.images.vm_scan import Uses, VmSource, read_uses
 
 _NS = 10**9
 _CLOCK_NS = 60 * _NS  # what clocks of two hosts may differ
@@ -58,7 +58,7 @@ class SweepTally:
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a sweep goes by: seconds of `grace`, for clocks that differ; the images that VMs used at its start, and how
-    to look again."""
+    to look again, under an image's lock."""
 
     grace: float
     dry_run: bool
@@ -76,7 +76,6 @@ class _Stays(Exception):  # noqa: N818 - an answer
 
 def sweep(
     store: ImageStore,
-    stores: Sequence[ImageStore],
     source: VmSource,
     run: Run,
     tally: SweepTally,
@@ -89,13 +88,9 @@ def sweep(
 
     An image that cannot be read or locked stays; a VM that cannot be read is an error, as it may use any image.
     """
-    check_all(stores)
-
-    def look() -> Uses:
-        return read_uses(source, stores, CheckedSteps(in_time(run.check)))
-
+    look = partial(read_uses, source, store.stores, run.check)
     # The mark may be old, and not everybody who makes a VM touches its image.
-    rules = Rules(grace, tally.dry_run, look(), look)
+    rules = Rules(grace, tally.dry_run, look(), partial(look, locked=True))
     images = list(dict.fromkeys(targets)) or image_ids(store)
     run.enter(RunState.IMAGE_SWEEP, len(images))
     pace = run.pace(rate)

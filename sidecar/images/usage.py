@@ -5,66 +5,45 @@ does not answer: it would hold up the others, whose images its VMs may use.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from sidecar.errors import DatastoreUnavailable, ImageInUse
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Places
 from sidecar.images.vm_disks import VmDisks
-from sidecar.images.vm_scan import in_time
-from sidecar.images.while_answering import while_answering
+from sidecar.images.vm_scan import Uses, VmSource, read_uses
 
 _MOST_TOLD = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """A use of an image; `what` is in words: `VM web (disk /srv/images/vm_1/disk.vmdk)`."""
-
-    what: str
-
-    def __str__(self) -> str:
-        return self.what
-
-
 def vm_directories(store: ImageStore) -> list[str]:
-    """What may be a VM's, relative to the datastore's root. The datastore must be usable: else DatastoreUnavailable."""
-
-    def look() -> list[str]:
-        store.datastore.check()
-        return store.layout.vm_directories(store.datastore)
-
+    """What may be a VM's, relative to the root of the datastore, which must be usable."""
     try:
-        return while_answering((store,), look)
+        return store.layout.vm_directories(store.datastore)
     except FileNotFoundError as error:  # never taken for an image that is not there
         raise DatastoreUnavailable(f"{store.datastore.name}: {error.filename or 'its root'} vanished") from error
 
 
-def uses_of_vm(stores: Sequence[ImageStore], store: ImageStore, vm_directory: str) -> dict[ImageKey, list[Use]]:
-    """The images that any disk of a VM needs, there or not; nothing when the VM is gone.
+def uses_of_vm(stores: Sequence[ImageStore], store: ImageStore, vm_directory: str) -> Uses:
+    """The images that any disk of a VM needs, there or not, and which disk, in words; nothing when the VM is gone.
 
     `stores`: every datastore of this host, in which those images may be. UseUnknown, DatastoreDenied or
     DatastoreUnavailable, with the VM and the file, when anything of it cannot be read.
     """
-    return while_answering(stores, lambda: _uses(_places(stores), store, vm_directory))
+    return _uses(_places(stores), store, vm_directory)
 
 
 def uses_of_image(
-    stores: Sequence[ImageStore], key: ImageKey, *, check: Callable[[], None] = lambda: None
-) -> list[Use]:
-    """Which VMs need an image; raises as `uses_of_vm`: one VM that cannot be read may be another user.
+    stores: Sequence[ImageStore], key: ImageKey, *, check: Callable[[], None] = lambda: None, locked: bool = False
+) -> Sequence[str]:
+    """Which VMs need an image, in words: `VM web (disk /srv/images/vm_1/disk.vmdk)`.
 
-    `check` is called before each VM, and what it raises ends the search.
+    Raises as `uses_of_vm`: one VM that cannot be read may be another user. `check` and `locked`: as of `read_uses`.
     """
-    places = while_answering(stores, partial(_places, stores))
-    uses: list[Use] = []
-    for store in stores:
-        for vm_directory in vm_directories(store):
-            check()
-            uses += while_answering(stores, partial(_uses, places, store, vm_directory)).get(key, [])
-    return uses
+    places = cache(partial(_places, stores))  # once for all VMs, as it reads all mounts
+    source = VmSource(vm_directories, lambda stores, store, vm_directory: _uses(places(), store, vm_directory))
+    return read_uses(source, stores, check, locked=locked).get(key, ())
 
 
 def require_no_vm(store: ImageStore, key: ImageKey, check: Callable[[], None]) -> None:
@@ -73,16 +52,16 @@ def require_no_vm(store: ImageStore, key: ImageKey, check: Callable[[], None]) -
     Raises as `uses_of_image` when that cannot be known. Call under the image's lock: who makes a VM of an image touches
     it first, under that lock.
     """
-    uses = uses_of_image(store.stores, key, check=in_time(check))
+    uses = uses_of_image(store.stores, key, check=check, locked=True)
     if uses:
         more = f" and {len(uses) - _MOST_TOLD} more" if len(uses) > _MOST_TOLD else ""
-        told = ", ".join(use.what for use in uses[:_MOST_TOLD])
+        told = ", ".join(uses[:_MOST_TOLD])
         raise ImageInUse(f"{key} is in use by {told}{more}; remove or convert those disks first")
 
 
-def _uses(places: Places, store: ImageStore, vm_directory: str) -> dict[ImageKey, list[Use]]:
+def _uses(places: Places, store: ImageStore, vm_directory: str) -> Uses:
     name, found = VmDisks(places, store, vm_directory).images()
-    return {key: [Use(f"VM {name} (disk {disk})") for disk in disks] for key, disks in found.items()}
+    return {key: [f"VM {name} (disk {disk})" for disk in disks] for key, disks in found.items()}
 
 
 def _places(stores: Sequence[ImageStore]) -> Places:

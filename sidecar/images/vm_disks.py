@@ -64,7 +64,7 @@ class VmDisks:
                 if self._is_gone():
                     return self._name, {}
                 continue
-            return _printable(self._name), {key: list(map(_printable, disks)) for key, disks in self._disks.items()}
+            return printable(self._name), {key: list(map(printable, disks)) for key, disks in self._disks.items()}
         raise self._unknown(self._top, "files in it vanish while it is read, or another file system is mounted there")
 
     def _look(self) -> None:
@@ -211,7 +211,7 @@ class VmDisks:
         return UseUnknown(self._message(path, what))
 
     def _message(self, path: str, what: str) -> str:
-        return _printable(f"VM {self._name}: {path}: {what}; {_ADVICE}")
+        return printable(f"VM {self._name}: {path}: {what}; {_ADVICE}")
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -239,7 +239,7 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names come from whoever runs VMs: for a message, and for one line."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(character if character.isprintable() else "?" for character in text)

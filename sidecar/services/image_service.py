@@ -246,7 +246,7 @@ class ImageServicer(pb_grpc.ImageServiceServicer):
 def _vms_using(store: ImageStore, key: ImageKey, check: Callable[[], None]) -> list[str]:
     """In words. When that cannot be known, so it says: no answer here would read as "nobody"."""
     try:
-        return [use.what for use in uses_of_image(store.stores, key, check=check)]
+        return list(uses_of_image(store.stores, key, check=check))
     except ImagesError as error:
         return [f"unknown, {error.message}"]
 

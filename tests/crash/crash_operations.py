@@ -82,7 +82,7 @@ def do_mark(store: ImageStore, *, used: bool = False) -> None:
 
 def do_sweep(store: ImageStore) -> None:
     tally = SweepTally(dry_run=False)
-    sweep(store, [store], _NO_VMS, _run(), tally, targets=["target"], rate=1e6, grace=60)
+    sweep(store, _NO_VMS, _run(), tally, targets=["target"], rate=1e6, grace=60)
     if not tally.deleted:
         raise Refused(tally.results[0].reason)
 
@@ -94,7 +94,7 @@ def do_reap(store: ImageStore) -> None:
 
 
 def do_expire(store: ImageStore) -> None:
-    expired = expire(store, dict, grace=60)
+    expired = expire(store, _NO_VMS, grace=60)
     if not expired.purged:
         raise Refused("; ".join(expired.kept))
 

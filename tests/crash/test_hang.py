@@ -414,7 +414,7 @@ def test_a_datastore_that_begins_to_hang_holds_no_look_at_the_vms_of_the_others_
     stores[0].share_host(stores)
     stores[1].admission.ask(hangs.silence)
     source = VmSource(vm_directories, uses_of_vm)
-    maintenance = stack.enter_context(closing(Maintenance(stores[0], stores, source, Plan())))
+    maintenance = stack.enter_context(closing(Maintenance(stores[0], source, Plan())))
     with ThreadPoolExecutor(1) as pool:
         try:
             outcome = pool.submit(LOOKS[look], maintenance, stores)

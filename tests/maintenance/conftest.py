@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sidecar.images.runs import Clock, Run, Runs, RunStatus
 from sidecar.images.scan import ScanTally, scan
 from sidecar.images.store import ImageStore
 from sidecar.images.sweep import SweepResult, SweepTally, sweep
-from sidecar.images.vm_scan import VmSource
+from sidecar.images.vm_scan import Uses, VmSource
 from tests.support.places import LAYOUTS, MARKER, TIMESTAMP, Place
 
 NOW = 2_000_000_000  # seconds; files that a test makes are of the real time, which is earlier
@@ -55,9 +55,7 @@ class Vms:
     def directories(self, store: ImageStore) -> list[str]:
         return [directory for name, directory in self.found if name == store.datastore.name]
 
-    def uses(
-        self, stores: Sequence[ImageStore], store: ImageStore, directory: str
-    ) -> Mapping[ImageKey, Sequence[object]]:
+    def uses(self, stores: Sequence[ImageStore], store: ImageStore, directory: str) -> Uses:
         self.read.append(directory)
         self.on_read(directory)
         images = self.found.get((store.datastore.name, directory), ())
@@ -100,9 +98,9 @@ class Site:
         return Run("run", timeout, self.clock.as_clock())
 
     def scan(self, run: Run | None = None, *, rate: float = 1e6, others: Sequence["Site"] = ()) -> ScanTally:
-        stores = [self.store, *(other.store for other in others)]
+        self.store.share_host([self.store, *(other.store for other in others)])
         tally = ScanTally()
-        scan(self.store, stores, self.vms.source(), run or self.run(), tally, vm_rate=rate, image_rate=rate)
+        scan(self.store, self.vms.source(), run or self.run(), tally, vm_rate=rate, image_rate=rate)
         return tally
 
     def sweep(
@@ -111,7 +109,6 @@ class Site:
         tally = SweepTally(dry_run)
         sweep(
             self.store,
-            [self.store],
             self.vms.source(),
             run or self.run(),
             tally,

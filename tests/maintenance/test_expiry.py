@@ -10,7 +10,6 @@ from sidecar.datastores.interface import Capacity
 from sidecar.errors import DatastoreUnavailable
 from sidecar.images.deletion import restore_image
 from sidecar.images.expiry import Expired, expire
-from sidecar.images.vm_scan import CheckedSteps, Uses, read_uses
 from tests.maintenance.conftest import DAY, Site
 from tests.support.places import TOMBSTONE, flat_files
 
@@ -21,10 +20,7 @@ def delete(site: Site, image_id: str, ago: float) -> None:
 
 
 def run(site: Site, grace: float = DAY, wanted_free: int = 0) -> Expired:
-    def uses() -> Uses:
-        return read_uses(site.vms.source(), [site.store], CheckedSteps(lambda: None))
-
-    return expire(site.store, uses, grace=grace, wanted_free=wanted_free)
+    return expire(site.store, site.vms.source(), grace=grace, wanted_free=wanted_free)
 
 
 def test_what_was_deleted_longer_ago_than_the_grace_time_goes_the_oldest_first(site: Site) -> None:

@@ -70,7 +70,7 @@ def test_the_end_of_the_sidecar_ends_a_task_that_runs() -> None:
 
 
 def maintained(site: Site, plan: Plan) -> Maintenance:
-    return Maintenance(site.store, [site.store], site.vms.source(), plan, site.clock.as_clock())
+    return Maintenance(site.store, site.vms.source(), plan, site.clock.as_clock())
 
 
 def test_nothing_is_done_by_itself_that_is_switched_off(site: Site) -> None:

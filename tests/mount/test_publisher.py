@@ -206,11 +206,7 @@ def test_what_nobody_goes_on_with_is_dropped_and_named(
     client: SidecarClient, stack: ExitStack, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     making = Making(client, stack)
-    (tmp_path / "notes.txt").write_text("n")
-    directory = making.stage(tmp_path / "notes.txt")
-    making.clock.now += SETTLE_SECONDS
-    act(making, directory)
-    assert making.publisher.due(directory) is None
+    directory = stage_notes(making, tmp_path)
     making.clock.now += ABANDONED_SECONDS
     act(making, directory)
     assert directory.state is State.GONE
@@ -224,11 +220,7 @@ def test_what_is_not_complete_hides_no_image_that_another_one_publishes_under_it
     client: SidecarClient, stack: ExitStack, tmp_path: Path
 ) -> None:
     making = Making(client, stack)
-    (tmp_path / "notes.txt").write_text("n")
-    directory = making.stage(tmp_path / "notes.txt")
-    making.clock.now += SETTLE_SECONDS
-    act(making, directory)
-    assert making.publisher.due(directory) is None
+    directory = stage_notes(making, tmp_path)
     import_image(client, "one/new", make_disk(tmp_path / "source"))
     wait_until(lambda: making.area.is_taken(directory), "the image is in the index")
     act(making, directory)
@@ -383,6 +375,16 @@ def test_who_looks_into_a_staged_directory_does_not_wait_for_a_file_that_is_bein
     assert isinstance(file.content, LocalContent)
     file.content.close()
     place.close()
+
+
+def stage_notes(making: Making, directory: Path) -> StagedDirectory:
+    """What was left alone for the settle time and is no image: it is kept, and nothing is due."""
+    (directory / "notes.txt").write_text("n")
+    staged = making.stage(directory / "notes.txt")
+    making.clock.now += SETTLE_SECONDS
+    act(making, staged)
+    assert making.publisher.due(staged) is None
+    return staged
 
 
 def act(making: Making, directory: StagedDirectory) -> None:

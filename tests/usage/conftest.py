@@ -34,7 +34,7 @@ class Host:
         relative = str(directory.relative_to(self.places[datastore].root))
         assert relative in store.layout.vm_directories(store.datastore)
         found = uses_of_vm(list(self.stores.values()), store, relative)
-        return {str(key): [use.what for use in uses] for key, uses in found.items()}
+        return {str(key): list(uses) for key, uses in found.items()}
 
     def used(self, directory: Path, datastore: str = "one") -> set[str]:
         return set(self.uses(directory, datastore))
