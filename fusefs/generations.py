@@ -23,6 +23,8 @@ from fusefs.processes import described
 from fusefs.provenance import Generation
 
 _TOLD_SECONDS = 1.0  # that an open waits for the kernel to be told
+# That an open waits for the older file: the kernel says that it is closed when the close is over already.
+_CLOSED_SECONDS = 0.3
 # That a doubt lasts longer than any name that the kernel learned with an answer of before.
 _ANSWER_SECONDS = 60.0
 _MOST_PATHS = 65536
@@ -121,17 +123,21 @@ class Generations:
         Raises ESTALE when the kernel has to look the path up first, which it then does by itself, once; or when an
         older file is open under the path.
         """
+
+        def older() -> list[OpenFile]:
+            return [file for file in self._open.get(path, ()) if file.generation != generation]
+
         with self._told:
+            self._told.wait_for(lambda: not older(), _CLOSED_SECONDS)
             doubt = self._doubts.get(key)
             if doubt is not None:
                 self._told.wait_for(lambda: not doubt.untold, _TOLD_SECONDS)
-            others = self._open.get(path, [])
-            if others and others[0].generation != generation:
+            if others := older():
                 fail(errno.ESTALE, f"{path} was replaced, and the file that it was is still open in {_users(others)}")
             if doubt is not None and (doubt.untold or doubt.shown.get(path) != generation):
                 raise AskAgain(path)
             file = OpenFile(key, path, generation, attributes, process, self._last.get(path) == generation)
-            self._open[path] = [*others, file]
+            self._open.setdefault(path, []).append(file)
             self._last[path] = generation
             self._last.move_to_end(path)
             while len(self._last) > _MOST_PATHS:
@@ -152,6 +158,7 @@ class Generations:
             if files:
                 return
             del self._open[file.path]
+            self._told.notify_all()
             # Not before: of a change that comes after this the kernel is told after all of those answers.
             if is_there():
                 return
@@ -161,6 +168,7 @@ class Generations:
     def require_free(self, path: str) -> None:
         """ESTALE while a file of an image is open that was at the path: the kernel would take a new one for it."""
         with self._told:
+            self._told.wait_for(lambda: path not in self._open, _CLOSED_SECONDS)
             if files := self._open.get(path):
                 fail(errno.ESTALE, f"{path} is gone, and still open in {_users(files)}")
 

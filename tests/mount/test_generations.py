@@ -6,6 +6,8 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -132,6 +134,22 @@ def test_while_the_older_file_is_open_its_path_is_not_the_new_ones(generations: 
         generations.require_free(PATH)
     closed(generations, file, is_there=False)
     generations.require_free(PATH)
+
+
+def test_who_opens_waits_for_the_older_file_to_be_closed(
+    generations: Generations, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """Its closer has gone on already: the kernel tells of a close, and does not wait."""
+    monkeypatch.setattr("fusefs.generations._CLOSED_SECONDS", 60.0)
+    file = opened(generations, OLD)
+    replace(generations)
+    pool = stack.enter_context(ThreadPoolExecutor())
+    opening = pool.submit(opened, generations, NEW)
+    while not opening.running():
+        pass
+    closed(generations, file, is_there=False)
+    with pytest.raises(AskAgain):
+        opening.result(60)
 
 
 def test_who_is_refused_is_told_who_has_the_older_file_open(generations: Generations) -> None:
