@@ -10,7 +10,7 @@ from tests.crash.support import LAYOUTS, answers, open_descriptors, threads, wri
 from tests.support.disks import import_image
 from tests.support.processes import Sidecar, wait_until
 
-ROUNDS = 50
+ROUNDS = 20
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tests.support.disks import import_image, make_disk
 from tests.support.places import MIB, Place
 from tests.support.world import World
 
-ROUNDS = 40
+ROUNDS = 15
 LAWFUL = {"ok", "IMAGE_NOT_FOUND", "IMAGE_INCOMPLETE"}
 
 
