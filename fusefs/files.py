@@ -266,9 +266,11 @@ class Files:
         opened = self._handles.remove(handle)
         match opened:
             case ImageHandle():
-                opened.reader.close()
-                self._sources.seen(opened.source)
-                self._generations.closed(opened.opened, lambda: opened.current() == opened.source.generation)
+                try:
+                    opened.reader.close()
+                finally:  # else its path would stand for no other file any more
+                    self._sources.seen(opened.source)
+                    self._generations.closed(opened.opened, lambda: opened.current() == opened.source.generation)
             case StagedHandle():
                 if opened.borrowed is not None:
                     opened.borrowed.reader.close()

@@ -25,6 +25,7 @@ from fusefs.provenance import Generation
 _TOLD_SECONDS = 1.0  # that an open waits for the kernel to be told
 # That an open waits for the older file: the kernel says that it is closed when the close is over already.
 _CLOSED_SECONDS = 0.3
+_MOST_WAITING = 8  # for that: the threads that answer the kernel are few, and one of them has to hear of the close
 # That a doubt lasts longer than any name that the kernel learned with an answer of before.
 _ANSWER_SECONDS = 60.0
 _MOST_PATHS = 65536
@@ -72,6 +73,7 @@ class Generations:
         self._requests = itertools.count(1)
         self._told = threading.Condition()  # guards what follows
         self._doubts: OrderedDict[Key, _Doubt] = OrderedDict()  # the first to end comes first
+        self._waiting = 0  # for an older file to be closed
         self._open: dict[str, list[OpenFile]] = {}  # by path, all of one generation
         self._last: OrderedDict[str, Generation] = OrderedDict()  # whose pages the kernel may have
 
@@ -128,7 +130,7 @@ class Generations:
             return [file for file in self._open.get(path, ()) if file.generation != generation]
 
         with self._told:
-            self._told.wait_for(lambda: not older(), _CLOSED_SECONDS)
+            self._wait_closed(lambda: not older())
             doubt = self._doubts.get(key)
             if doubt is not None:
                 self._told.wait_for(lambda: not doubt.untold, _TOLD_SECONDS)
@@ -168,7 +170,7 @@ class Generations:
     def require_free(self, path: str) -> None:
         """ESTALE while a file of an image is open that was at the path: the kernel would take a new one for it."""
         with self._told:
-            self._told.wait_for(lambda: path not in self._open, _CLOSED_SECONDS)
+            self._wait_closed(lambda: path not in self._open)
             if files := self._open.get(path):
                 fail(errno.ESTALE, f"{path} is gone, and still open in {_users(files)}")
 
@@ -188,6 +190,15 @@ class Generations:
                 self._open[moved] = files
                 for file in files:
                     file.path = moved
+
+    def _wait_closed(self, is_closed: Callable[[], bool]) -> None:
+        if self._waiting == _MOST_WAITING:
+            return
+        self._waiting += 1
+        try:
+            self._told.wait_for(is_closed, _CLOSED_SECONDS)
+        finally:
+            self._waiting -= 1
 
     def _paths_at(self, path: str) -> list[str]:
         """Of open files: the path itself, and what is below it; of one with a slash at its end, the latter alone."""

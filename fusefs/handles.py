@@ -29,7 +29,7 @@ class ImageHandle:
     reader: Reader
     process: int  # whose it is; 0: not known
     opened: OpenFile
-    current: Callable[[], Generation | None]  # what the index shows at its path now
+    current: Callable[[], Generation | None]  # what the index shows where it was opened
 
 
 class Borrowed(NamedTuple):

@@ -80,7 +80,9 @@ class KernelMemory:
 
     def serve(self, session: Session) -> None:
         """The mount answers."""
-        self._session = session
+        with self._idle:
+            if not self._stopped:
+                self._session = session
 
     def changed(self, paths: Iterable[str]) -> None:
         """Makes the kernel ask again what is at the paths."""

@@ -159,7 +159,7 @@ class Tree:
     """The index. `clock` is a monotonic time in seconds.
 
     `before_change` is called when an image is about to be shown otherwise, or not at all; `on_change` when it is, with
-    its datastore, what it was and what it is now. Neither may wait, nor ask anything of the index.
+    its datastore, what it was and what it is now. Neither may wait, nor change the index, whose lock is held.
     """
 
     def __init__(

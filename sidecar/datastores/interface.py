@@ -167,9 +167,10 @@ class Datastore(Protocol):
     def create_file(self, path: str, modified_ns: int | None = None) -> None:
         """Makes an empty file durably, or leaves one that is there; sets its mtime when given."""
 
-    def set_modified(self, path: str, modified_ns: int) -> AbstractContextManager[None]:
-        """Sets a file's mtime: everybody sees it in the block, and it is durable when that has ended without an error.
+    def set_modified(self, path: str, modified_ns: int) -> AbstractContextManager[int]:
+        """Sets a file's mtime, and gives it as it is there, which may be coarser.
 
+        Everybody sees it in the block, and it is durable when that has ended without an error.
         The file is held meanwhile: what becomes durable is that one's, whatever is at the path by then.
         """
 

@@ -84,11 +84,12 @@ class PosixDatastore:
         self._faults = Faults(name, self.root_path)
         self._opening = threading.Lock()  # guards the root
         self._root: _Root | None = None
+        self._closed = False
         self._interrupted = threading.Event()
 
     def close(self) -> None:
         with self._opening:
-            root, self._root = self._root, None
+            root, self._root, self._closed = self._root, None, True
         if root:
             os.close(root.fd)
 
@@ -105,6 +106,8 @@ class PosixDatastore:
         if self._root:
             return self._root
         with self._opening:
+            if self._closed:
+                raise DatastoreUnavailable(f"datastore {self.name} was closed: the sidecar is shutting down")
             if self._root is None:
                 try:
                     fd = os.open(self.root_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -180,10 +183,10 @@ class PosixDatastore:
             os.fsync(parent)
 
     @contextmanager
-    def set_modified(self, path: str, modified_ns: int) -> Iterator[None]:
+    def set_modified(self, path: str, modified_ns: int) -> Iterator[int]:
         with self._faults.during("touch", path), self._opened(path, os.O_RDONLY) as fd:
             os.utime(fd, ns=(modified_ns, modified_ns))
-            yield
+            yield os.fstat(fd).st_mtime_ns
             os.fsync(fd)
 
     def make_directory(self, path: str, *, parents: bool = False) -> None:

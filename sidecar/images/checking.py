@@ -89,11 +89,11 @@ def touch_image(store: ImageStore, image_id: str, *, lock_timeout: float | None 
     durable after that: the next holder sees it, and need not wait for the disk.
     """
     try:
-        with ExitStack() as durable, store.lock(image_id, "touch", timeout=lock_timeout):
-            image = store.read_valid(image_id)
-            now = store.clock()
-            durable.enter_context(store.datastore.set_modified(image.path(TIMESTAMP), now))
-            store.used(image_id, now)
+        with ExitStack() as durable:
+            with store.lock(image_id, "touch", timeout=lock_timeout):
+                image = store.read_valid(image_id)
+                used_ns = durable.enter_context(store.datastore.set_modified(image.path(TIMESTAMP), store.clock()))
+            store.used(image_id, used_ns)
     except FileNotFoundError:
         raise not_found(store.key(image_id)) from None
-    return now
+    return used_ns

@@ -127,13 +127,11 @@ class Discovery:
         self._read_again(image_id, changed=changed)
 
     def note_use(self, image_id: str, used_ns: int) -> None:
-        """That the timestamp file of a valid image has that mtime now: the catalogue learns it without another look.
-
-        Call under the image's lock: of two uses, the later one is noted last.
-        """
+        """That the timestamp file of a valid image got that mtime: the catalogue learns it without another look."""
         with self._reading(image_id):
             known = self._catalog.get(self.store.key(image_id))
-            if known and known.state is ImageState.VALID and known.touched_ns is not None:
+            # Not a later use, which may have been noted first.
+            if known and known.state is ImageState.VALID and known.touched_ns and known.touched_ns < used_ns:
                 inode, changed_ns, _ = known.fingerprint
                 self._catalog.put(replace(known, touched_ns=used_ns, fingerprint=(inode, changed_ns, used_ns)))
                 return

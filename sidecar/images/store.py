@@ -56,7 +56,7 @@ class ImageStore:
         self.admission = admission or Admission(datastore.name)
         self.stores: Sequence[ImageStore] = (self,)
         # What looks at the VMs here were at when they were left, and are at still; each call on it is atomic.
-        self.steps_left: dict[Future[Any], str] = {}
+        self.steps_left: dict[Future[Any], tuple[str, float]] = {}
         self._lock_timeout = lock_timeout
         self._on_change: Callable[[str], None] = lambda image_id: None
         self._on_use: Callable[[str, int], None] = lambda image_id, used_ns: None
@@ -78,7 +78,7 @@ class ImageStore:
         self._tell(image_id, lambda: self._on_change(image_id))
 
     def used(self, image_id: str, used_ns: int) -> None:
-        """Tells of a use, as `changed` does; call under the image's lock."""
+        """Tells of a use, as `changed` does."""
         self._tell(image_id, lambda: self._on_use(image_id, used_ns))
 
     def _tell(self, image_id: str, tell: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from sidecar.images.store import ImageStore
 # step.
 LIMIT_SECONDS = 300.0
 
+HUNG_SECONDS = 10.0  # since when a step that was left hangs: a younger one may be about to end
 _PAUSE_SECONDS = 0.5  # between two looks at whether to go on waiting
 
 Found = TypeVar("Found")
@@ -42,13 +43,11 @@ class VmLook:
         """DatastoreUnavailable when an earlier look hangs still."""
         self._require_answering()
         left = {step: (store, what) for store in self._stores for step, what in store.steps_left.copy().items()}
-        # It may have been left by who was in a hurry, and be about to end.
-        for step in wait(left, _PAUSE_SECONDS).not_done:
-            store, what = left[step]
-            raise DatastoreUnavailable(
-                f"datastore {store.datastore.name}: an earlier look at {what} hangs still, and it is not known "
-                "which images are in use; look which file server or device does not answer there, and try again"
-            )
+        while pending := wait(left, _PAUSE_SECONDS).not_done:
+            for store, (what, began) in map(left.__getitem__, pending):
+                self._require_young(store, what, began)
+            self._require_answering()
+            self._check()
         # A daemon, as nobody can join it while it hangs: the interpreter does not wait for it at its end.
         threading.Thread(target=self._work, name="look", daemon=True).start()
         return self
@@ -72,13 +71,14 @@ class VmLook:
                 outcome.set_exception(error)
 
         self._go_on(store, what, self._until)
-        until = min(self._until, monotonic() + LIMIT_SECONDS)
+        began = monotonic()
+        until = min(self._until, began + LIMIT_SECONDS)
         self._steps.put(work)
         try:
             while not wait((outcome,), _PAUSE_SECONDS).done:
                 self._go_on(store, what, until)
         except BaseException:
-            store.steps_left[outcome] = what
+            store.steps_left[outcome] = what, began
             outcome.add_done_callback(store.steps_left.pop)
             raise
         return outcome.result()
@@ -91,6 +91,14 @@ class VmLook:
             raise UseUnknown(
                 f"datastore {store.datastore.name}: {what} was not read within {LIMIT_SECONDS:g} s{all_of_it}: it is "
                 "not known which images are in use, so none can be purged; look what is slow, or hangs, and try again"
+            )
+
+    @staticmethod
+    def _require_young(store: ImageStore, what: str, began: float) -> None:
+        if monotonic() - began >= HUNG_SECONDS:
+            raise DatastoreUnavailable(
+                f"datastore {store.datastore.name}: an earlier look at {what} hangs still, and it is not known "
+                "which images are in use; look which file server or device does not answer there, and try again"
             )
 
     def _require_answering(self) -> None:

@@ -21,6 +21,7 @@ from sidecar.images.layouts import LAYOUTS as SIDECAR_LAYOUTS
 from sidecar.images.store import ImageStore
 from tests.crash.support import open_descriptors
 from tests.support.places import LAYOUTS, TIMESTAMP, TOMBSTONE, Place
+from tests.support.processes import wait_until
 
 LIMIT = 20.0
 
@@ -112,6 +113,25 @@ def test_a_touch_does_not_wait_for_what_is_read_of_another_image(
     used_ns = pool.submit(touch_image, store, "a").result(LIMIT)
     assert listed(catalog, store, "a") == used_ns
     assert not reading.done()
+
+
+def test_a_touch_that_is_not_listed_yet_holds_no_lock(
+    datastore: Slow, store: ImageStore, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """Another image is being read, and that hangs: the two share a lock of the catalogue's."""
+    monkeypatch.setattr("sidecar.images.discovery._SHARES", 1)
+    discovery = Discovery(store, catalog)
+    store.observe(discovery.refresh, discovery.note_use)
+    pool = stack.enter_context(ThreadPoolExecutor())
+    stack.callback(datastore.go_on.set)
+    datastore.held = store.layout.image_directory("b")
+    pool.submit(discovery.refresh, "b")
+    assert datastore.reached.wait(LIMIT)
+    before = store.read("a").touched_ns
+    touching = pool.submit(touch_image, store, "a")
+    wait_until(lambda: store.read("a").touched_ns != before, "it is touched", LIMIT)
+    with store.lock("a", "look", timeout=1.0):
+        assert not touching.done()
 
 
 def test_nobody_waits_for_the_lock_of_an_image_while_its_touch_waits_for_the_disk(
