@@ -26,7 +26,6 @@ _EXPECTED = {
     errno.ENODATA,
     errno.EOPNOTSUPP,
     errno.EBADF,
-    errno.EFBIG,
     errno.EBUSY,
 }
 

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import logging
 import os
+import shlex
 import subprocess
 
 from fusefs.options import FILE_SYSTEM_NAME
@@ -41,7 +42,7 @@ def prepare(mountpoint: str, *, may_cover_files: bool) -> str:
         unmount(path, lazily=True)
     path = os.path.realpath(path)
     if is_ours(path):
-        raise MountpointError(f"{path} is mounted already: unmount it with fusermount3 -u {path}")
+        raise MountpointError(f"{path} is mounted already: unmount it with fusermount3 -u {shlex.quote(path)}")
     if not os.path.isdir(path):
         raise MountpointError(f"cannot mount at {path}: not a directory")
     try:

@@ -5,7 +5,8 @@ Nothing tells a file system that a copy is complete. Two things are known: that 
 disk is whole; it checks descriptor, extents and the tables of sparse ones, and refuses otherwise).
 
 The ways in which half a copy could be taken for a whole one, and what stops each:
-- files are missing: a copy needs every disk file of its image; an import needs what its descriptor names;
+- files are missing: a copy needs every disk file of its image, and the companion files that are too large to come
+  later; an import needs what its descriptor names;
 - a file ends early: sizes are compared, by the sidecar with the descriptor, here with the source;
 - a file has its full size before its data (preallocation): where its source has data, it has to have been written, but
   for zeroes, which copiers leave out; its source is what the writer had open, or named: bytes that are equal to those
@@ -27,7 +28,7 @@ from fusefs.provenance import Ranges, SourceFile
 from fusefs.sources import OpenSource
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import IndexedImage, Tree
-from sidecar.client import ImageRef
+from sidecar.client import MAX_COMPANION_BYTES, ImageRef
 from sidecar.holes import data_ranges
 
 _log = logging.getLogger(__name__)
@@ -105,11 +106,14 @@ class Rules:
             return False
         # All that is cheap to ask for first: this is asked at every close.
         pairs = []
-        for file in disk:
+        for file in image.files:
+            if not file.is_disk and file.size <= MAX_COMPANION_BYTES:
+                continue
             staged = files.get(file.name)
             if staged is None or staged.given_up or staged.content.status().size != file.size:
                 return False
-            pairs.append((staged, SourceFile(datastore, image.image_id, file.name, file.generation)))
+            if file.is_disk:
+                pairs.append((staged, SourceFile(datastore, image.image_id, file.name, file.generation)))
         for staged, source in pairs:
             with staged.lock:
                 is_copy = staged.provenance.is_copy(source)

@@ -22,7 +22,7 @@ from fusefs.pulse import Pulse
 from fusefs.rules import Rules
 from fusefs.staged import Commit, StagedDirectory, State
 from fusefs.tree import IndexedDatastore, Tree
-from sidecar.client import Image, ImageRef, ImageState, SidecarClient
+from sidecar.client import MAX_COMPANION_BYTES, Image, ImageRef, ImageState, SidecarClient
 from sidecar.client_calls import new_request_id
 from sidecar.errors import (
     DatastoreUnavailable,
@@ -45,7 +45,6 @@ RECENT_SECONDS = 10.0
 _MOST_RECENT_SECONDS = 60.0
 # How long the end of the mount waits for a sidecar that does not answer.
 _END_SECONDS = 5.0
-MAX_COMPANION_BYTES = 1 << 20
 # Until a publish that failed by what may pass is tried again.
 _RETRY_SECONDS = 5.0
 # With these it may be an image. With any other error of a commit the sidecar says that it did not publish, and that
@@ -63,6 +62,7 @@ class LateCompanion:
     inode: int
     data: bytearray = field(default_factory=bytearray)
     changed: bool = True
+    is_cut: bool = False  # it was written to beyond what an image can get so
     handles: int = 1
 
     @property
@@ -73,18 +73,27 @@ class LateCompanion:
     def write(self, data: memoryview, offset: int) -> None:
         end = offset + len(data)
         if end > MAX_COMPANION_BYTES:
-            fail(errno.EFBIG, f"{self.name}: companion files have at most {MAX_COMPANION_BYTES} bytes")
+            self.is_cut = True
+        self.require_whole()
         if len(self.data) < end:
             self.data.extend(bytes(end - len(self.data)))
         self.data[offset:end] = data
         self.changed = True
 
     def truncate(self, size: int) -> None:
-        if size > MAX_COMPANION_BYTES:
-            fail(errno.EFBIG)
+        self.is_cut = size > MAX_COMPANION_BYTES
+        self.require_whole()
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
         self.changed = True
+
+    def require_whole(self) -> None:
+        if self.is_cut:
+            fail(
+                errno.EFBIG,
+                f"{self.name} came after its image was published, and is larger than {MAX_COMPANION_BYTES} bytes: "
+                "the image is without it; remove the image, and copy it anew with this file before its disk",
+            )
 
 
 @dataclass(slots=True)
@@ -372,6 +381,7 @@ class StagingArea:
 
     def add_companion(self, recent: Recent, companion: LateCompanion) -> None:
         """A companion file arrived after its image was published: the image gets it now."""
+        companion.require_whole()
         final = recent.final_name(companion.name)
         self._pulse.require()
         companion.changed = False

@@ -32,6 +32,7 @@ from sidecar.client_maintenance import DeletedImage, Maintenance, ReapResponse, 
 from sidecar.client_staging import Hole, Part, Staging, as_duration, as_ref, parse_ref, read_file
 
 __all__ = [
+    "MAX_COMPANION_BYTES",
     "CloneDiskResponse",
     "CloneRangeResponse",
     "CommitStagingResponse",
@@ -64,6 +65,8 @@ __all__ = [
     "parse_ref",
 ]
 
+# The most that `update_metadata` takes of one file; what is staged with an image may be larger.
+MAX_COMPANION_BYTES = 1 << 20
 # A change waits up to 30 s for its image's lock; its deadline leaves the sidecar the time to say who holds it.
 LOCK_SECONDS = 45.0
 # Purging frees the bytes before it answers; file systems need their time for large files of many extents.

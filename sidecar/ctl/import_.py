@@ -3,15 +3,13 @@
 import click
 
 from sidecar import errors
-from sidecar.client import ImageRef, Staging
+from sidecar.client import MAX_COMPANION_BYTES, ImageRef, Staging
 from sidecar.ctl.disk_source import SourceDisk, open_disk, unreadable
 from sidecar.ctl.output import human_size
 from sidecar.ctl.progress import Advance, progress_bar
 from sidecar.ctl.session import Session, command, image_argument, ref_text, what_came_of_it
 from sidecar.documents import image_document
 from sidecar.strict_json import parse_json
-
-MAX_COMPANION_BYTES = 1 << 20
 
 
 @command("import")

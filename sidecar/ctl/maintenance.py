@@ -32,10 +32,13 @@ def seconds_option(name: str, description: str) -> Callable[[Callable[..., None]
 
 
 def run_options(of_rate: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """How fast, how long, and whether to wait for the end."""
+    """How fast, how long, and whether to wait for the end; or to stop the one that runs."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         rate = click.FloatRange(min=0, max=1e6, min_open=True)
+        function = click.option("--stop", is_flag=True, help="Start none; stop the one that runs, whosever it is.")(
+            function
+        )
         function = click.option("--no-wait", "wait", flag_value=False, default=True, help="Start it, and return.")(
             function
         )
@@ -47,24 +50,51 @@ def run_options(of_rate: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def outcome_of(address: str, kind: str, stop: "Callable[[Maintenance], MaintenanceRun]", run_id: str) -> str:
     """After a signal: stops the run on the server, and says what came of that."""
-    from protos.images.v1.maintenance_service_pb2 import RUN_OUTCOME_STOPPED, RUN_STATE_IDLE
     from sidecar.client import SidecarClient
 
     time.sleep(CANCEL_SECONDS)  # its start may be on its way
-    until = time.monotonic() + _STOP_SECONDS
     try:
         with SidecarClient(address, timeout=ANSWER_SECONDS) as sidecar:
-            while (run := stop(sidecar.maintenance)).run_id == run_id and run.state != RUN_STATE_IDLE:
-                if time.monotonic() > until:
-                    return f"interrupted: the {kind} was told to stop, and ends with what it is at: {run.current_item}"
-                time.sleep(0.05)
+            run = _stopped(lambda: stop(sidecar.maintenance), run_id)
     except errors.ImagesError as error:
         return f"interrupted; whether the {kind} goes on is not known: {error.message}"
     if run.run_id != run_id:
         return f"interrupted: no {kind} of this command is running"
+    return _stop_text(kind, run) or f"interrupted, but the {kind} had ended before that"
+
+
+def stop_run(session: Session, kind: str, datastore: str, stop: "Callable[[Maintenance], MaintenanceRun]") -> None:
+    """Stops the run of whoever started it, and says what came of that."""
+    with session.client() as sidecar:
+        first = stop(sidecar.maintenance)
+        run = first if _is_over(first) else _stopped(lambda: stop(sidecar.maintenance), first.run_id)
+    text = None if run is first else _stop_text(kind, run)
+    session.answer(text or f"no {kind} of {datastore} is running", run_document(run))
+
+
+def _stopped(stop: "Callable[[], MaintenanceRun]", run_id: str) -> "MaintenanceRun":
+    """The run when it has ended, or has not for 5 s; another one when it is gone."""
+    until = time.monotonic() + _STOP_SECONDS
+    while (run := stop()).run_id == run_id and not _is_over(run) and time.monotonic() <= until:
+        time.sleep(0.05)
+    return run
+
+
+def _stop_text(kind: str, run: "MaintenanceRun") -> str | None:
+    """None when it has not been stopped."""
+    from protos.images.v1.maintenance_service_pb2 import RUN_OUTCOME_STOPPED
+
+    if not _is_over(run):
+        return f"the {kind} was told to stop, and ends with what it is at: {run.current_item}"
     if run.outcome == RUN_OUTCOME_STOPPED:
         return f"the {kind} was stopped, at {run.done_items} of {run.total_items} items"
-    return f"interrupted, but the {kind} had ended before that"
+    return None
+
+
+def _is_over(run: "MaintenanceRun") -> bool:
+    from protos.images.v1.maintenance_service_pb2 import RUN_STATE_IDLE, RUN_STATE_UNSPECIFIED
+
+    return run.state in (RUN_STATE_IDLE, RUN_STATE_UNSPECIFIED)
 
 
 def run_document(run: "MaintenanceRun") -> Document:

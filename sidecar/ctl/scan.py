@@ -3,7 +3,7 @@
 import click
 
 from sidecar.client import Scan
-from sidecar.ctl.maintenance import datastore_argument, outcome_of, run_document, run_options, warn_of
+from sidecar.ctl.maintenance import datastore_argument, outcome_of, run_document, run_options, stop_run, warn_of
 from sidecar.ctl.progress import count_bar
 from sidecar.ctl.session import Session, command
 
@@ -12,7 +12,7 @@ from sidecar.ctl.session import Session, command
 @datastore_argument
 @run_options("VMs read, and images marked, a minute.")
 @click.pass_obj
-def scan(session: Session, datastore: str, rate: float, timeout: float | None, wait: bool) -> None:
+def scan(session: Session, datastore: str, rate: float, timeout: float | None, wait: bool, stop: bool) -> None:
     """Mark the images of DATASTORE that no VM uses.
 
     Reads the VMs of all datastores of the sidecar. Nothing is deleted: see imagectl unused and imagectl sweep. Ctrl-C
@@ -20,6 +20,9 @@ def scan(session: Session, datastore: str, rate: float, timeout: float | None, w
     """
     from sidecar.client_calls import new_request_id
 
+    if stop:
+        stop_run(session, "scan", datastore, lambda client: client.stop_scan(datastore).run)
+        return
     run_id = new_request_id()
     with session.client() as sidecar:
 

@@ -3,7 +3,7 @@
 import click
 
 from sidecar.client import Sweep, SweepResult
-from sidecar.ctl.maintenance import datastore_argument, outcome_of, run_document, run_options, seconds_option
+from sidecar.ctl.maintenance import datastore_argument, outcome_of, run_document, run_options, seconds_option, stop_run
 from sidecar.ctl.output import human_size, table
 from sidecar.ctl.progress import count_bar
 from sidecar.ctl.session import Session, command
@@ -25,6 +25,7 @@ def sweep(
     rate: float,
     timeout: float | None,
     wait: bool,
+    stop: bool,
 ) -> None:
     """Delete the images of DATASTORE that a scan found unused, and that were not touched since.
 
@@ -32,6 +33,9 @@ def sweep(
     """
     from sidecar.client_calls import new_request_id
 
+    if stop:
+        stop_run(session, "sweep", datastore, lambda client: client.stop_sweep(datastore).run)
+        return
     run_id = new_request_id()
     targets = [_target(datastore, image) for image in images]
     results: list[SweepResult] = []

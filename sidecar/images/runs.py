@@ -182,7 +182,7 @@ class Runs(Generic[Tally]):
             if self._current and (status := self._current[0].status).state is not RunState.IDLE:
                 raise TaskAlreadyRunning(
                     f"a {self._kind} of {self._datastore} is running, in {status.state.value} at {status.done} of "
-                    f"{status.total}; wait for its end, or stop it first"
+                    f"{status.total}; wait for its end, or stop it: imagectl {self._kind} {self._datastore} --stop"
                 )
             if self._thread:
                 self._thread.join()

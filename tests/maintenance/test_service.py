@@ -217,7 +217,22 @@ def test_no_wait_leaves_it_running_and_a_timeout_ends_it(world: World, imagectl:
     assert "TASK_ALREADY_RUNNING" not in imagectl.error("scan", "one", code=5)
     world.client.maintenance.stop_scan("one")
     wait_until(lambda: world.client.maintenance.scan("one").run.state == wire.RUN_STATE_IDLE, "it is stopped")
+    assert imagectl("scan", "one", "--stop") == "no scan of one is running\n"
     assert "longer than its timeout" in imagectl.error("scan", "one", "--rate", "1", "--timeout", "0.3", code=6)
+
+
+@pytest.mark.parametrize("kind", ["scan", "sweep"])
+def test_what_nobody_waits_for_is_stopped_as_the_refusal_says(world: World, imagectl: Imagectl, kind: str) -> None:
+    assert imagectl(kind, "one", "--stop") == f"no {kind} of one is running\n"
+    for image_id in ("a", "b", "c"):
+        plant(world.places["one"], image_id)
+    if kind == "sweep":
+        scanned(world, "one")
+    imagectl(kind, "one", "--rate", "1", "--no-wait")
+    assert f"stop it: imagectl {kind} one --stop" in imagectl.error(kind, "one", code=5)
+    assert re.fullmatch(rf"the {kind} was stopped, at [01] of 3 items\n", imagectl(kind, "one", "--stop"))
+    assert imagectl(kind, "one", "--stop") == f"no {kind} of one is running\n"
+    assert imagectl.json(kind, "one", "--stop")["outcome"] == "STOPPED"
 
 
 def test_progress_is_shown_where_somebody_watches(world: World, imagectl: Imagectl) -> None:

@@ -196,6 +196,34 @@ def test_rsync_brings_a_companion_that_sorts_after_the_disk(
     assert "notes.txt" in [file.name for file in client.image("two/b").files]
 
 
+@pytest.mark.parametrize("tool", [["cp", "-r"], ["rsync", "-a"], ["rsync", "-a", "--inplace"]], ids=" ".join)
+def test_a_companion_that_is_too_large_to_come_late_is_waited_for(
+    tool: list[str], mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    import_sparse(client, "one/b", make_disk(tmp_path / "source"), companions={"zz.bin": b"z" * 3 * MIB})
+    source, target = wait_listed(mount, "one/b"), mount.path / "two" / "b"
+    run(*tool, f"{source}/" if tool[0] == "rsync" else source, target)
+    assert published_as(mount, "two/b") == "one/b"
+    assert names(target) == {"b.vmdk", "b-flat.vmdk", "zz.bin"}
+    assert (target / "zz.bin").read_bytes() == b"z" * 3 * MIB
+
+
+@pytest.mark.parametrize("tool", [["cp", "-r"], ["rsync", "-a"]], ids=" ".join)
+def test_nothing_is_left_of_a_companion_that_came_late_and_is_too_large(
+    tool: list[str], source: Path, mount: Mount, client: SidecarClient, tmp_path: Path
+) -> None:
+    """Of an image whose disk is another one's, as nobody could know that it comes."""
+    outside, target = tmp_path / "out", mount.path / "two" / "b"
+    run("cp", "-r", source, outside)
+    (outside / "zz.bin").write_bytes(b"z" * 3 * MIB)
+    copied = run(*tool, f"{outside}/" if tool[0] == "rsync" else outside, target, check=False)
+    assert copied.returncode
+    assert "File too large" in copied.stderr
+    assert "remove the image, and copy it anew with this file before its disk" in log_of(mount)
+    wait_listed(mount, "two/b")
+    assert "zz.bin" not in {file.name for file in client.image("two/b").files} | names(target)
+
+
 def test_a_late_companion_without_its_name_yet_is_no_file_of_the_image(
     source: Path, mount: Mount, client: SidecarClient
 ) -> None:
