@@ -122,8 +122,8 @@ class ImageStore:
             wanted = f"{needed} bytes are needed, and " if needed else ""
             raise NoSpace(
                 f"{self.datastore.name} is full: {wanted}of {free} free bytes {self.reserve} are kept in reserve; "
-                "purge images that are not needed, rm -r what .datastore.json in a mount names as staged, if nobody goes "
-                "on with it, or make the datastore larger"
+                "purge images that are not needed, rm -r imports that failed (staged in a mount's .datastore.json), or "
+                "make the datastore larger"
             )
 
     @contextmanager
