@@ -16,7 +16,10 @@ _START_SECONDS = 110
 
 
 class Vcsim:
-    """The simulator in a process of its own. `kind`: vcenter or host; `delays`: milliseconds by method."""
+    """The simulator in a process of its own. `kind`: vcenter or host; `delays`: milliseconds by method.
+
+    `certificate`: a file that has its key too. `types`: VMFS or NFS by datastore, each named as its directory.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,8 @@ class Vcsim:
         kind: str = "vcenter",
         delays: Mapping[str, int] | None = None,
         copy_seconds: float = 0,
+        certificate: Path | None = None,
+        types: Mapping[str, str] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.log = directory / "vcsim.log"
@@ -34,7 +39,8 @@ class Vcsim:
         self.port = 0
         self._options: Sequence[str] = [
             *(f"-kind={kind}", f"-login={USER}:{PASSWORD}", f"-copy-seconds={copy_seconds}"),
-            *(f"-datastore={name}={path}" for name, path in datastores.items()),
+            *([f"-certificate={certificate}"] if certificate else []),
+            *(f"-datastore={name}={path}{_type(types, name)}" for name, path in datastores.items()),
             *(f"-delay={method}={milliseconds}" for method, milliseconds in (delays or {}).items()),
         ]
         self.process: subprocess.Popen[bytes] | None = None
@@ -81,3 +87,7 @@ class Vcsim:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.kill()
+
+
+def _type(types: Mapping[str, str] | None, name: str) -> str:
+    return f",type={types[name]}" if types and name in types else ""

@@ -38,6 +38,7 @@ func main() {
 	kind := flag.String("kind", "vcenter", "what it is: `vcenter or host`")
 	listen := flag.String("listen", "127.0.0.1:0", "`address:port`; port 0 takes a free one")
 	login := flag.String("login", "user:password", "the only `user:password` that it lets in")
+	certificate := flag.String("certificate", "", "`file` with its certificate, and the key; without, one that is in the code")
 	copySeconds := flag.Float64("copy-seconds", 0, "copies of disks run in the background and take so many `seconds`")
 	flag.Var(&datastores, "datastore", "`name=directory` or name=directory,type=VMFS or NFS; may be repeated")
 	flag.Var(&delays, "delay", "`method=milliseconds` that this call takes longer; may be repeated")
@@ -59,7 +60,7 @@ func main() {
 	manageDisks(*copySeconds)
 
 	user, password, _ := strings.Cut(*login, ":")
-	model.Service.TLS = new(tls.Config)
+	model.Service.TLS = identity(*certificate)
 	model.Service.Listen = &url.URL{Scheme: "https", Host: *listen, User: url.UserPassword(user, password)}
 	server := model.Service.NewServer()
 	check(addDatastores(server.URL, datastores))
@@ -74,6 +75,15 @@ func check(err error) {
 	if err != nil {
 		log.Fatal(err)
 	}
+}
+
+func identity(file string) *tls.Config {
+	if file == "" {
+		return new(tls.Config)
+	}
+	pair, err := tls.LoadX509KeyPair(file, file)
+	check(err)
+	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
 func milliseconds(delays list) map[string]int {
