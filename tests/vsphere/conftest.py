@@ -54,7 +54,7 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
         def make(**options: object) -> Site:
             roots = {name: tmp_path / name for name in ("one", "two")}
             for root in roots.values():
-                root.mkdir()
+                root.mkdir(exist_ok=True)
             simulator = stack.enter_context(Vcsim(tmp_path / "vcsim", roots, **options))  # type: ignore[arg-type]
             credentials = from_file(str(simulator.credentials))
             server = Server("sim", "127.0.0.1", simulator.port, credentials, insecure=True, timeout=TIMEOUT)
