@@ -45,7 +45,7 @@ class Connection:
         # One for as long as this lives: the references that calls gave keep working over a new login.
         self._stub: SoapStubAdapter | None = None
         self._content: vim.ServiceInstanceContent | None = None  # None: not logged in
-        self._failure: ImagesError | None = None  # of the last login
+        self._failure: tuple[type[ImagesError], str] | None = None  # of the last login, and its message
         self._failures = 0
         if server.insecure:
             _log.warning("certificate not checked server=%s host=%s see=insecure", server.name, server.host)
@@ -98,12 +98,13 @@ class Connection:
             if self._content is None:
                 if self._failure is not None and self._failures != seen:
                     # It was tried while this thread waited: or each of them would wait for a timeout more.
-                    raise type(self._failure)(self._failure.message)
+                    error_class, message = self._failure
+                    raise error_class(message)
                 try:
                     with translated(self.server.name, "log in"):
                         self._content = self._login()
                 except ImagesError as error:
-                    self._failure, self._failures = error, self._failures + 1
+                    self._failure, self._failures = (type(error), error.message), self._failures + 1
                     raise
             return self._content
 

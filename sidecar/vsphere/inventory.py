@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from pyVmomi import vim, vmodl
 from pyVmomi.VmomiSupport import ManagedObject
@@ -99,7 +98,7 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
             continue
         above = _ancestors(thing, things)
         datacenter = next(each for each in above if isinstance(each, vim.Datacenter))
-        names = [unquote(things[each]["name"]) for each in (*reversed(above), thing)]
+        names = [things[each]["name"] for each in (*reversed(above), thing)]
         summary: vim.Datastore.Summary = values["summary"]
         found.append(
             ServerDatastore(

@@ -11,7 +11,7 @@ from typing import Self
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vcsim"
 USER, PASSWORD = "administrator@vsphere.local", "simulated-secret"
-# The first start builds it.
+# The first start builds it, unless scripts/test has done so.
 _START_SECONDS = 110
 
 
@@ -31,6 +31,8 @@ class Vcsim:
         copy_seconds: float = 0,
         certificate: Path | None = None,
         types: Mapping[str, str] | None = None,
+        datacenters: int = 1,
+        folders: int = 0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.log = directory / "vcsim.log"
@@ -38,6 +40,7 @@ class Vcsim:
         self.credentials.write_text(f"{USER}:{PASSWORD}\n")
         self.port = 0
         self._options: Sequence[str] = [
+            *(f"-datacenters={datacenters}", f"-folders={folders}"),
             *(f"-kind={kind}", f"-login={USER}:{PASSWORD}", f"-copy-seconds={copy_seconds}"),
             *([f"-certificate={certificate}"] if certificate else []),
             *(f"-datastore={name}={path}{_type(types, name)}" for name, path in datastores.items()),

@@ -40,6 +40,8 @@ func main() {
 	login := flag.String("login", "user:password", "the only `user:password` that it lets in")
 	certificate := flag.String("certificate", "", "`file` with its certificate, and the key; without, one that is in the code")
 	copySeconds := flag.Float64("copy-seconds", 0, "copies of disks run in the background and take so many `seconds`")
+	datacenters := flag.Int("datacenters", 1, "how many a vCenter has, each with all datastores")
+	folders := flag.Int("folders", 0, "1 puts all of a vCenter's inventory into folders")
 	flag.Var(&datastores, "datastore", "`name=directory` or name=directory,type=VMFS or NFS; may be repeated")
 	flag.Var(&delays, "delay", "`method=milliseconds` that this call takes longer; may be repeated")
 	flag.Parse()
@@ -49,6 +51,7 @@ func main() {
 	}
 
 	model := simulator.VPX()
+	model.Datacenter, model.Folder = *datacenters, *folders
 	if *kind == "host" {
 		model = simulator.ESX()
 		// Its template has one that is not there.

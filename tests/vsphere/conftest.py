@@ -14,7 +14,8 @@ from sidecar.vsphere.credentials import from_file
 from sidecar.vsphere.disks import DatastoreAddress
 from tests.support.vcsim import Vcsim
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0  # where the server does not answer
+PATIENCE = 30.0  # where it does, on a busy machine too
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
                 root.mkdir(exist_ok=True)
             simulator = stack.enter_context(Vcsim(tmp_path / "vcsim", roots, **options))  # type: ignore[arg-type]
             credentials = from_file(str(simulator.credentials))
-            server = Server("sim", "127.0.0.1", simulator.port, credentials, insecure=True, timeout=TIMEOUT)
+            server = Server("sim", "127.0.0.1", simulator.port, credentials, insecure=True, timeout=PATIENCE)
             return Site(simulator, roots, server, connect)
 
         yield make

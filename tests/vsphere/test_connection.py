@@ -17,7 +17,7 @@ from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.credentials import from_file, from_variable
 from tests.support.processes import run
 from tests.support.vcsim import PASSWORD, USER
-from tests.vsphere.conftest import TIMEOUT, MakeSite, Site, end_sessions
+from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
 
 
 def name_of_the_root(connection: Connection) -> str:
@@ -82,24 +82,31 @@ def test_a_server_that_is_away_is_told_at_once(site: Site) -> None:
     start = time.monotonic()
     with pytest.raises(DatastoreUnavailable, match="server sim: cannot log in: Connection refused"):
         name_of_the_root(connection)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < PATIENCE / 2
 
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(site: Site, used: bool) -> None:
-    connection = site.connection()
+    connection = site.connection(timeout=TIMEOUT)
     if used:
         name_of_the_root(connection)
     with site.simulator.hanging():
         start = time.monotonic()
         with pytest.raises(DatastoreUnavailable, match="timed out"):
             name_of_the_root(connection)
-        assert TIMEOUT - 0.5 < time.monotonic() - start < TIMEOUT + 1
+        assert TIMEOUT - 0.5 < time.monotonic() - start < TIMEOUT + 3
     assert name_of_the_root(connection)
 
 
+def test_a_call_that_is_too_slow_is_given_up(make_site: MakeSite, kind: str) -> None:
+    site = make_site(kind=kind, delays={"RetrievePropertiesEx": int(1000 * (TIMEOUT + 2))})
+    with pytest.raises(DatastoreUnavailable, match="cannot read the root folder: The read operation timed out"):
+        name_of_the_root(site.connection(timeout=TIMEOUT))
+    assert name_of_the_root(site.connection())
+
+
 def test_many_who_wait_for_one_login_do_not_each_wait_for_a_timeout_more(site: Site) -> None:
-    connection = site.connection()
+    connection = site.connection(timeout=TIMEOUT)
     errors: list[ImagesError] = []
 
     def try_it() -> None:
@@ -114,12 +121,12 @@ def test_many_who_wait_for_one_login_do_not_each_wait_for_a_timeout_more(site: S
             thread.start()
         for thread in threads:
             thread.join()
-        assert time.monotonic() - start < TIMEOUT + 1
+        assert time.monotonic() - start < TIMEOUT + 3
     assert len(errors) == 8
 
 
 def test_the_end_does_not_wait_for_a_server_that_hangs(site: Site) -> None:
-    connection = site.connection(timeout=60)
+    connection = site.connection()
     name_of_the_root(connection)
     with site.simulator.hanging():
         start = time.monotonic()

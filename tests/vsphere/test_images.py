@@ -17,7 +17,7 @@ from tests.support.disks import assert_same_disk, digest, import_image, make_dis
 from tests.support.places import TIMESTAMP, Place, flat_files
 from tests.support.processes import BIN, Mount, Sidecar, background, imagectl, loop_mount, run, wait_until
 from tests.support.vcsim import PASSWORD, USER
-from tests.vsphere.conftest import TIMEOUT, MakeSite, Site
+from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site
 
 UNAVAILABLE = 6
 
@@ -60,13 +60,13 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
     """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim."""
     started: list[Sidecar] = []
 
-    def start(*, layout: str = "compound", more: str = "", **options: object) -> Served:
+    def start(*, layout: str = "compound", more: str = "", timeout: float = PATIENCE, **options: object) -> Served:
         site = make_site(kind=kind, **options)
         roots = {**site.roots, "three": tmp_path / "three"}
         roots["three"].mkdir()
         config = (
             f'[vsphere.sim]\naddress = "127.0.0.1:{site.simulator.port}"\ninsecure = true\n'
-            f'credentials_file = "{site.simulator.credentials}"\ntimeout_seconds = {TIMEOUT}\n'
+            f'credentials_file = "{site.simulator.credentials}"\ntimeout_seconds = {timeout}\n'
         )
         for name, root in roots.items():
             config += f'[datastore.{name}]\npath = "{root}"\nlayout = "{layout}"\nreserve = 0\n'
@@ -175,7 +175,7 @@ def test_between_a_server_and_a_directory_this_host_copies(serve: Callable[..., 
 def test_a_server_that_goes_away_in_a_copy_makes_it_unavailable_in_bounded_time(
     serve: Callable[..., Served], tmp_path: Path, how: str
 ) -> None:
-    served = serve(copy_seconds=20)
+    served = serve(copy_seconds=60, timeout=TIMEOUT)
     served.import_image("one/a", tmp_path)
     with background(BIN / "imagectl", "--sidecar", served.sidecar.address, "cp", "one/a", "two/b") as copy:
         wait_until(lambda: is_copying(served), "the server copies")
@@ -228,15 +228,15 @@ def test_a_sidecar_that_is_killed_in_a_copy_leaves_a_staging_directory_that_is_r
 
 
 def test_an_interrupted_copy_is_cancelled_on_the_server(serve: Callable[..., Served], tmp_path: Path) -> None:
-    served = serve(copy_seconds=4)
+    served = serve(copy_seconds=6)
     served.import_image("one/a", tmp_path)
     with background(BIN / "imagectl", "--sidecar", served.sidecar.address, "cp", "one/a", "two/b") as copy:
         wait_until(lambda: is_copying(served), "the server copies")
         copy.send_signal(signal.SIGINT)
-        copy.communicate(timeout=3)
+        copy.communicate(timeout=5)
         assert copy.returncode == 130
     served.assert_tidy()
-    time.sleep(4)  # until it would have been done
+    time.sleep(6)  # until it would have been done
     served.places["two"].assert_holds({})
 
 

@@ -42,3 +42,21 @@ def test_its_type_and_space_come_from_the_server(make_site: MakeSite, kind: str)
     status = os.statvfs(site.roots["two"])
     assert found.capacity == status.f_blocks * status.f_bsize
     assert 0 < found.free <= found.capacity
+
+
+def test_one_name_in_two_datacenters_is_none_to_guess(make_site: MakeSite) -> None:
+    connection = make_site(datacenters=2).connection()
+    with pytest.raises(DatastoreUnavailable, match="more than one datastore one: configure the path of one") as caught:
+        find_datastore(connection, "one")
+    for datacenter in ("DC0", "DC1"):
+        assert f"/{datacenter}/datastore/one" in caught.value.message
+        found = find_datastore(connection, "one", datacenter)
+        assert found == find_datastore(connection, f"/{datacenter}/datastore/one")
+        assert found.path == f"/{datacenter}/datastore/one"
+
+
+def test_folders_are_looked_into(make_site: MakeSite) -> None:
+    connection = make_site(folders=1).connection()
+    found = find_datastore(connection, "one")
+    assert found.path.startswith("/F0/DC0/datastore/")
+    assert find_datastore(connection, found.path, "/F0/DC0") == found
