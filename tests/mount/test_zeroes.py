@@ -144,4 +144,4 @@ def test_an_import_takes_no_space_for_its_holes(way: str, xfs: Path, tmp_path: P
         run("sync", mount.path / "one" / "new")
     else:
         imagectl(sidecar.address, "import", outside, "one/new")
-    assert allocated(image) == allocated(outside.with_name("new-flat.vmdk")) == len(parts) * 3 * MIB
+    assert allocated(image) == len(parts) * 3 * MIB
