@@ -294,7 +294,7 @@ class SidecarClient:
     def watch(self, datastore: str = "", *, resume_token: str = "") -> WatchCall:
         """Every image, then every change; from the answer of `resume_token` on, where the sidecar still can."""
         request = wire.WatchImagesRequest(datastore=datastore, resume_token=resume_token)
-        return WatchCall(self._caller, self._caller.start(self._caller.watched_images.WatchImages, request))
+        return WatchCall(self._caller, self._caller.start(self._caller.images.WatchImages, request))
 
     @property
     def maintenance(self) -> Maintenance:

@@ -15,7 +15,6 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 import grpc
 import tenacity
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc.experimental import ChannelOptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
@@ -81,7 +80,7 @@ def normal_address(address: str) -> str:
     return f"unix:{path}"
 
 
-def _channel(address: str, *options: tuple[str, int]) -> grpc.Channel:
+def _channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(
         address,
         options=[
@@ -100,7 +99,6 @@ def _channel(address: str, *options: tuple[str, int]) -> grpc.Channel:
             ("grpc.enable_http_proxy", 0),
             # Two channels of one process are two connections: closing one closes one.
             ("grpc.use_local_subchannel_pool", 1),
-            *options,
         ],
     )
 
@@ -139,13 +137,8 @@ class Caller:
         self._cancelled = False
         self._closed = False
         self._channel = _channel(self.address)
-        # A program that only watches takes 0.4 of the processor time so: on the other channel, who waits for an answer
-        # wakes ten times a second, and a thread of gRPC's five times. Here a stream that is left early leaks 20 KB
-        # (grpcio 1.85), which a watch does seldom, and other streams do not have to.
-        self._watching = _channel(self.address, (ChannelOptions.SingleThreadedUnaryStream, 1))
-        # Made once, while the channels are open: gRPC crashes the process when it makes one on a closed channel.
+        # Made once, while the channel is open: gRPC crashes the process when it makes one on a closed channel.
         self.images = ImageServiceStub(self._channel)
-        self.watched_images = ImageServiceStub(self._watching)
         self.staging = StagingServiceStub(self._channel)
         self.datastores = DatastoreServiceStub(self._channel)
         self.maintenance = MaintenanceServiceStub(self._channel)
@@ -155,7 +148,6 @@ class Caller:
         """Ends every call that runs, and lets none begin."""
         with self._lock:
             self._closed = True
-        self._watching.close()
         self._channel.close()
 
     @property
