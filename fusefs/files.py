@@ -78,7 +78,7 @@ class Files:
         match node:
             case nodes.StagedFileNode():
                 if writing:
-                    node.directory.require_not_anothers(thread_group(pid))
+                    self._area.require_writable(node.directory, node.file.name, pid)
                 return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
             case nodes.ImageFileNode(parent, file) | nodes.DeletedFileNode(parent, file):
                 if writing or flags & os.O_TRUNC:
@@ -143,9 +143,9 @@ class Files:
         parent = self._resolver.settled("/".join(names[:-1]))
         match parent:
             case nodes.StagedNode(directory):
-                directory.require_not_anothers(thread_group(pid))
+                self._area.require_writable(directory, names[-1], pid)
                 self._generations.require_free(path)
-                file = directory.create(names[-1])
+                file = directory.create(names[-1], thread_group(pid))
                 return self._opened_staged(path, directory, file, writable=True)
             case nodes.ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
                 name = nodes.new_name(path)
@@ -229,7 +229,7 @@ class Files:
             case _:
                 node = self._resolver.settled(path)
                 if isinstance(node, nodes.StagedFileNode):
-                    node.directory.require_not_anothers(thread_group(pid))
+                    self._area.require_writable(node.directory, node.file.name, pid)
         match node:
             case nodes.StagedFileNode(directory, file):
                 self._copying.truncate(directory, file, size)

@@ -168,7 +168,9 @@ class FileSystem:
     def unlink(self, path: str, pid: int) -> None:
         match self._resolver.settled(path):
             case nodes.StagedFileNode(directory, staged):
-                directory.require_not_anothers(thread_group(pid))
+                process = thread_group(pid)
+                if not process or staged.maker != process:  # whoever was refused takes back what it has made
+                    directory.require_not_anothers(process)
                 directory.remove(staged.name)
                 self._area.wake()
             case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent.key, pid):
@@ -231,8 +233,9 @@ class FileSystem:
         same_directory = nodes.split(old)[:-1] == nodes.split(new)[:-1]
         match node:
             case nodes.StagedFileNode(directory, file) if same_directory:
-                directory.require_not_anothers(thread_group(pid))
-                directory.rename(file.name, nodes.split(new)[-1], flags)
+                name = nodes.split(new)[-1]
+                self._area.require_writable(directory, name, pid)
+                directory.rename(file.name, name, flags)
                 self._area.renamed(directory)
                 self._area.wake()
             case nodes.LateNode() if same_directory and node.companion.is_temporary:

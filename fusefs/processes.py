@@ -1,5 +1,7 @@
 """What the mount asks about the processes that use it."""
 
+import os
+
 _EXITING = 0x00000004  # PF_EXITING of the kernel's task flags
 _SIGNALED = 0x00000400  # PF_SIGNALED
 
@@ -7,6 +9,14 @@ _SIGNALED = 0x00000400  # PF_SIGNALED
 def thread_group(pid: int) -> int:
     """The process that a thread belongs to; 0 when it is gone or not to be seen from here."""
     return int(_status(pid).get("Tgid", 0))
+
+
+def session(pid: int) -> int:
+    """The session of a thread's process, such as that of a terminal or a service; 0 when it is not to be seen."""
+    try:
+        return os.getsid(pid) if pid else 0  # of 0 it would be that of this process
+    except OSError:
+        return 0
 
 
 def described(process: int) -> str:

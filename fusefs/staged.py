@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from fusefs.attributes import Attributes, Owner
 from fusefs.contents import Content, Place
@@ -53,8 +53,9 @@ class Commit(NamedTuple):
 class StagedFile:
     """A file that is being written. `lock` guards its provenance, and keeps a write and its record together."""
 
-    def __init__(self, name: str, content: Content, inode: int) -> None:
+    def __init__(self, name: str, content: Content, inode: int, maker: int) -> None:
         self.name = name
+        self.maker = maker  # the process; 0: not known
         self.inode = inode  # as the mount shows it
         self.content = content
         self.lock = threading.Lock()
@@ -90,13 +91,21 @@ class StagedDirectory:
     """
 
     def __init__(
-        self, ref: ImageRef, staging: Staging, place: Place, number: int, maker: int, clock: Callable[[], float]
+        self,
+        ref: ImageRef,
+        staging: Staging,
+        place: Place,
+        number: int,
+        maker: int,
+        session: int,
+        clock: Callable[[], float],
     ) -> None:
         self.ref = ref
         self.staging = staging
         self.place = place
         self.number = number
         self.maker = maker  # the process that made the directory; 0: not known
+        self.session = session  # of that process, or of who went on with it; 0: not known
         self._owner = maker  # who alone writes into it; 0: whoever likes
         self._refused: set[int] = set()  # processes that found it another's
         self._clock = clock
@@ -163,9 +172,16 @@ class StagedDirectory:
         if not owner or process in {0, owner} or descends_from(process, owner):
             return
         if (self.writers or self.quiet_seconds < _MAKER_SECONDS) and runs_a_program(owner):
-            self._refused.add(process)
-            fail(errno.EBUSY, f"{self} is being made by process {owner}")
+            self.refuse(process, f"{self} is being made by process {owner}")
         self._owner = 0
+
+    def is_of_other_session(self, session: int) -> bool:
+        return bool(session and self.session and session != self.session)
+
+    def refuse(self, process: int, why: str) -> NoReturn:
+        """EBUSY for the process, now and from now on."""
+        self._refused.add(process)
+        fail(errno.EBUSY, why)
 
     def wait_published(self) -> None:
         """Returns when no publish is running."""
@@ -249,13 +265,14 @@ class StagedDirectory:
             self.reason = reason
             self._condition.notify_all()
 
-    def create(self, name: str) -> StagedFile:
-        """A new empty file, with one handle that may write; FileExistsError when there is one of that name."""
+    def create(self, name: str, process: int = 0) -> StagedFile:
+        """A new empty file of a process, with one handle that may write; FileExistsError when there is that name."""
         _check_name(name)
         with self.change(), self._naming:
             if name in self._files:
                 fail(errno.EEXIST)
-            file = StagedFile(name, self.place.create(name), staged_inode(self.number, next(self._serials)))
+            inode = staged_inode(self.number, next(self._serials))
+            file = StagedFile(name, self.place.create(name), inode, process)
             with self._condition:
                 self._files[name] = file
                 self.opened(file, writable=True)

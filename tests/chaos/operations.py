@@ -66,6 +66,7 @@ class Tools:
                 stderr=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "LC_ALL": "C"},
+                start_new_session=True,  # the workers stand for people who know nothing of each other
             )
             self.running.add(process)
         try:

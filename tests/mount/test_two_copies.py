@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Mount, background
+from tests.mount.harness import names
+from tests.support.disks import assert_same_disk, make_disk
+from tests.support.processes import Mount, Sidecar, background, run
 
 _MAKER = """
 import os, sys
@@ -41,3 +43,62 @@ def test_who_found_a_directory_anothers_does_not_go_on_with_its_next_file(mount:
     # Whoever comes now began after it.
     with background("sh", "-c", 'echo text >"$0"', Path(target / "late.txt")) as other:
         assert other.wait(20) == 0
+
+
+@pytest.fixture
+def copied(sidecar: Sidecar, disk: Path, tmp_path: Path, stack: ExitStack) -> Path:
+    """A directory of the mount into which somebody has copied `disk`, and nobody published it yet."""
+    mount = stack.enter_context(Mount(tmp_path / "mnt", sidecar.address, options="settle=3600"))
+    target = mount.path / "one" / "new"
+    run("setsid", "--wait", "cp", "-r", disk.parent, target)
+    return target
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another disk, whose files have the same names."""
+    return make_disk(tmp_path / "other" / "disk", seed=2).parent
+
+
+@pytest.mark.parametrize("copy", ["cp -rT", "rsync -aI"])
+def test_a_sync_does_not_publish_what_another_one_copied_over_it(
+    copied: Path, other: Path, disk: Path, copy: str
+) -> None:
+    source = f"{other}/" if copy.startswith("rsync") else other
+    result = run("setsid", "--wait", *copy.split(), source, f"{copied}/", check=False)
+    assert "Device or resource busy" in result.stderr
+    assert result.returncode != 0
+    run("sync", copied)
+    assert_same_disk(disk, copied / "new.vmdk")
+    assert names(copied) == {"new.vmdk", "new-flat.vmdk"}
+
+
+def test_another_disk_does_not_come_into_what_is_complete(copied: Path, other: Path) -> None:
+    run("setsid", "--wait", "cp", other / "disk.vmdk", copied / "more.vmdk")
+    assert "Invalid argument" in run("sync", copied, check=False).stderr
+    run("rm", copied / "more.vmdk")
+    run("sync", copied)
+    assert names(copied) == {"new.vmdk", "new-flat.vmdk"}
+
+
+def test_who_made_it_may_write_it_anew(copied: Path, other: Path, disk: Path) -> None:
+    run("rm", "-r", copied)
+    make_both = 'cp -r "$0" "$2" && cp -rT "$1" "$2" && sync "$2"'
+    run("setsid", "--wait", "sh", "-c", make_both, disk.parent, other, copied)
+    assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")
+
+
+def test_anybody_adds_a_companion_file_and_removes_the_whole(copied: Path, other: Path) -> None:
+    (other / "notes.txt").write_text("text")
+    run("setsid", "--wait", "cp", other / "notes.txt", copied)
+    assert names(copied) == {"disk.vmdk", "disk-flat.vmdk", "notes.txt"}
+    run("setsid", "--wait", "rm", "-r", copied)
+    assert names(copied.parent) == set()
+    assert not copied.exists()
+
+
+def test_anybody_completes_what_was_left_incomplete(copied: Path, other: Path) -> None:
+    run("setsid", "--wait", "rm", copied / "disk.vmdk")
+    run("setsid", "--wait", "cp", "-rT", other, copied)
+    run("sync", copied)
+    assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")

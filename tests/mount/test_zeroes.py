@@ -87,6 +87,7 @@ def half_looked_at(tmp_path: Path, ticks: Ticks) -> Iterator[tuple[Rules, Staged
         LocalPlace(str(place), lambda fd: 1 << 40),
         number=1,
         maker=0,
+        session=0,
         clock=lambda: 0.0,
     )
     file = directory.create("a.vmdk")
