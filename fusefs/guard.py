@@ -5,7 +5,9 @@ gone. One that has the kernel forget a name does not go: it waits, deaf to SIGKI
 until its request is answered, which nobody does any more. Whatever else a thread waits for in the kernel, such as a
 file server that is dead, keeps the tools waiting, too.
 
-So a small process of its own hears of the daemon's death, and ends the connection by the kernel's switch.
+So a small process of its own hears of the daemon's death, and ends the connection by the kernel's switch. It unmounts,
+too, what is to unmount itself (`auto_unmount`): fusermount3 asks once whether the daemon is gone, and leaves the mount
+where it is when that question was under way as the connection ended.
 """
 
 import contextlib
@@ -66,8 +68,10 @@ class Guard:
         self._process.kill()
         self._process.wait(_MOST_SECONDS)
 
-    def watch(self, device: int) -> None:
+    def watch(self, device: int, unmounting: str = "") -> None:
         """Afterwards, who waits for the mount of this device number is told when the daemon dies.
+
+        `unmounting`: the path that is to be unmounted then, too.
 
         To be called before the mount answers its first request.
         """
@@ -75,7 +79,7 @@ class Guard:
             switch = _open_switch(device)
             try:
                 # Sent open, as another mount may have the number when it is used.
-                socket.send_fds(self._connection, [b"!"], [switch])
+                socket.send_fds(self._connection, [b"!" + os.fsencode(unmounting)], [switch])
             finally:
                 os.close(switch)
             if not self._connection.recv(1):

@@ -135,7 +135,8 @@ class _Mount:
 
     def _ready(self, session: Session, on_ready: Callable[[], None]) -> None:
         """In a thread of libfuse, before the kernel has its answer: what asks the mount has to wait for that."""
-        self._guard.watch(mountpoints.device_of(self._path))
+        unmounting = self._path if "auto_unmount" in self._options.passed else ""
+        self._guard.watch(mountpoints.device_of(self._path), unmounting)
         self._session = session
         self._kernel.serve(session)
 

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -205,6 +206,22 @@ def test_options_of_the_kernel_and_of_libfuse_are_passed_on(sidecar: Sidecar, tm
 def test_a_mount_that_is_to_unmount_itself_is_gone_when_its_daemon_was_killed(sidecar: Sidecar, tmp_path: Path) -> None:
     with Mount(tmp_path / "mnt", sidecar.address, options="auto_unmount") as mount:
         assert mount.process is not None
+        mount.process.kill()
+        mount.process.wait(10)
+        wait_until(lambda: not is_mounted(mount.path), "it is unmounted")
+
+
+def test_a_mount_unmounts_itself_also_when_fusermount_took_its_daemon_for_alive(
+    sidecar: Sidecar, tmp_path: Path
+) -> None:
+    with Mount(tmp_path / "mnt", sidecar.address, options="auto_unmount") as mount:
+        assert mount.process is not None
+        for number in Path(f"/proc/{mount.process.pid}/task/{mount.process.pid}/children").read_text().split():
+            if Path(f"/proc/{number}/comm").read_text() == "fusermount3\n":
+                os.kill(int(number), signal.SIGKILL)
+                break
+        else:
+            pytest.fail("no fusermount3 waits for the end of the mount")
         mount.process.kill()
         mount.process.wait(10)
         wait_until(lambda: not is_mounted(mount.path), "it is unmounted")
