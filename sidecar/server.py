@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from sidecar.config import Limits, SidecarConfig
 from sidecar.images.admission import Slots, most_copies, most_threads
 from sidecar.listening import listener
+from sidecar.pools import NamedPool
 from sidecar.services.interceptors import Activity, CallInterceptor
 
 logger = logging.getLogger(__name__)
@@ -156,11 +157,11 @@ def _slots(limits: Limits, datastores: int) -> dict[str, Slots]:
     }
 
 
-class _CountedPool(futures.ThreadPoolExecutor):
+class _CountedPool(NamedPool):
     """Counts what waits for a thread or has one, so that the end can wait for it."""
 
     def __init__(self, threads: int, activity: Activity) -> None:
-        super().__init__(threads, thread_name_prefix="call")
+        super().__init__(threads, "call")
         self._activity = activity
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> futures.Future[T]:

@@ -3,12 +3,13 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
 from sidecar.errors import InvalidRequest
 from sidecar.images.progress import Amount, Progress
+from sidecar.pools import NamedPool
 
 _REMEMBERED = 1_000
 _LONGEST_REQUEST_ID = 128
@@ -103,7 +104,7 @@ class Operations(Generic[Result]):
 
     def __init__(self, limit: int, name: str) -> None:
         """At most `limit` run at once; more wait for their turn."""
-        self._executor = ThreadPoolExecutor(limit, thread_name_prefix=name)
+        self._executor = NamedPool(limit, name)
         self._lock = threading.Lock()  # guards the operations
         self._by_request: OrderedDict[str, Operation[Result]] = OrderedDict()
         self._unfinished: set[Operation[Result]] = set()

@@ -1,5 +1,6 @@
 """What the tests of dying and running out share: images written by hand, and a look at what is left on a datastore."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sidecar.errors import ImagesError
+from sidecar.pools import PREFIX
 
 MIB = 1024 * 1024
 LAYOUTS = ("compound", "sharded", "vsan")
@@ -119,6 +121,15 @@ def open_descriptors(pid: int) -> int:
 
 def threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def pooled_threads(pid: int) -> int:
+    """Those of its pools, which keep as many as they needed at once."""
+    pooled = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            pooled += (task / "comm").read_text().startswith(PREFIX)
+    return pooled
 
 
 def answers(call: Callable[[], object]) -> str:
