@@ -10,9 +10,9 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from sidecar.errors import ImagesError
@@ -111,6 +111,33 @@ def _listen(value: str) -> str:
     return f"[{address}]:{int(found[3])}" if address.version == 6 else f"{address}:{int(found[3])}"
 
 
+def _address(value: str) -> str:
+    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", value, re.ASCII)
+    if found is None or int(found[1] or 443) > 65535:
+        # Without the value: somebody may have written a password into it.
+        raise _wrong("is no address of a server: write HOST or HOST:PORT")
+    return value
+
+
+def _secret_file(value: str) -> str:
+    # Without the value: it may be the secret itself, in the wrong place.
+    if not value.startswith("/") or "\0" in value:
+        raise _wrong("is not the absolute path of a file; the file has one line, USER:PASSWORD")
+    return value
+
+
+def _secret_variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value, re.ASCII):
+        raise _wrong("is not the name of an environment variable; the variable has USER:PASSWORD")
+    return value
+
+
+def _thumbprint(value: str) -> str:
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", value.replace(":", "")):
+        raise _wrong(f"{value!r} is no SHA-256 thumbprint: 64 hex digits, colons between them or not")
+    return value
+
+
 LockKindId = Literal["flock", "exclusive-open"]
 
 
@@ -119,7 +146,7 @@ def _rescan(known: dict[str, Any]) -> float:
 
 
 def _locks(known: dict[str, Any]) -> LockKindId:
-    return "exclusive-open" if known.get("type") == "vmfs" else "flock"
+    return "exclusive-open" if known.get("type") in ("vmfs", "vsphere") else "flock"
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
@@ -138,7 +165,7 @@ class DatastoreConfig(_Model):
 
     name: Annotated[str, AfterValidator(_name)]
     path: Annotated[str, AfterValidator(_absolute)]
-    type: Literal["local", "nfs", "vmfs"] = "local"
+    type: Literal["local", "nfs", "vmfs", "vsphere"] = "local"
     # How others are excluded: every sidecar of a datastore has to do it the same way. ESX has no flock between hosts.
     locks: LockKindId = Field(default_factory=_locks)
     layout: Literal["compound", "sharded", "vsan"] = "compound"
@@ -147,6 +174,46 @@ class DatastoreConfig(_Model):
     # Between two listings of the whole datastore, where the kernel does not tell of changes: every one that is
     # not `local`, and a `local` one without inotify.
     rescan_seconds: Seconds = Field(default_factory=_rescan)
+    # Of type vsphere: the table [vsphere.NAME], and what the datastore is called there: by name or inventory path.
+    server: str | None = None
+    datacenter: str | None = None
+    datastore: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_server(self) -> Self:
+        if self.type == "vsphere" and self.server is None:
+            raise _wrong('is of type vsphere, and has no server: write server = "NAME", and a table [vsphere.NAME]')
+        if self.type != "vsphere" and (self.server or self.datacenter or self.datastore):
+            raise _wrong(f'is of type {self.type}: server, datacenter and datastore are for type = "vsphere"')
+        return self
+
+
+class VsphereServer(_Model):
+    """A vCenter or a single ESXi host. The account is in a file or a variable, and nowhere else."""
+
+    address: Annotated[str, AfterValidator(_address)]
+    credentials_file: Annotated[str, AfterValidator(_secret_file)] | None = None
+    credentials_variable: Annotated[str, AfterValidator(_secret_variable)] | None = None
+    # How its certificate is checked: by these authorities, else by those of the system; or by its own SHA-256.
+    ca_file: Annotated[str, AfterValidator(_absolute)] | None = None
+    thumbprint: Annotated[str, AfterValidator(_thumbprint)] | None = None
+    # Not at all: whoever is on the way gets the password.
+    insecure: bool = False
+    # Without an answer, until a call is given up; a copy, when the server is away for longer.
+    timeout_seconds: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _is_told_once(self) -> Self:
+        if (self.credentials_file is None) == (self.credentials_variable is None):
+            raise _wrong("needs one of credentials_file and credentials_variable")
+        if (self.ca_file is not None) + (self.thumbprint is not None) + self.insecure > 1:
+            raise _wrong("has more than one of ca_file, thumbprint and insecure: keep one")
+        return self
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        host, colon, port = self.address.rpartition(":")
+        return (host, int(port)) if colon and not port.endswith("]") else (self.address, 443)
 
 
 class Limits(_Model):
@@ -190,10 +257,11 @@ class SidecarConfig(_Model):
     datastores: tuple[DatastoreConfig, ...]
     limits: Limits = Limits()
     maintenance: MaintenanceConfig = MaintenanceConfig()
+    vsphere: dict[str, VsphereServer] = {}
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-_TABLES: dict[str, type[BaseModel]] = {"limits": Limits, "maintenance": MaintenanceConfig}
+_TABLES: dict[str, type[BaseModel]] = {"limits": Limits, "maintenance": MaintenanceConfig, "vsphere": VsphereServer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +398,10 @@ def _validate_all(settings: _Settings) -> SidecarConfig:
     )
     if config is not None:
         faults.extend(_overlaps(config.datastores, settings.datastores))
+        for datastore, given in zip(datastores, settings.datastores, strict=True):
+            if datastore is not None and datastore.server is not None and datastore.server not in config.vsphere:
+                known = ", ".join(config.vsphere) or "none"
+                faults.append(given.fault(f"there is no [vsphere.{datastore.server}]; there are: {known}", "server"))
     if config is None or faults:
         raise ConfigError("\n".join(faults))
     return config
@@ -363,7 +435,9 @@ def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
             expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
             return f"{value!r} is not one of {expected}"
         case "model_type":
-            return f"{value!r} is no table: write [{detail['loc'][-1]}]"
+            return f"{value!r} is no table: write [{'.'.join(map(str, detail['loc']))}]"
+        case "dict_type":
+            return f"{value!r} is no table of servers: write [{detail['loc'][-1]}.NAME]"
         case "wrong":
             return detail["msg"]
         case _:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from protos.images.v1 import (
     datastore_service_pb2_grpc,
@@ -10,7 +11,8 @@ from protos.images.v1 import (
     maintenance_service_pb2_grpc,
     staging_service_pb2_grpc,
 )
-from sidecar.config import ConfigError, MaintenanceConfig, SidecarConfig
+from sidecar.config import ConfigError, DatastoreConfig, MaintenanceConfig, SidecarConfig, VsphereServer
+from sidecar.datastores.interface import Datastore
 from sidecar.datastores.kinds import DATASTORE_TYPES
 from sidecar.datastores.writers import Writers
 from sidecar.images.admission import Admission, most_copies
@@ -30,6 +32,9 @@ from sidecar.services.image_service import ImageServicer
 from sidecar.services.maintenance_service import MaintenanceServicer
 from sidecar.services.requests import Requests
 from sidecar.services.staging_service import StagingServicer
+
+if TYPE_CHECKING:
+    from sidecar.vsphere.connection import Connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +56,11 @@ def build(config: SidecarConfig) -> Parts:
     """Opens the datastores and makes the services. A datastore that cannot be reached now is no error."""
     _refuse_aliases(config)
     catalog, writers = Catalog(), Writers()
+    servers = {name: _connection(name, server) for name, server in config.vsphere.items()}
     discoveries = []
     for place in config.datastores:
         store = ImageStore(
-            DATASTORE_TYPES[place.type](place.name, place.path, LOCK_KINDS[place.locks](), writers),
+            _datastore(place, writers, servers),
             LAYOUTS[place.layout],
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,
@@ -82,6 +88,13 @@ def build(config: SidecarConfig) -> Parts:
     datastores = DatastoreServicer(library)
     maintenance = MaintenanceServicer(library, requests)
 
+    def close() -> None:
+        try:
+            library.close()
+        finally:
+            for connection in servers.values():
+                connection.close()
+
     library.start()
     return Parts(
         services=(
@@ -103,7 +116,34 @@ def build(config: SidecarConfig) -> Parts:
         ),
         end_watches=watches.end,
         interrupt=library.interrupt,
-        close=library.close,
+        close=close,
+    )
+
+
+def _datastore(place: DatastoreConfig, writers: Writers, servers: "dict[str, Connection]") -> Datastore:
+    locks = LOCK_KINDS[place.locks]()
+    if place.server is None:
+        return DATASTORE_TYPES[place.type](place.name, place.path, locks, writers)
+    from sidecar.datastores.vsphere import VsphereDatastore
+    from sidecar.vsphere.disks import DatastoreAddress
+
+    address = DatastoreAddress(servers[place.server], place.datastore or place.name, place.datacenter)
+    return VsphereDatastore(place.name, place.path, locks, writers, address)
+
+
+def _connection(name: str, server: VsphereServer) -> "Connection":
+    # Here, since most sidecars have no such server, and its library is a large one.
+    from sidecar.vsphere import credentials
+    from sidecar.vsphere.connection import Connection, Server
+
+    if server.credentials_file is not None:
+        read = credentials.from_file(server.credentials_file)
+    else:
+        assert server.credentials_variable is not None
+        read = credentials.from_variable(server.credentials_variable)
+    host, port = server.host_and_port
+    return Connection(
+        Server(name, host, port, read, server.ca_file, server.thumbprint, server.insecure, server.timeout_seconds)
     )
 
 

@@ -50,6 +50,17 @@ class Transfer(Protocol):
         """Counts bytes that are done; raises OperationCancelled when nobody wants them any more."""
 
 
+class DiskCopier(Protocol):
+    """Copies whole disks from one datastore to another by other means than their files."""
+
+    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
+        """Copies the disk whose descriptor is at `source_path`; `size` bytes are in its files, for `transfer`.
+
+        The new disk has one flat extent, named for its descriptor; which name the descriptor has for it is not said.
+        After an error parts of it may be there.
+        """
+
+
 class OpenDirectory(Protocol):
     """A directory that is held while it is read: every answer is of that one, whatever comes to its path meanwhile."""
 
@@ -137,6 +148,8 @@ class Datastore(Protocol):
     root_path: str
     shared: bool
     """Other hosts may change it too."""
+    volume: str
+    """What ESX calls it, below /vmfs/volumes and in brackets: VMs name their disks so."""
 
     @property
     def reflink(self) -> bool:
@@ -202,6 +215,9 @@ class Datastore(Protocol):
 
     def shares_extents_with(self, other: "Datastore") -> bool:
         """Copies from there to here share their bytes instead of taking space."""
+
+    def disk_copier(self, source: "Datastore") -> DiskCopier | None:
+        """What copies disks with one flat extent from there to here; None: their files are cloned, as all others."""
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         """Takes the datastore's lock of that path, waiting up to `timeout` seconds; LockTimeout names who holds it.

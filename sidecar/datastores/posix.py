@@ -18,7 +18,15 @@ from sidecar.datastores import open_files
 from sidecar.datastores.behind_mounts import with_openers
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.inotify import InotifyWatcher
-from sidecar.datastores.interface import Capacity, Datastore, Entry, OpenDirectory, ReadableFile, WritableFile
+from sidecar.datastores.interface import (
+    Capacity,
+    Datastore,
+    DiskCopier,
+    Entry,
+    OpenDirectory,
+    ReadableFile,
+    WritableFile,
+)
 from sidecar.datastores.posix_files import (
     PosixDirectory,
     PosixReadable,
@@ -79,6 +87,7 @@ class PosixDatastore:
         self.type = datastore_type
         self.root_path = os.path.abspath(root_path)
         self.shared = datastore_type != "local"
+        self.volume = name
         self._lock_kind = lock_kind or Flock()
         self._writers = writers or Writers()
         self._faults = Faults(name, self.root_path)
@@ -269,6 +278,9 @@ class PosixDatastore:
             return False
         here, there = self._open_root(), other._open_root()
         return here.reflink and here.device == there.device
+
+    def disk_copier(self, source: Datastore) -> DiskCopier | None:
+        return None
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         with self._faults.during("lock", path):

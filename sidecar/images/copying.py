@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from sidecar.datastores.interface import ReadableFile
+from sidecar.datastores.interface import DiskCopier, ReadableFile
 from sidecar.errors import DiskFileFault, ImageIncomplete, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
-from sidecar.images.image import FileKind, Image, ImageFile
+from sidecar.images.image import FileKind, Image, ImageFile, reader_of
 from sidecar.images.names import descriptor_name, is_reserved, renamed_companion
 from sidecar.images.progress import Progress
 from sidecar.images.publishing import publish
@@ -103,11 +103,16 @@ def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress
     files = [file for file in opened.image.files if file.kind is not FileKind.COMPANION or not disk_only]
     renames = _new_names(opened, files, staging.image_id)
     progress.expect(sum(file.size for file in files))
+    disk = opened.disk
+    copier = staging.store.datastore.disk_copier(opened.store.datastore) if disk.is_as_esx_makes_them else None
+    if copier is not None:
+        _copy_whole_disk(copier, opened, staging, renames, progress)
+        files = [file for file in files if file.name not in disk.file_names]
     for file in files:
         _clone_file(opened, file.name, staging, renames[file.name], progress)
-    disk = opened.disk
-    raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
-    rewrite_staged_descriptor(staging, disk, renames, raw)
+    if copier is None:
+        raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
+        rewrite_staged_descriptor(staging, disk, renames, raw)
 
 
 def _new_names(opened: OpenImage, files: Iterable[ImageFile], image_id: str) -> dict[str, str]:
@@ -141,6 +146,35 @@ def _clone_file(opened: OpenImage, name: str, staging: StagingDirectory, new_nam
         staging.sync_written(target)
     finally:
         target.close()
+
+
+def _copy_whole_disk(
+    copier: DiskCopier, opened: OpenImage, staging: StagingDirectory, renames: dict[str, str], progress: Progress
+) -> None:
+    """Has the disk copied, and checks what came of it: DiskFileFault when it is not a whole disk of the same size."""
+    disk, datastore = opened.disk, staging.store.datastore
+    new_names = [renames[name] for name in disk.file_names]
+    for name in set(new_names).intersection(datastore.names(staging.directory)):
+        datastore.remove_file(staging.path(name))
+    size = sum(opened.files[name].size for name in disk.file_names)
+    copier.copy(opened.image.path(disk.name), staging.path(new_names[0]), size, progress)
+    try:
+        raw = datastore.read_file(staging.path(new_names[0]), vmdk.MAX_DESCRIPTOR_BYTES + 1)
+        rewrite_staged_descriptor(staging, disk, renames, raw)
+        # Each by its name: a listing by an NFS client may be older than what others made.
+        sizes = {name: datastore.entry(staging.path(name)).size for name in new_names}
+        copied = vmdk.check_disk(new_names[0], reader_of(datastore, staging.directory, sizes))
+        vmdk.require_standalone(copied.descriptor)
+    except (FileNotFoundError, InvalidDisk) as error:
+        raise DiskFileFault(
+            f"{opened.image.key}: its disk was copied to {staging.path(new_names[0])}, and is not whole there: "
+            f"{error}; look at the space on the datastore, and at the log of its server"
+        ) from error
+    if copied.capacity_bytes != disk.capacity_bytes:
+        raise DiskFileFault(
+            f"{opened.image.key}: its disk has {disk.capacity_bytes} bytes, and the copy {copied.capacity_bytes}; "
+            "look at the log of the datastore's server"
+        )
 
 
 def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, renames: dict[str, str], raw: bytes) -> None:

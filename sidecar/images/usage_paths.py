@@ -36,7 +36,7 @@ class Located:
 
 def roots_of(datastore: Datastore) -> tuple[str, ...]:
     """The paths under which VMs may know a datastore's root, beside what links and bind mounts make of them."""
-    return (datastore.root_path, f"{VOLUMES}/{datastore.name}")
+    return (datastore.root_path, f"{VOLUMES}/{datastore.name}", f"{VOLUMES}/{datastore.volume}")
 
 
 class Places:
@@ -45,6 +45,7 @@ class Places:
     def __init__(self, stores: Sequence[ImageStore]) -> None:
         """OSError when it cannot be seen where they are."""
         self._stores = {store.datastore.name: store for store in stores}
+        self._volumes = {*self._stores, *(store.datastore.volume for store in stores)}
         self._mounts = mounts()
         self._of_images = {mount.mountpoint: mount for mount in self._mounts if mount.is_of_images}
         self._mounted: dict[str, Mount | None] = {}  # by directory, as `mount_of` found it
@@ -75,7 +76,7 @@ class Places:
         if not path.startswith(f"{VOLUMES}/"):
             return [path]
         volume, _, rest = path.removeprefix(f"{VOLUMES}/").partition("/")
-        if volume in self._stores or os.path.lexists(f"{VOLUMES}/{volume}"):
+        if volume in self._volumes or os.path.lexists(f"{VOLUMES}/{volume}"):
             return [path]
         return [path, *(f"{store.datastore.root_path}/{rest}" for store in self._stores.values())]
 

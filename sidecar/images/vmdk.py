@@ -95,6 +95,12 @@ class Disk:
         """Every file of the disk, the one with the descriptor first."""
         return tuple(dict.fromkeys((self.name, *(file.name for file in self.files))))
 
+    @property
+    def is_as_esx_makes_them(self) -> bool:
+        """A text descriptor, and one flat extent that is named for it."""
+        extents = [(file.kind.is_flat, file.name) for file in self.files]
+        return not self.embedded and extents == [(True, f"{self.name.removesuffix('.vmdk')}-flat.vmdk")]
+
 
 def read_disk(name: str, reader: FileReader) -> Disk:
     """The disk whose descriptor is in, or is, the file `name`. Looks at no other file, and reads at most 1 MiB of it.

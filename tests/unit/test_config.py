@@ -70,7 +70,7 @@ def test_the_type_says_how_a_datastore_is_locked_unless_it_is_told() -> None:
 
 def test_everything_that_can_be_configured_is_there() -> None:
     fields = DatastoreConfig.model_fields
-    assert set(get_args(fields["type"].annotation)) == set(DATASTORE_TYPES)
+    assert set(get_args(fields["type"].annotation)) == {*DATASTORE_TYPES, "vsphere"}
     assert set(get_args(fields["locks"].annotation)) == set(LOCK_KINDS)
     assert set(get_args(fields["layout"].annotation)) == set(LAYOUTS)
 

@@ -244,7 +244,7 @@ class Datastore(_message.Message):
     IMAGE_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _builtins.str
-    """`local`, `nfs`, `vmfs`."""
+    """`local`, `nfs`, `vmfs`, `vsphere`."""
     layout: _builtins.str
     """`compound`, `sharded`, `vsan`."""
     root_path: _builtins.str

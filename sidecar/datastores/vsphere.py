@@ -1,0 +1,56 @@
+"""A datastore of a vSphere server that this host sees as a directory, too: disks are copied by the server.
+
+What else is done with it is done through the directory. It is another way to the same files, and the only one with
+locks that every host knows.
+"""
+
+from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.datastores.writers import Writers
+from sidecar.errors import DatastoreUnavailable, DiskFileFault
+from sidecar.locks.files import LockKind
+from sidecar.vsphere.disks import DatastoreAddress, copy_disk
+
+
+class VsphereDatastore(PosixDatastore):
+    """A posix datastore whose server copies disks from it, and from others of the same server."""
+
+    def __init__(
+        self, name: str, root_path: str, lock_kind: LockKind, writers: Writers, address: DatastoreAddress
+    ) -> None:
+        super().__init__(name, root_path, "vsphere", lock_kind, writers)
+        self.volume = address.datastore.rpartition("/")[2]
+        self._address = address
+
+    def disk_copier(self, source: Datastore) -> DiskCopier | None:
+        if isinstance(source, VsphereDatastore) and source._address.connection is self._address.connection:
+            return _ServerCopier(source._address, self._address, f"the path {source.root_path} or {self.root_path}")
+        return None
+
+    def shares_extents_with(self, other: Datastore) -> bool:
+        return self.disk_copier(other) is None and super().shares_extents_with(other)
+
+
+class _ServerCopier:
+    def __init__(self, source: DatastoreAddress, destination: DatastoreAddress, paths: str) -> None:
+        self._source, self._destination, self._paths = source, destination, paths
+
+    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
+        done = 0
+
+        def follow(percent: int) -> None:
+            nonlocal done
+            so_far = size * percent // 100
+            done, more = so_far, so_far - done
+            transfer.advance(more)
+
+        try:
+            copy_disk(self._source, source_path, self._destination, path, follow)
+        except FileNotFoundError as error:
+            # The source is open here, and the destination's directory is held.
+            raise DatastoreUnavailable(
+                f"{error}, but it is there on this host: {self._paths} is not where the server has its datastore"
+            ) from error
+        except FileExistsError as error:
+            raise DiskFileFault(f"{error}; remove it") from error
+        transfer.advance(size - done)

@@ -1,0 +1,42 @@
+"""Who the sidecar is to a server: read anew for every login, so that a changed password needs no restart."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidecar.errors import DatastoreDenied
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user and a password, which no message, log line or traceback shows."""
+
+    user: str = field(repr=False)
+    password: str = field(repr=False)
+
+
+def from_file(path: str) -> Callable[[], Credentials]:
+    """Those in a file of one line, USER:PASSWORD; DatastoreDenied when it is not there or cannot be meant."""
+
+    def read() -> Credentials:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            what = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise DatastoreDenied(f"cannot read the credentials in {path}: {what}") from None
+        return _parse(text, path)
+
+    return read
+
+
+def from_variable(name: str) -> Callable[[], Credentials]:
+    """Those in an environment variable, USER:PASSWORD; DatastoreDenied when it is not set or cannot be meant."""
+    return lambda: _parse(os.environ.get(name, ""), f"the environment variable {name}")
+
+
+def _parse(text: str, source: str) -> Credentials:
+    user, colon, password = text.removesuffix("\n").partition(":")
+    if not (user and colon and password) or "\n" in text.removesuffix("\n"):
+        raise DatastoreDenied(f"there are no credentials in {source}: write one line, USER:PASSWORD")
+    return Credentials(user, password)

@@ -1,0 +1,124 @@
+"""Finding a datastore in a server's inventory, by its name or by its path there."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from pyVmomi import vim, vmodl
+from pyVmomi.VmomiSupport import ManagedObject
+
+from sidecar.errors import DatastoreUnavailable
+from sidecar.vsphere import properties
+from sidecar.vsphere.connection import Connection
+
+_Collector = vmodl.query.PropertyCollector
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerDatastore:
+    """A datastore as its server knows it. Sizes are bytes; `type` such as VMFS, NFS, NFS41, vsan."""
+
+    datastore: vim.Datastore
+    datacenter: vim.Datacenter
+    name: str
+    path: str
+    type: str
+    capacity: int
+    free: int
+    accessible: bool
+
+
+def find_datastore(connection: Connection, datastore: str, datacenter: str | None = None) -> ServerDatastore:
+    """The one datastore of that name, or inventory path such as /DC0/datastore/one, in that datacenter, or in any.
+
+    DatastoreUnavailable when there is none, or more than one; what there is, is in the message.
+    """
+    known = connection.call("read the inventory", _datastores, repeatable=True)
+    found = [
+        each
+        for each in known
+        if _is_meant(datastore, each.name, each.path)
+        and (datacenter is None or _is_meant(datacenter, *_datacenter_of(each.path)))
+    ]
+    if len(found) == 1:
+        _log.info(
+            "datastore found server=%s path=%s type=%s capacity=%d free=%d",
+            *(connection.server.name, found[0].path, found[0].type, found[0].capacity, found[0].free),
+        )
+        return found[0]
+    within = f" in the datacenter {datacenter}" if datacenter else ""
+    if found:
+        raise DatastoreUnavailable(
+            f"server {connection.server.name} has more than one datastore {datastore}{within}: configure the path "
+            f"of one, {', '.join(each.path for each in found[:10])}"
+        )
+    raise DatastoreUnavailable(
+        f"server {connection.server.name} has no datastore {datastore}{within} that the sidecar's account may see; "
+        f"there are: {', '.join(sorted(each.path for each in known)[:10]) or 'none'}"
+    )
+
+
+def _is_meant(wanted: str, name: str, path: str) -> bool:
+    return wanted == path if wanted.startswith("/") else wanted == name
+
+
+def _datacenter_of(path: str) -> tuple[str, str]:
+    """Name and path of the datacenter that a datastore's path leads through: all before its folder `datastore`."""
+    datacenter = path.partition("/datastore/")[0]
+    return datacenter.rpartition("/")[2], datacenter
+
+
+def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
+    """All of them, with one request for each hundred or so objects, however deep they lie in folders."""
+    into = [_Collector.SelectionSpec(name=name) for name in ("children", "datastores")]
+    wanted = _Collector.FilterSpec(
+        objectSet=[
+            _Collector.ObjectSpec(
+                obj=content.rootFolder,
+                selectSet=[
+                    _Collector.TraversalSpec(name="children", type=vim.Folder, path="childEntity", selectSet=into),
+                    _Collector.TraversalSpec(
+                        name="datastores", type=vim.Datacenter, path="datastoreFolder", selectSet=into
+                    ),
+                ],
+            )
+        ],
+        propSet=[
+            _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
+            _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
+            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
+        ],
+    )
+    things = dict(properties.retrieve(content, wanted))
+    found = []
+    for thing, values in things.items():
+        if not isinstance(thing, vim.Datastore):
+            continue
+        above = _ancestors(thing, things)
+        datacenter = next(each for each in above if isinstance(each, vim.Datacenter))
+        names = [things[each]["name"] for each in (*reversed(above), thing)]
+        summary: vim.Datastore.Summary = values["summary"]
+        found.append(
+            ServerDatastore(
+                datastore=thing,
+                datacenter=datacenter,
+                name=names[-1],
+                path="/" + "/".join(names),
+                type=summary.type,
+                capacity=summary.capacity,
+                free=summary.freeSpace,
+                accessible=summary.accessible,
+            )
+        )
+    return found
+
+
+def _ancestors(thing: ManagedObject, things: dict[ManagedObject, dict[str, Any]]) -> list[ManagedObject]:
+    """The nearest first, without the root folder, which has a name that no path shows."""
+    above = []
+    while (parent := things[thing].get("parent")) in things and things[parent].get("parent") is not None:
+        above.append(parent)
+        thing = parent
+    return above

@@ -1,0 +1,265 @@
+"""The session with a server: begun when needed, again when lost, bounded in time, and with nobody else."""
+
+import hashlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pyVmomi import vim
+
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError
+from sidecar.vsphere import properties
+from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.credentials import from_file, from_variable
+from tests.support.processes import run
+from tests.support.vcsim import PASSWORD, USER
+from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
+
+
+def name_of_the_root(connection: Connection) -> str:
+    def read(content: vim.ServiceInstanceContent) -> str:
+        return str(properties.read(content, content.rootFolder, ["name"])["name"])
+
+    return connection.call("read the root folder", read, repeatable=True)
+
+
+def test_a_call_logs_in(site: Site) -> None:
+    assert name_of_the_root(site.connection()) in ("Datacenters", "ha-folder-root")
+
+
+def test_a_property_read_after_the_session_was_ended_logs_in_again_instead_of_finding_nothing(site: Site) -> None:
+    connection = site.connection()
+    name = name_of_the_root(connection)
+    end_sessions(site)
+    assert name_of_the_root(connection) == name
+
+
+def test_a_method_after_the_session_was_ended_is_called_again_with_a_new_one(site: Site) -> None:
+    connection = site.connection()
+    name_of_the_root(connection)
+    end_sessions(site)
+    calls = []
+
+    def find(content: vim.ServiceInstanceContent) -> object:
+        calls.append(1)
+        assert content.searchIndex is not None
+        return content.searchIndex.FindByInventoryPath("/nowhere")
+
+    assert connection.call("find nothing", find) is None
+    assert len(calls) == 2
+
+
+def test_a_restart_of_the_server_is_not_noticed_by_what_may_be_repeated(site: Site) -> None:
+    connection = site.connection()
+    name = name_of_the_root(connection)
+    site.simulator.kill()
+    site.simulator.start()
+    assert name_of_the_root(connection) == name
+
+
+def test_after_a_lost_connection_what_may_not_be_repeated_is_not(site: Site) -> None:
+    connection = site.connection()
+    name_of_the_root(connection)
+    calls = []
+
+    def die(content: vim.ServiceInstanceContent) -> None:
+        calls.append(1)
+        site.simulator.kill()
+        content.rootFolder.Reload()
+
+    with pytest.raises(DatastoreUnavailable):
+        connection.call("reload", die)
+    assert len(calls) == 1
+
+
+def test_a_server_that_is_away_is_told_at_once(site: Site) -> None:
+    connection = site.connection()
+    site.simulator.kill()
+    start = time.monotonic()
+    with pytest.raises(DatastoreUnavailable, match="server sim: cannot log in: Connection refused"):
+        name_of_the_root(connection)
+    assert time.monotonic() - start < PATIENCE / 2
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(site: Site, used: bool) -> None:
+    connection = site.connection(timeout=TIMEOUT)
+    if used:
+        name_of_the_root(connection)
+    with site.simulator.hanging():
+        start = time.monotonic()
+        with pytest.raises(DatastoreUnavailable, match="timed out"):
+            name_of_the_root(connection)
+        assert TIMEOUT - 0.5 < time.monotonic() - start < TIMEOUT + 3
+    assert name_of_the_root(connection)
+
+
+def test_a_call_that_is_too_slow_is_given_up(make_site: MakeSite, kind: str) -> None:
+    site = make_site(kind=kind, delays={"RetrievePropertiesEx": int(1000 * (TIMEOUT + 2))})
+    with pytest.raises(DatastoreUnavailable, match="cannot read the root folder: The read operation timed out"):
+        name_of_the_root(site.connection(timeout=TIMEOUT))
+    assert name_of_the_root(site.connection())
+
+
+def test_many_who_wait_for_one_login_do_not_each_wait_for_a_timeout_more(site: Site) -> None:
+    connection = site.connection(timeout=TIMEOUT)
+    errors: list[ImagesError] = []
+
+    def try_it() -> None:
+        with pytest.raises(DatastoreUnavailable) as caught:
+            name_of_the_root(connection)
+        errors.append(caught.value)
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    with site.simulator.hanging():
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - start < TIMEOUT + 3
+    assert len(errors) == 8
+
+
+def test_the_end_does_not_wait_for_a_server_that_hangs(site: Site) -> None:
+    connection = site.connection()
+    name_of_the_root(connection)
+    with site.simulator.hanging():
+        start = time.monotonic()
+        connection.close()
+        assert time.monotonic() - start < 5
+
+
+def test_a_wrong_password_is_refused_and_neither_it_nor_the_user_is_told(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    wrong = tmp_path / "wrong"
+    wrong.write_text(f"{USER}:something-else")
+    with pytest.raises(DatastoreDenied, match="InvalidLogin") as caught:
+        name_of_the_root(site.connection(credentials=from_file(str(wrong))))
+    name_of_the_root(site.connection())
+    for secret in (USER, PASSWORD, "something-else"):
+        assert secret not in caught.value.message + caplog.text
+
+
+def test_a_password_that_was_put_right_is_used_by_the_next_call(site: Site, tmp_path: Path) -> None:
+    credentials = tmp_path / "changing"
+    connection = site.connection(credentials=from_file(str(credentials)))
+    with pytest.raises(DatastoreDenied, match="No such file"):
+        name_of_the_root(connection)
+    credentials.write_text(f"{USER}:{PASSWORD}\n")
+    assert name_of_the_root(connection)
+
+
+@pytest.mark.parametrize("content", ["", "user", "user:", ":secret-word", "user:secret-word\nmore\n"])
+def test_credentials_that_cannot_be_meant_are_not_shown(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "credentials"
+    file.write_text(content)
+    with pytest.raises(DatastoreDenied, match="write one line, USER:PASSWORD") as caught:
+        from_file(str(file))()
+    assert "secret-word" not in caught.value.message
+
+
+def test_credentials_come_from_a_variable_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIM_CREDENTIALS", f"{USER}:{PASSWORD}")
+    assert name_of_the_root(site.connection(credentials=from_variable("SIM_CREDENTIALS")))
+    with pytest.raises(DatastoreDenied, match="OTHER_CREDENTIALS"):
+        from_variable("OTHER_CREDENTIALS")()
+
+
+def certificate(site: Site) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", site.simulator.port), timeout=5)
+
+
+def thumbprint(pem: str) -> str:
+    digits = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest().upper()
+    return ":".join(digits[index : index + 2] for index in range(0, 64, 2))
+
+
+def test_a_certificate_that_no_authority_vouches_for_gets_no_password(make_site: MakeSite) -> None:
+    connection = make_site().connection(insecure=False)
+    for _ in range(2):
+        with pytest.raises(DatastoreDenied, match=r"certificate verify failed.*ca_file, or its thumbprint"):
+            name_of_the_root(connection)
+
+
+def test_an_authority_in_a_file_is_trusted(make_site: MakeSite, tmp_path: Path) -> None:
+    site = make_site(certificate=make_certificate(tmp_path / "own.pem"))
+    authority = tmp_path / "authority.pem"
+    authority.write_text(certificate(site))
+    assert name_of_the_root(site.connection(insecure=False, ca_file=str(authority)))
+
+
+def test_another_authority_is_not(make_site: MakeSite, tmp_path: Path) -> None:
+    site = make_site(certificate=make_certificate(tmp_path / "own.pem"))
+    other = make_certificate(tmp_path / "other.pem")
+    with pytest.raises(DatastoreDenied, match="certificate verify failed"):
+        name_of_the_root(site.connection(insecure=False, ca_file=str(other)))
+
+
+def test_the_right_thumbprint_is_trusted(make_site: MakeSite) -> None:
+    site = make_site()
+    assert name_of_the_root(site.connection(insecure=False, thumbprint=thumbprint(certificate(site))))
+
+
+def test_another_thumbprint_is_refused_by_every_connection_and_the_right_one_is_told(make_site: MakeSite) -> None:
+    site = make_site()
+    found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate(site))).hexdigest()
+    connection = site.connection(insecure=False, thumbprint="00" * 32)
+    for _ in range(3):
+        with pytest.raises(DatastoreDenied, match=f"has the thumbprint {found}"):
+            name_of_the_root(connection)
+
+
+def test_who_takes_the_place_of_a_server_that_was_trusted_by_its_thumbprint_gets_nothing(
+    make_site: MakeSite, tmp_path: Path
+) -> None:
+    site = make_site()
+    connection = site.connection(insecure=False, thumbprint=thumbprint(certificate(site)))
+    name_of_the_root(connection)
+    site.simulator.kill()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(make_certificate(tmp_path / "other.pem"))
+    received = []
+
+    def impersonate(listener: socket.socket) -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+                with peer, context.wrap_socket(peer, server_side=True) as wrapped:
+                    received.append(wrapped.recv(4096))
+            except ssl.SSLError:
+                continue
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", site.simulator.port)) as listener:
+        thread = threading.Thread(target=impersonate, args=(listener,))
+        thread.start()
+        with pytest.raises(DatastoreDenied, match="has the thumbprint"):
+            name_of_the_root(connection)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert b"".join(received) == b""
+
+
+def test_no_check_at_all_is_warned_of(make_site: MakeSite, caplog: pytest.LogCaptureFixture) -> None:
+    make_site().connection()
+    assert "certificate not checked server=sim" in caplog.text
+
+
+def make_certificate(file: Path) -> Path:
+    """Of 127.0.0.1, with its key in the same file."""
+    key = file.with_suffix(".key")
+    run(
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"),
+        *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", file),
+    )
+    with file.open("a") as both:
+        both.write(key.read_text())
+    return file

@@ -1,0 +1,62 @@
+"""A datastore is found by its name or its path in the inventory, and what it is comes from the server."""
+
+import os
+
+import pytest
+
+from sidecar.errors import DatastoreUnavailable
+from sidecar.vsphere.inventory import find_datastore
+from tests.vsphere.conftest import MakeSite, Site
+
+DATACENTERS = {"vcenter": "DC0", "host": "ha-datacenter"}
+
+
+def test_by_its_name(site: Site, kind: str) -> None:
+    found = find_datastore(site.connection(), "one")
+    assert (found.name, found.path) == ("one", f"/{DATACENTERS[kind]}/datastore/one")
+    assert found.accessible
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_within_a_datacenter(site: Site, kind: str, by_path: bool) -> None:
+    name = DATACENTERS[kind]
+    connection = site.connection()
+    found = find_datastore(connection, "two", f"/{name}" if by_path else name)
+    assert found == find_datastore(connection, f"/{name}/datastore/two")
+    assert found.name == "two"
+
+
+@pytest.mark.parametrize("names", [("three", None), ("one", "DC9"), ("/DC9/datastore/one", None)])
+def test_one_that_is_not_there_is_told_with_those_that_are(site: Site, kind: str, names: tuple[str, str]) -> None:
+    with pytest.raises(DatastoreUnavailable, match=f"there are: /{DATACENTERS[kind]}/datastore/one, ") as caught:
+        find_datastore(site.connection(), *names)
+    assert f"has no datastore {names[0]}" in caught.value.message
+
+
+def test_its_type_and_space_come_from_the_server(make_site: MakeSite, kind: str) -> None:
+    site = make_site(kind=kind, types={"two": "VMFS"})
+    connection = site.connection()
+    assert find_datastore(connection, "one").type == "OTHER"
+    found = find_datastore(connection, "two")
+    assert found.type == "VMFS"
+    status = os.statvfs(site.roots["two"])
+    assert found.capacity == status.f_blocks * status.f_bsize
+    assert 0 < found.free <= found.capacity
+
+
+def test_one_name_in_two_datacenters_is_none_to_guess(make_site: MakeSite) -> None:
+    connection = make_site(datacenters=2).connection()
+    with pytest.raises(DatastoreUnavailable, match="more than one datastore one: configure the path of one") as caught:
+        find_datastore(connection, "one")
+    for datacenter in ("DC0", "DC1"):
+        assert f"/{datacenter}/datastore/one" in caught.value.message
+        found = find_datastore(connection, "one", datacenter)
+        assert found == find_datastore(connection, f"/{datacenter}/datastore/one")
+        assert found.path == f"/{datacenter}/datastore/one"
+
+
+def test_folders_are_looked_into(make_site: MakeSite) -> None:
+    connection = make_site(folders=1).connection()
+    found = find_datastore(connection, "one")
+    assert found.path.startswith("/F0/DC0/datastore/")
+    assert find_datastore(connection, found.path, "/F0/DC0") == found
