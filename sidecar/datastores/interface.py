@@ -56,7 +56,8 @@ class DiskCopier(Protocol):
     def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
         """Copies the disk whose descriptor is at `source_path`; `size` bytes are in its files, for `transfer`.
 
-        The new disk has one flat extent, named for its descriptor; which name the descriptor has for it is not said.
+        Files that are at the new disk's paths are replaced. The new disk has one flat extent, named for its
+        descriptor; which name the descriptor has for it is not said.
         After an error parts of it may be there.
         """
 

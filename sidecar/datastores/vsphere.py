@@ -20,11 +20,11 @@ class VsphereDatastore(PosixDatastore):
     ) -> None:
         super().__init__(name, root_path, "vsphere", lock_kind, writers)
         self.volume = address.datastore.rpartition("/")[2]
-        self._address = address
+        self.address = address
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
-        if isinstance(source, VsphereDatastore) and source._address.connection is self._address.connection:
-            return _ServerCopier(source._address, self._address, f"the path {source.root_path} or {self.root_path}")
+        if isinstance(source, VsphereDatastore) and source.address.connection is self.address.connection:
+            return _ServerCopier(source, self)
         return None
 
     def shares_extents_with(self, other: Datastore) -> bool:
@@ -32,8 +32,8 @@ class VsphereDatastore(PosixDatastore):
 
 
 class _ServerCopier:
-    def __init__(self, source: DatastoreAddress, destination: DatastoreAddress, paths: str) -> None:
-        self._source, self._destination, self._paths = source, destination, paths
+    def __init__(self, source: VsphereDatastore, destination: VsphereDatastore) -> None:
+        self._source, self._destination = source, destination
 
     def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
         done = 0
@@ -44,12 +44,16 @@ class _ServerCopier:
             done, more = so_far, so_far - done
             transfer.advance(more)
 
+        # The server replaces nothing. What is there is of a copy that was begun by other means.
+        for each in (path, f"{path.removesuffix('.vmdk')}-flat.vmdk"):
+            self._destination.remove_tree(each)
         try:
-            copy_disk(self._source, source_path, self._destination, path, follow)
+            copy_disk(self._source.address, source_path, self._destination.address, path, follow)
         except FileNotFoundError as error:
             # The source is open here, and the destination's directory is held.
             raise DatastoreUnavailable(
-                f"{error}, but it is there on this host: {self._paths} is not where the server has its datastore"
+                f"{error}, but it is there on this host: the path {self._source.root_path} or "
+                f"{self._destination.root_path} is not where the server has its datastore"
             ) from error
         except FileExistsError as error:
             raise DiskFileFault(f"{error}; remove it") from error

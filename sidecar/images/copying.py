@@ -154,8 +154,6 @@ def _copy_whole_disk(
     """Has the disk copied, and checks what came of it: DiskFileFault when it is not a whole disk of the same size."""
     disk, datastore = opened.disk, staging.store.datastore
     new_names = [renames[name] for name in disk.file_names]
-    for name in set(new_names).intersection(datastore.names(staging.directory)):
-        datastore.remove_file(staging.path(name))
     size = sum(opened.files[name].size for name in disk.file_names)
     copier.copy(opened.image.path(disk.name), staging.path(new_names[0]), size, progress)
     try:
