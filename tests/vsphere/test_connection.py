@@ -15,7 +15,7 @@ from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError
 from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.credentials import from_file, from_variable
-from tests.support.processes import run
+from tests.support.soap import make_certificate
 from tests.support.vcsim import PASSWORD, USER
 from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
 
@@ -251,15 +251,3 @@ def test_who_takes_the_place_of_a_server_that_was_trusted_by_its_thumbprint_gets
 def test_no_check_at_all_is_warned_of(make_site: MakeSite, caplog: pytest.LogCaptureFixture) -> None:
     make_site().connection()
     assert "certificate not checked server=sim" in caplog.text
-
-
-def make_certificate(file: Path) -> Path:
-    """Of 127.0.0.1, with its key in the same file."""
-    key = file.with_suffix(".key")
-    run(
-        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"),
-        *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", file),
-    )
-    with file.open("a") as both:
-        both.write(key.read_text())
-    return file

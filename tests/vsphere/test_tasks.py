@@ -2,14 +2,21 @@
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from pyVmomi import vim
 
-from sidecar.errors import DatastoreUnavailable, OperationCancelled
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, OperationCancelled
 from sidecar.vsphere import tasks
+from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import copy_disk
 from tests.support.places import write_flat_disk
 from tests.support.processes import wait_until
+from tests.support.soap import Answer, Behavior, Call, fault, found, returned, soap_server, thing, value
 from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
 
 
@@ -128,3 +135,102 @@ def test_one_without_progress_is_cancelled(make_site: MakeSite, kind: str, monke
     copy.end()
     assert isinstance(copy.error, DatastoreUnavailable)
     assert "no progress in 1 s, at 0 %" in copy.error.message
+
+
+class Scripted:
+    """A server that says of a task what a test wants: each look at it takes the next answer, the last one stays."""
+
+    def __init__(self, directory: Path, stack: ExitStack, *looks: Behavior, cancel: Behavior) -> None:
+        self._looks = list(looks)
+        self.calls: list[str] = []
+
+        def look(call: Call) -> Answer:
+            self.calls.append("look")
+            return (self._looks.pop(0) if len(self._looks) > 1 else self._looks[0])(call)
+
+        def cancelled(call: Call) -> Answer:
+            self.calls.append("cancel")
+            return cancel(call)
+
+        behaviors = {"RetrievePropertiesEx": look, "CancelTask": cancelled}
+        server = stack.enter_context(soap_server(directory, behaviors))
+        self.connection = stack.enter_context(closing(Connection(server)))
+
+    def run(self, follow: Callable[[int], None] = lambda percent: None) -> None:
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            return vim.Task("task-1", content.propertyCollector._GetStub())
+
+        tasks.run_task(self.connection, "copy", start, follow)
+
+
+def state(state: str, *more: str) -> Behavior:
+    return lambda call: found(call, thing("Task", "task-1", value("info.state", state, "TaskInfoState"), *more))
+
+
+def refuse(name: str) -> Behavior:
+    return lambda call: fault(name)
+
+
+def not_wanted(percent: int) -> None:
+    raise OperationCancelled("not wanted")
+
+
+def test_a_task_that_failed_without_a_reason_is_no_success(tmp_path: Path, stack: ExitStack) -> None:
+    scripted = Scripted(tmp_path, stack, state("running"), state("error"), cancel=returned)
+    with pytest.raises(DatastoreUnavailable, match="SystemError the task failed, and the server tells no reason"):
+        scripted.run()
+    assert "cancel" not in scripted.calls
+
+
+def test_one_answer_that_tells_nothing_does_not_end_it(tmp_path: Path, stack: ExitStack) -> None:
+    looks = (state("running"), refuse("HostCommunication"), state("running"), state("success"))
+    scripted = Scripted(tmp_path, stack, *looks, cancel=returned)
+    scripted.run()
+    assert scripted.calls == ["look"] * 4
+
+
+def test_what_cannot_be_looked_at_is_cancelled(tmp_path: Path, stack: ExitStack) -> None:
+    looks = (state("running"), refuse("NoPermission"), state("error"))
+    scripted = Scripted(tmp_path, stack, *looks, cancel=returned)
+    with pytest.raises(DatastoreDenied, match="NoPermission"):
+        scripted.run()
+    assert scripted.calls == ["look", "look", "cancel", "look"]
+
+
+def test_one_that_the_server_has_lost_ends_at_once(tmp_path: Path, stack: ExitStack) -> None:
+    scripted = Scripted(tmp_path, stack, state("running"), refuse("ManagedObjectNotFound"), cancel=returned)
+    with pytest.raises(DatastoreUnavailable, match="the server has lost it"):
+        scripted.run()
+    assert scripted.calls == ["look", "look"]
+
+
+def test_a_server_that_is_given_up_is_told_so_once(tmp_path: Path, stack: ExitStack) -> None:
+    """It still answers other calls than looks."""
+    garbled = Answer(b"<html>", 503)
+    scripted = Scripted(tmp_path, stack, state("running"), lambda call: garbled, cancel=returned)
+    scripted.connection.server = replace(scripted.connection.server, timeout=1.0)
+    with pytest.raises(DatastoreUnavailable, match="503"):
+        scripted.run()
+    assert scripted.calls.count("cancel") == 1
+    assert scripted.calls[-1] == "cancel"
+
+
+@pytest.mark.parametrize("cancel", ["NotSupported", "NoPermission", "HostCommunication"])
+def test_the_end_of_one_that_is_not_cancelled_is_waited_for(tmp_path: Path, stack: ExitStack, cancel: str) -> None:
+    looks = (state("running"), state("running"), refuse("HostCommunication"), state("running"), state("success"))
+    scripted = Scripted(tmp_path, stack, *looks, cancel=refuse(cancel))
+    with pytest.raises(OperationCancelled):
+        scripted.run(not_wanted)
+    assert scripted.calls == ["look", "cancel", *["look"] * 4]
+
+
+def test_the_end_of_one_that_is_not_cancelled_is_waited_for_with_a_bound(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "CANCEL_SECONDS", 1.0)
+    scripted = Scripted(tmp_path, stack, state("running"), cancel=refuse("NotSupported"))
+    start = time.monotonic()
+    with pytest.raises(OperationCancelled):
+        scripted.run(not_wanted)
+    assert 1 < time.monotonic() - start < 5
+    assert "it runs 1 s after it was to be cancelled" in caplog.text
