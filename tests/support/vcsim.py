@@ -1,6 +1,7 @@
 """A real vSphere API server for tests, with directories of ours as its datastores. See scripts/vcsim."""
 
 import contextlib
+import os
 import select
 import signal
 import subprocess
@@ -78,6 +79,7 @@ class Vcsim:
         """It answers nothing for the time of the block; the kernel still accepts connections for it."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # until then some of its threads may still answer
         try:
             yield
         finally:
