@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from pyVmomi import vim, vmodl
-from pyVmomi.SoapAdapter import SoapStubAdapter
 
 from sidecar.errors import ImagesError
 from sidecar.vsphere.certificates import pinned, trusted_context
 from sidecar.vsphere.credentials import Credentials
-from sidecar.vsphere.faults import UNREACHABLE, translated
+from sidecar.vsphere.faults import UNREACHABLE, NoVsphereAnswer, translated
+from sidecar.vsphere.stub import SessionStub
 
 _LOGOUT_SECONDS = 2.0
 
@@ -43,7 +43,7 @@ class Connection:
         self.server = server
         self._lock = threading.Lock()  # guards all of these
         # One for as long as this lives: the references that calls gave keep working over a new login.
-        self._stub: SoapStubAdapter | None = None
+        self._stub: SessionStub | None = None
         self._content: vim.ServiceInstanceContent | None = None  # None: not logged in
         self._failure: tuple[type[ImagesError], str] | None = None  # of the last login, and its message
         self._failures = 0
@@ -111,20 +111,21 @@ class Connection:
     def _login(self) -> vim.ServiceInstanceContent:
         if self._stub is None:
             self._stub = self._make_stub()
-        content = vim.ServiceInstance("ServiceInstance", self._stub).RetrieveContent()
-        credentials = self.server.credentials()
-        assert content.sessionManager is not None
-        content.sessionManager.Login(credentials.user, credentials.password, None)
+        with self._stub.logging_in():
+            content = vim.ServiceInstance("ServiceInstance", self._stub).RetrieveContent()
+            needed = (content.about, content.rootFolder, content.propertyCollector)
+            if content.sessionManager is None or any(each is None for each in needed):
+                raise NoVsphereAnswer("it does not tell what it has")
+            credentials = self.server.credentials()
+            content.sessionManager.Login(credentials.user, credentials.password, None)
         _log.info("logged in server=%s host=%s product=%r", self.server.name, self.server.host, content.about.fullName)
         return content
 
-    def _make_stub(self) -> SoapStubAdapter:
+    def _make_stub(self) -> SessionStub:
         # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
         server = self.server
         context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
-        stub = SoapStubAdapter(
-            host=server.host, port=server.port, sslContext=context, httpConnectionTimeout=server.timeout
-        )
+        stub = SessionStub(host=server.host, port=server.port, sslContext=context, httpConnectionTimeout=server.timeout)
         if server.thumbprint is not None:
             stub.scheme = cast(Any, pinned(server.thumbprint))
         return stub

@@ -4,7 +4,6 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from xml.parsers.expat import ExpatError
 
 from pyVmomi import vim, vmodl
 
@@ -20,7 +19,11 @@ from sidecar.errors import (
 from sidecar.vsphere.certificates import WrongCertificate
 
 # What a call raises when the server was not reached, did not answer in time, or answered something else than the API.
-UNREACHABLE = (OSError, HTTPException, ExpatError)
+UNREACHABLE = (OSError, HTTPException)
+
+
+class NoVsphereAnswer(HTTPException):
+    """What came is no answer of the API: that of another program, or a part of one."""
 
 
 class ServerUnreachable(DatastoreUnavailable):
@@ -60,6 +63,11 @@ def translated(server: str, what: str) -> Iterator[None]:
         raise DatastoreDenied(
             f"server {server}: cannot {what}: {error.args[-1]}; when it is the right server, configure ca_file, or its "
             "thumbprint"
+        ) from error
+    except NoVsphereAnswer as error:
+        raise ServerUnreachable(
+            f"server {server}: cannot {what}: what answers there is no vSphere API ({error}); look whether the address "
+            "is the server's, and whether it runs"
         ) from error
     except UNREACHABLE as error:
         text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

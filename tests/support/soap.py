@@ -25,7 +25,7 @@ _CONTENT = (
     '<apiVersion>8</apiVersion></about><sessionManager type="SessionManager">sessions</sessionManager>'
     '<virtualDiskManager type="VirtualDiskManager">disks</virtualDiskManager>'
 )
-_SESSION = (
+LOGGED_IN = (
     "<key>k</key><userName>u</userName><fullName>u</fullName><loginTime>2020-01-01T00:00:00Z</loginTime>"
     "<lastActiveTime>2020-01-01T00:00:00Z</lastActiveTime><locale>en</locale><messageLocale>en</messageLocale>"
 )
@@ -93,7 +93,7 @@ def soap_server(directory: Path, behaviors: Mapping[str, Behavior]) -> Iterator[
     """Behaviors by method, for those that need one; logging in and out does not."""
     known: dict[str, Behavior] = {
         "RetrieveServiceContent": lambda call: returned(call, _CONTENT),
-        "Login": lambda call: returned(call, _SESSION, cookie="the-session"),
+        "Login": lambda call: returned(call, LOGGED_IN, cookie="the-session"),
         "Logout": returned,
         **behaviors,
     }

@@ -1,11 +1,14 @@
 """The session with a server: begun when needed, again when lost, bounded in time, and with nobody else."""
 
+import gzip
 import hashlib
 import logging
 import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError
 from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.credentials import from_file, from_variable
-from tests.support.soap import make_certificate
+from tests.support.soap import LOGGED_IN, Answer, Call, fault, make_certificate, returned, soap_server
 from tests.support.vcsim import PASSWORD, USER
 from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
 
@@ -51,6 +54,93 @@ def test_a_method_after_the_session_was_ended_is_called_again_with_a_new_one(sit
 
     assert connection.call("find nothing", find) is None
     assert len(calls) == 2
+
+
+def test_a_late_answer_to_an_expired_session_does_not_replace_the_new_one(tmp_path: Path, stack: ExitStack) -> None:
+    """A server gives a cookie to whoever comes without a session, too."""
+    logins: list[str] = []
+    ended, renewed = threading.Event(), threading.Event()
+
+    def log_in(call: Call) -> Answer:
+        logins.append(f"session-{len(logins)}")
+        return returned(call, LOGGED_IN, cookie=logins[-1])
+
+    def reload(call: Call) -> Answer:
+        if call.session == logins[-1] and not (len(logins) == 1 and ended.is_set()):
+            return returned(call)
+        if call.body.count("late"):
+            renewed.wait(10)
+        return fault("NotAuthenticated", cookie="fresh")
+
+    server = stack.enter_context(soap_server(tmp_path, {"Login": log_in, "Reload": reload}))
+    connection = stack.enter_context(closing(Connection(server)))
+    connection.call("reload", lambda content: content.rootFolder.Reload())
+    ended.set()
+    started = threading.Event()
+    errors: list[ImagesError] = []
+
+    def be_late(content: vim.ServiceInstanceContent) -> None:
+        started.set()
+        vim.Folder("late", content.rootFolder._GetStub()).Reload()
+
+    def run_late() -> None:
+        try:
+            connection.call("reload late", be_late)
+        except ImagesError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run_late)
+    thread.start()
+    started.wait(10)
+    connection.call("reload", lambda content: content.rootFolder.Reload())
+    renewed.set()
+    thread.join(10)
+    assert errors == []
+    connection.call("reload", lambda content: content.rootFolder.Reload())
+    assert len(logins) == 2
+
+
+def soap(body: str) -> bytes:
+    return f"<Envelope><Body>{body}</Body></Envelope>".encode()
+
+
+NO_ANSWERS = {
+    "page": Answer(b"<html><body>hello</body></html>"),
+    "page that is no XML": Answer(b"<html><br>hello</html>"),
+    "page of an error": Answer(b"<html><body>oh</body></html>", 500),
+    "empty error": Answer(b"", 500),
+    "no gzip": Answer(b"no gzip", headers={"Content-Encoding": "gzip"}),
+    "gzip that was not asked for": Answer(gzip.compress(b"<html/>", mtime=0), headers={"Content-Encoding": "gzip"}),
+    "no deflate": Answer(b"x\x9cno", headers={"Content-Encoding": "deflate"}),
+    "unknown field": Answer(soap("<FooResponse><returnval><nosuch>1</nosuch></returnval></FooResponse>")),
+    "half a field": Answer(soap("<FooResponse><returnval><about><name>x</name></about></returnval></FooResponse>")),
+    "empty value": Answer(soap("<FooResponse><returnval></returnval></FooResponse>")),
+    "nothing": Answer(soap("<FooResponse></FooResponse>")),
+}
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS.values(), ids=NO_ANSWERS)
+def test_what_is_no_vsphere_api_is_told_so(tmp_path: Path, stack: ExitStack, answer: Answer) -> None:
+    server = stack.enter_context(soap_server(tmp_path, {"RetrieveServiceContent": lambda call: answer}))
+    connection = stack.enter_context(closing(Connection(server)))
+    with pytest.raises(DatastoreUnavailable, match="server fake: cannot log in: what answers there is no vSphere API"):
+        name_of_the_root(connection)
+
+
+@pytest.mark.parametrize("behavior", [returned, lambda call: returned(call, "<wrong>1</wrong>")])
+def test_an_answer_of_another_shape_is_none(
+    tmp_path: Path, stack: ExitStack, behavior: Callable[[Call], Answer]
+) -> None:
+    server = stack.enter_context(soap_server(tmp_path, {"CreateFolder": behavior}))
+    connection = stack.enter_context(closing(Connection(server)))
+    with pytest.raises(DatastoreUnavailable, match="cannot make a folder: what answers there is no vSphere API"):
+        connection.call("make a folder", lambda content: content.rootFolder.CreateFolder("new"))
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'x' * 70}.example.org"])
+def test_a_name_that_no_host_can_have_is_told(site: Site, host: str) -> None:
+    with pytest.raises(DatastoreUnavailable, match=r"server sim: cannot log in: .* is no address"):
+        name_of_the_root(site.connection(host=host))
 
 
 def test_a_restart_of_the_server_is_not_noticed_by_what_may_be_repeated(site: Site) -> None:
