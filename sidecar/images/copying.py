@@ -1,11 +1,12 @@
 """Copying an image, within a datastore or to another one, of another layout too."""
 
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from sidecar.datastores.interface import DiskCopier, ReadableFile
-from sidecar.errors import DiskFileFault, ImageIncomplete, InvalidDisk, InvalidRequest
+from sidecar.datastores.interface import Datastore, DiskCopier, ReadableFile
+from sidecar.errors import DiskFileFault, ImageIncomplete, ImagesError, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
 from sidecar.images.image import FileKind, Image, ImageFile, reader_of
 from sidecar.images.names import descriptor_name, is_reserved, renamed_companion
@@ -13,6 +14,10 @@ from sidecar.images.progress import Progress
 from sidecar.images.publishing import publish
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
+
+# For what a server has written to come into sight of this host.
+_APPEARING_SECONDS = 5.0
+_LOOK_SECONDS = 0.1
 
 
 class OpenImage:
@@ -155,8 +160,15 @@ def _copy_whole_disk(
     disk, datastore = opened.disk, staging.store.datastore
     new_names = [renames[name] for name in disk.file_names]
     size = sum(opened.files[name].size for name in disk.file_names)
-    copier.copy(opened.image.path(disk.name), staging.path(new_names[0]), size, progress)
     try:
+        copier.copy(opened.image.path(disk.name), staging.path(new_names[0]), size, progress)
+    except ImagesError as error:
+        # Whoever copies may go on with it, into whatever is staged there then.
+        staging.damage = staging.damage or error
+        raise
+    try:
+        for name in new_names:
+            _wait_until_there(datastore, staging.path(name), progress)
         raw = datastore.read_file(staging.path(new_names[0]), vmdk.MAX_DESCRIPTOR_BYTES + 1)
         rewrite_staged_descriptor(staging, disk, renames, raw)
         # Each by its name: a listing by an NFS client may be older than what others made.
@@ -173,6 +185,20 @@ def _copy_whole_disk(
             f"{opened.image.key}: its disk has {disk.capacity_bytes} bytes, and the copy {copied.capacity_bytes}; "
             "look at the log of the datastore's server"
         )
+
+
+def _wait_until_there(datastore: Datastore, path: str, progress: Progress) -> None:
+    """Until a file that others made can be seen here; FileNotFoundError when that takes too long."""
+    until = time.monotonic() + _APPEARING_SECONDS
+    while True:
+        try:
+            datastore.entry(path)
+            return
+        except FileNotFoundError:
+            if time.monotonic() > until:
+                raise
+        progress.check()
+        time.sleep(_LOOK_SECONDS)
 
 
 def rewrite_staged_descriptor(staging: StagingDirectory, disk: vmdk.Disk, renames: dict[str, str], raw: bytes) -> None:

@@ -1,0 +1,88 @@
+"""Disks that others than this host copy: what they leave, and what of it is published."""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.posix import PosixDatastore
+from sidecar.errors import DatastoreUnavailable, StagingLost
+from sidecar.images.copying import OpenImage, clone_files, copy_image
+from sidecar.images.image import ImageState
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.progress import Progress
+from sidecar.images.publishing import publish
+from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
+from tests.support.places import Place
+
+
+class Copying(PosixDatastore):
+    """A datastore whose disks `copy_files` copies, from and to these paths of descriptors."""
+
+    copy_files: Callable[[Path, Path], None]
+
+    def disk_copier(self, source: Datastore) -> DiskCopier:
+        return self
+
+    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
+        self.copy_files(Path(self.root_path) / source_path, Path(self.root_path) / path)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "root").mkdir()
+    return Place("one", "compound", tmp_path / "root")
+
+
+@pytest.fixture
+def datastore(place: Place, stack: ExitStack) -> Copying:
+    return stack.enter_context(contextlib.closing(Copying(place.name, str(place.root))))
+
+
+@pytest.fixture
+def store(datastore: Copying) -> ImageStore:
+    LAYOUTS["compound"].prepare(datastore)
+    return ImageStore(datastore, LAYOUTS["compound"])
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    shutil.copy(source.with_name(f"{source.stem}-flat.vmdk"), target.with_name(f"{target.stem}-flat.vmdk"))
+    shutil.copy(source, target)
+
+
+def test_what_comes_into_sight_late_is_waited_for(datastore: Copying, store: ImageStore, place: Place) -> None:
+    place.plant("a")
+    late = []
+
+    def copy_files(source: Path, target: Path) -> None:
+        late.append(threading.Timer(0.5, copy_whole, (source, target)))
+        late[0].start()
+
+    datastore.copy_files = copy_files
+    assert copy_image(store, "a", store, "b", Progress()).state is ImageState.VALID
+    late[0].join()
+
+
+def test_after_a_copy_that_failed_nothing_that_is_staged_there_is_published(
+    datastore: Copying, store: ImageStore, place: Place
+) -> None:
+    """The server may go on with it."""
+    place.plant("a")
+
+    def copy_files(source: Path, target: Path) -> None:
+        copy_whole(source, target)
+        raise DatastoreUnavailable("server away")
+
+    datastore.copy_files = copy_files
+    with OpenImage(store, "a") as opened, StagingDirectory(store, "b", "import") as staging:
+        with pytest.raises(DatastoreUnavailable, match="server away"):
+            clone_files(opened, staging, Progress(), disk_only=True)
+        with pytest.raises(StagingLost, match="server away"):
+            publish(staging, lambda: None)
+    assert not place.directory("b").exists()
