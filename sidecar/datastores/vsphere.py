@@ -44,9 +44,11 @@ class _ServerCopier:
             done, more = so_far, so_far - done
             transfer.advance(more)
 
-        # The server replaces nothing. What is there is of a copy that was begun by other means.
-        for each in (path, f"{path.removesuffix('.vmdk')}-flat.vmdk"):
-            self._destination.remove_tree(each)
+        # The server replaces nothing. What is there is of a copy that was begun by other means. It is listed, not asked
+        # for by name: an NFS client remembers what it did not find, and would not see what the server makes.
+        directory, _, name = path.rpartition("/")
+        for each in {name, f"{name.removesuffix('.vmdk')}-flat.vmdk"}.intersection(self._destination.names(directory)):
+            self._destination.remove_tree(f"{directory}/{each}")
         try:
             copy_disk(self._source.address, source_path, self._destination.address, path, follow)
         except FileNotFoundError as error:
@@ -56,5 +58,8 @@ class _ServerCopier:
                 f"{self._destination.root_path} is not where the server has its datastore"
             ) from error
         except FileExistsError as error:
-            raise DiskFileFault(f"{error}; remove it") from error
+            raise DiskFileFault(
+                f"{error}, and it was not there on this host before: look whether another program writes to "
+                f"{self._destination.root_path}/{directory}, and try again"
+            ) from error
         transfer.advance(size - done)
