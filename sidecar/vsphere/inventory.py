@@ -97,9 +97,13 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
         if not isinstance(thing, vim.Datastore):
             continue
         above = _ancestors(thing, things)
-        datacenter = next(each for each in above if isinstance(each, vim.Datacenter))
-        names = [things[each]["name"] for each in (*reversed(above), thing)]
-        summary: vim.Datastore.Summary = values["summary"]
+        datacenter = next((each for each in above if isinstance(each, vim.Datacenter)), None)
+        names: list[Any] = [things[each].get("name") for each in (*reversed(above), thing)]
+        summary = values.get("summary")
+        if datacenter is None or not all(names) or not isinstance(summary, vim.Datastore.Summary):
+            # What leads to it, or some of it, is hidden from the account.
+            _log.info("left out datastore=%s name=%s", thing, names[-1])
+            continue
         found.append(
             ServerDatastore(
                 datastore=thing,

@@ -1,11 +1,15 @@
 """A datastore is found by its name or its path in the inventory, and what it is comes from the server."""
 
 import os
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
 from sidecar.errors import DatastoreUnavailable
+from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.inventory import find_datastore
+from tests.support.soap import found, reference, soap_server, thing, value
 from tests.vsphere.conftest import MakeSite, Site
 
 DATACENTERS = {"vcenter": "DC0", "host": "ha-datacenter"}
@@ -60,3 +64,45 @@ def test_folders_are_looked_into(make_site: MakeSite) -> None:
     found = find_datastore(connection, "one")
     assert found.path.startswith("/F0/DC0/datastore/")
     assert find_datastore(connection, found.path, "/F0/DC0") == found
+
+
+def summary(name: str) -> str:
+    fields = f"<datastore type='Datastore'>{name}</datastore><name>{name}</name><url>u</url><capacity>10</capacity>"
+    fields += "<freeSpace>5</freeSpace><accessible>true</accessible><multipleHostAccess>true</multipleHostAccess>"
+    return value("summary", f"{fields}<type>NFS</type>", "DatastoreSummary")
+
+
+def named(kind: str, key: str, parent: str, parent_kind: str, *more: str) -> str:
+    return thing(kind, key, value("name", key), reference("parent", parent_kind, parent), *more)
+
+
+def datastore(key: str, *more: str, folder: str = "datastore") -> str:
+    return named("Datastore", key, folder, "Folder", *more)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        thing("Datastore", "two", missing=("name", "NoPermission")),
+        thing("Datastore", "two", value("name", "two"), missing=("summary", "HostCommunication")),
+        thing("Folder", "away", missing=("parent", "ManagedObjectNotFound")),
+        datastore("two", summary("two"), folder="away"),
+        datastore("two"),
+        thing("Datastore", "two", reference("parent", "Folder", "datastore"), summary("two")),
+    ],
+    ids=["name", "summary", "folder", "datacenter", "no summary", "no name"],
+)
+def test_what_cannot_be_read_hides_no_other(tmp_path: Path, stack: ExitStack, hidden: str) -> None:
+    known = [
+        thing("Folder", "root", value("name", "Datacenters")),
+        named("Datacenter", "DC", "root", "Folder"),
+        named("Folder", "datastore", "DC", "Datacenter"),
+        datastore("one", summary("one")),
+    ]
+    behaviors = {"RetrievePropertiesEx": lambda call: found(call, hidden, *known)}
+    server = stack.enter_context(soap_server(tmp_path, behaviors))
+    connection = stack.enter_context(closing(Connection(server)))
+    one = find_datastore(connection, "one")
+    assert (one.path, one.type, one.capacity, one.free) == ("/DC/datastore/one", "NFS", 10, 5)
+    with pytest.raises(DatastoreUnavailable, match="has no datastore two that the sidecar's account may see"):
+        find_datastore(connection, "two")
