@@ -24,6 +24,7 @@ DATASTORES = "IMAGE_SIDECAR_DATASTORES"
 # sockaddr_un holds 108 bytes, the last of them a NUL.
 MAX_SOCKET_PATH = 107
 
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -47,10 +48,8 @@ def _wrong(problem: str) -> PydanticCustomError:
 
 
 def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", value):
-        raise _wrong(
-            f"{value!r} is no datastore name: 1 to 128 of letters, digits, '.', '_', '-', not starting with a dot"
-        )
+    if not _NAME.fullmatch(value):
+        raise _wrong(f"{value!r} is no name: 1 to 128 of letters, digits, '.', '_', '-', not starting with a dot")
     return value
 
 
@@ -109,6 +108,13 @@ def _listen(value: str) -> str:
     if not address.is_loopback or getattr(address, "scope_id", None) or getattr(address, "ipv4_mapped", None):
         raise _wrong(f"{host!r} is not a loopback address: others are refused until there is TLS")
     return f"[{address}]:{int(found[3])}" if address.version == 6 else f"{address}:{int(found[3])}"
+
+
+def _server_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        # Without the value: somebody may have written an address with a password into it.
+        raise _wrong("is not the name of a table [vsphere.NAME]")
+    return value
 
 
 def _address(value: str) -> str:
@@ -175,7 +181,7 @@ class DatastoreConfig(_Model):
     # not `local`, and a `local` one without inotify.
     rescan_seconds: Seconds = Field(default_factory=_rescan)
     # Of type vsphere: the table [vsphere.NAME], and what the datastore is called there: by name or inventory path.
-    server: str | None = None
+    server: Annotated[str, AfterValidator(_server_name)] | None = None
     datacenter: str | None = None
     datastore: str | None = None
 
@@ -257,7 +263,7 @@ class SidecarConfig(_Model):
     datastores: tuple[DatastoreConfig, ...]
     limits: Limits = Limits()
     maintenance: MaintenanceConfig = MaintenanceConfig()
-    vsphere: dict[str, VsphereServer] = {}
+    vsphere: dict[Annotated[str, AfterValidator(_name)], VsphereServer] = {}
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -415,11 +421,19 @@ def _validate(model: type[Model], values: Mapping[str, Any], fault: Fault, fault
         for detail in error.errors():
             # The last is no fault: a default that depends on a value which is one.
             if detail["type"] != "default_factory_not_called":
-                faults.append(fault(_problem(model, detail), *map(str, detail["loc"])))
+                # pydantic tells of a table's name by its key below it.
+                place = [str(each) for each in detail["loc"] if each != "[key]"]
+                faults.append(fault(_problem(model, detail), *place))
         return None
 
 
 def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
+    text = _problem_with_value(model, detail)
+    # Somebody may have written a password there.
+    return text.removeprefix(repr(detail["input"])).lstrip(": ") if detail["loc"][:1] == ("vsphere",) else text
+
+
+def _problem_with_value(model: type[BaseModel], detail: ErrorDetails) -> str:
     value = detail["input"]
     match detail["type"]:
         case "extra_forbidden":

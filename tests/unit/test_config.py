@@ -120,8 +120,11 @@ def test_without_an_address_the_sidecar_listens_where_its_clients_look(monkeypat
         ('[datastore.one]\npath = "one"\n', "images.toml: datastore.one.path: 'one' is not an absolute path"),
         ('[datastore.one]\npath = "/a/../b"\n', "images.toml: datastore.one.path: '/a/../b' has a '..' in it"),
         ('[datastore.one]\nlayout = "vsan"\n', "images.toml: datastore.one.path: is missing"),
-        ('[datastore."a/b"]\npath = "/one"\n', "images.toml: datastore.a/b.name: 'a/b' is no datastore name"),
-        ('[datastore.".hidden"]\npath = "/one"\n', "images.toml: datastore..hidden.name: '.hidden' is no datastore"),
+        ('[datastore."a/b"]\npath = "/one"\n', "images.toml: datastore.a/b.name: 'a/b' is no name"),
+        (
+            '[datastore.".hidden"]\npath = "/one"\n',
+            "images.toml: datastore..hidden.name: '.hidden' is no name: 1 to 128",
+        ),
         (ONE + 'name = "two"\n', "images.toml: datastore.one.name: a datastore is named by its table"),
         (ONE + 'reserve = "many"\n', "images.toml: datastore.one.reserve: 'many' is no size"),
         (ONE + "reserve = -1\n", "images.toml: datastore.one.reserve: -1: input should be greater than or equal to 0"),

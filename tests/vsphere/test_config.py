@@ -54,14 +54,15 @@ def test_an_address_with_a_port_or_without(tmp_path: Path, address: str, host_an
         (SERVER + ONE, "vsphere.vc: needs one of credentials_file and credentials_variable"),
         (SERVER + CREDENTIALS + 'credentials_variable = "VC"\n' + ONE, "vsphere.vc: needs one of credentials_file and"),
         (SERVER + CREDENTIALS + "insecure = true\nca_file = '/ca'\n" + ONE, "vsphere.vc: has more than one of ca_file"),
-        (SERVER + CREDENTIALS + "thumbprint = 'ab'\n" + ONE, "vsphere.vc.thumbprint: 'ab' is no SHA-256 thumbprint"),
+        (SERVER + CREDENTIALS + "thumbprint = 'ab'\n" + ONE, "vsphere.vc.thumbprint: is no SHA-256 thumbprint"),
         (
             SERVER + CREDENTIALS + "timeout = 3\n" + ONE,
             "vsphere.vc.timeout: no such key; did you mean timeout_seconds?",
         ),
         ("[vsphere.vc]\n" + CREDENTIALS + ONE, "vsphere.vc.address: is missing"),
-        ("vsphere = 3\n" + ONE, "vsphere: 3 is no table of servers: write [vsphere.NAME]"),
-        ("vsphere = {vc = 3}\n" + ONE, "vsphere.vc: 3 is no table: write [vsphere.vc]"),
+        ("vsphere = 3\n" + ONE, "vsphere: is no table of servers: write [vsphere.NAME]"),
+        ("vsphere = {vc = 3}\n" + ONE, "vsphere.vc: is no table: write [vsphere.vc]"),
+        (SERVER.replace("vc", '"v c"', 1) + CREDENTIALS + ONE, "vsphere.v c: is no name: 1 to 128 of letters"),
     ],
 )
 def test_a_fault_is_named_with_its_key(tmp_path: Path, toml: str, message: str) -> None:
@@ -78,6 +79,10 @@ def test_a_fault_is_named_with_its_key(tmp_path: Path, toml: str, message: str) 
         'credentials_variable = "me:hidden-word"',
         'address = "https://me:hidden-word@vc"',
         'address = "vc:99999hidden-word"',
+        'ca_file = "me:hidden-word"',
+        'thumbprint = "me:hidden-word"',
+        'insecure = "me:hidden-word"',
+        'timeout_seconds = "me:hidden-word"',
     ],
 )
 def test_a_password_in_the_wrong_place_is_not_shown(tmp_path: Path, line: str) -> None:
@@ -85,3 +90,17 @@ def test_a_password_in_the_wrong_place_is_not_shown(tmp_path: Path, line: str) -
         load(tmp_path, f"[vsphere.vc]\n{line}\n" + ONE)
     assert "hidden-word" not in caught.value.message
     assert f"vsphere.vc.{line.partition(' ')[0]}: " in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        'vsphere = "me:hidden-word@vc"\n' + ONE,
+        '[vsphere]\nvc = "me:hidden-word@vc"\n' + ONE,
+        SERVER + CREDENTIALS + ONE.replace('"vc"', '"me:hidden-word@vc"'),
+    ],
+)
+def test_a_password_in_the_place_of_a_table_or_its_name_is_not_shown(tmp_path: Path, toml: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no table|is not the name of a table") as caught:
+        load(tmp_path, toml)
+    assert "hidden-word" not in caught.value.message
