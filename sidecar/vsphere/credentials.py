@@ -1,9 +1,10 @@
 """Who the sidecar is to a server: read anew for every login, so that a changed password needs no restart."""
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sidecar.errors import DatastoreDenied
 
@@ -21,13 +22,22 @@ def from_file(path: str) -> Callable[[], Credentials]:
 
     def read() -> Credentials:
         try:
-            text = Path(path).read_text()
+            text = _read_regular(path)
         except (OSError, UnicodeDecodeError) as error:
             what = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DatastoreDenied(f"cannot read the credentials in {path}: {what}") from None
         return _parse(text, path)
 
     return read
+
+
+def _read_regular(path: str) -> str:
+    # Not waiting for who writes into a FIFO: nobody may.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
 
 
 def from_variable(name: str) -> Callable[[], Credentials]:

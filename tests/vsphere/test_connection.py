@@ -3,8 +3,11 @@
 import gzip
 import hashlib
 import logging
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -253,6 +256,21 @@ def test_credentials_that_cannot_be_meant_are_not_shown(tmp_path: Path, content:
     with pytest.raises(DatastoreDenied, match="write one line, USER:PASSWORD") as caught:
         from_file(str(file))()
     assert "secret-word" not in caught.value.message
+
+
+def test_credentials_that_would_have_to_be_waited_for_are_not(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
+        with pytest.raises(DatastoreDenied, match=r"no regular file|Is a directory"):
+            from_file(str(path))()
+
+
+def test_credentials_are_utf_8_wherever_this_runs(tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_bytes("jürgen:straße\n".encode())
+    code = f"from sidecar.vsphere.credentials import from_file; c = from_file({str(tmp_path / 'credentials')!r})()"
+    code += "; assert (c.user, c.password) == ('j\\xfcrgen', 'stra\\xdfe')"
+    environment = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=30)
 
 
 def test_credentials_come_from_a_variable_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
