@@ -58,7 +58,7 @@ class StagingPublished(ImagesError):
 
 
 class StagingLost(ImagesError):
-    """Some of what was staged never reached the disk, and nobody can tell what: it is dropped, and begun anew."""
+    """Nobody can tell what of it the disk has, or what a server still writes there: it is dropped, and begun anew."""
 
     reason, code, errno, exit_code = "STAGING_LOST", "DATA_LOSS", errno.EIO, 1
 

@@ -462,8 +462,8 @@ def _lost(session: StagingSession, cause: ImagesError) -> ImagesError:
     """That it is dropped, since nobody knows what of it the disk has: an error that no client answers by committing."""
     kind = NoSpace if isinstance(cause, NoSpace) else StagingLost
     return kind(
-        f"{session.staging.store.key(session.staging.image_id)} was not published: {cause.message}. Some of what was "
-        "staged never reached the disk, so it is dropped: start the import again"
+        f"{session.staging.store.key(session.staging.image_id)} was not published: {cause.message}. What is staged "
+        "cannot be relied on, so it is dropped: start the import again"
     )
 
 

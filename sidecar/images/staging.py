@@ -43,7 +43,8 @@ class StagingDirectory:
         self.image_id = image_id
         self.token = store.new_token()
         self.place = store.layout.staging_place(image_id, self.token)
-        # Why it can never be published: the disk refused some of what was written, and will not say so again.
+        # Why it can never be published: the disk refused some of what was written, and will not say so again, or a
+        # server whose copy failed may go on with it.
         self.damage: ImagesError | None = None
         self._lock: HeldLock | None = None
         self._state = _State.HELD

@@ -11,12 +11,13 @@ import pytest
 
 from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
 from sidecar.datastores.posix import PosixDatastore
-from sidecar.errors import DatastoreUnavailable, StagingLost
+from sidecar.errors import DatastoreUnavailable, StagingLost, StagingNotFound
 from sidecar.images.copying import OpenImage, clone_files, copy_image
 from sidecar.images.image import ImageState
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.progress import Progress
 from sidecar.images.publishing import publish
+from sidecar.images.sessions import StagingSessions
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
 from tests.support.places import Place
@@ -86,3 +87,26 @@ def test_after_a_copy_that_failed_nothing_that_is_staged_there_is_published(
         with pytest.raises(StagingLost, match="server away"):
             publish(staging, lambda: None)
     assert not place.directory("b").exists()
+
+
+def test_a_client_whose_clone_failed_begins_anew(
+    datastore: Copying, store: ImageStore, place: Place, stack: ExitStack
+) -> None:
+    place.plant("a")
+
+    def copy_files(source: Path, target: Path) -> None:
+        raise DatastoreUnavailable("server away")
+
+    datastore.copy_files = copy_files
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(60)))
+    sessions.start([store])
+    staging_id = sessions.create(store, "b", 0, "request").id
+    with (
+        pytest.raises(StagingLost, match=r"server away\. What is staged cannot be relied on"),
+        sessions.using(staging_id) as staging,
+        OpenImage(store, "a") as opened,
+    ):
+        clone_files(opened, staging, Progress(), disk_only=True)
+    with pytest.raises(StagingNotFound):
+        sessions.commit(staging_id)
+    assert place.staging_directories() == []
