@@ -1,15 +1,18 @@
 """What `fusefs.guard` starts: a program of its own, with the daemon's process id and a socket as its input."""
 
+import contextlib
 import ctypes
-import errno
 import os
 import signal
 import socket
 import sys
+import time
 
 _PR_SET_PDEATHSIG = 1
 _MNT_DETACH = 2
-_MOST_PATH_BYTES = 4096
+_MOST_BYTES = 8192
+# For as long fusermount3 is let do it: of two who unmount at a time, one may take what was mounted there before.
+_FUSERMOUNT_SECONDS = 1.0
 
 
 def main() -> None:
@@ -27,25 +30,46 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     if os.getppid() != daemon:
         return
-    message, switches, _, _ = socket.recv_fds(connection, 1 + _MOST_PATH_BYTES, 1)
+    message, switches, _, _ = socket.recv_fds(connection, _MOST_BYTES, 1)
     connection.sendall(b"!")
     connection.recv(1)  # closed by a daemon that ends in good order, or has ended whole
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # comes for each of the daemon's threads, and what follows inherits it
     if died:
         for switch in switches:
-            os.write(switch, b"1")
-        if mountpoint := message[1:]:
-            unmount(mountpoint)
+            with contextlib.suppress(OSError):
+                os.write(switch, b"1")
+    device, _, mountpoint = message.partition(b" ")
+    if mountpoint and is_mounted(mountpoint, int(device)):
+        time.sleep(_FUSERMOUNT_SECONDS)
+        unmount(mountpoint, int(device))
 
 
-def unmount(mountpoint: bytes) -> None:
-    """Takes a mount away whose daemon has died; leaves alone whatever else is there by now."""
+def is_mounted(mountpoint: bytes, device: int) -> bool:
+    """Whether the mount of that device number is the last one at the path."""
+    place = os.open(mountpoint, os.O_PATH)
     try:
-        os.statvfs(mountpoint)
-    except OSError as error:
-        if error.errno not in {errno.ENOTCONN, errno.ECONNABORTED}:
-            return
-        if ctypes.CDLL(None).umount2(mountpoint, _MNT_DETACH):  # only root may
-            os.execvp("fusermount3", ["fusermount3", "-u", "-z", os.fsdecode(mountpoint)])
+        return _is_of(place, device)
+    finally:
+        os.close(place)
+
+
+def unmount(mountpoint: bytes, device: int) -> None:
+    """Takes the mount of that device number away, and never one that is below it, or came there since."""
+    place = os.open(mountpoint, os.O_PATH)
+    if _is_of(place, device) and ctypes.CDLL(None).umount2(f"/proc/self/fd/{place}".encode(), _MNT_DETACH):
+        # Only root may.
+        os.execvp("fusermount3", ["fusermount3", "-u", "-z", os.fsdecode(mountpoint)])
+
+
+def _is_of(place: int, device: int) -> bool:
+    """Whether the open directory is in the mount of that device number. Whoever serves it is not asked."""
+    with open(f"/proc/self/fdinfo/{place}", encoding="ascii") as file:
+        number = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        devices = [line.split()[2] for line in mounts if line.split()[0] == number.encode()]
+    return devices == [f"{os.major(device)}:{os.minor(device)}".encode()]
 
 
 if __name__ == "__main__":
