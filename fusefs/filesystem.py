@@ -204,7 +204,7 @@ class FileSystem:
         node = self._resolver.settled(path)
         match node:
             case nodes.StagedNode(directory):
-                directory.require_left(caller(pid))
+                directory.require_left(caller(pid), removing=True)
                 if directory.files:
                     fail(errno.ENOTEMPTY)
                 self._area.abort(directory, "removed")

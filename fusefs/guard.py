@@ -61,12 +61,15 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._connection.send(b"!")  # a good end
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_MOST_SECONDS)
             return
         self._process.kill()
-        self._process.wait(_MOST_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_MOST_SECONDS)
 
     def watch(self, device: int, unmounting: str = "") -> None:
         """Afterwards, who waits for the mount of this device number is told when the daemon dies.

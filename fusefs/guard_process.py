@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -32,10 +33,10 @@ def main() -> None:
         return
     message, switches, _, _ = socket.recv_fds(connection, _MOST_BYTES, 1)
     connection.sendall(b"!")
-    connection.recv(1)  # closed by a daemon that ends in good order, or has ended whole
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # comes for each of the daemon's threads, and what follows inherits it
+    if connection.recv(1):
+        return  # the daemon ends in good order
+    # Comes for each of the daemon's threads, and what follows inherits it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if died:
         for switch in switches:
             with contextlib.suppress(OSError):
@@ -56,11 +57,25 @@ def is_mounted(mountpoint: bytes, device: int) -> bool:
 
 
 def unmount(mountpoint: bytes, device: int) -> None:
-    """Takes the mount of that device number away, and never one that is below it, or came there since."""
+    """Takes the dead mount of that device number away, and none that is below it, or came there since.
+
+    Only root does that by the mount itself; for others fusermount3 takes what is at the path, a moment later.
+    """
     place = os.open(mountpoint, os.O_PATH)
-    if _is_of(place, device) and ctypes.CDLL(None).umount2(f"/proc/self/fd/{place}".encode(), _MNT_DETACH):
-        # Only root may.
+    if not _is_of(place, device) or not _is_dead(mountpoint):
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.umount2(f"/proc/self/fd/{place}".encode(), _MNT_DETACH) and ctypes.get_errno() == errno.EPERM:
         os.execvp("fusermount3", ["fusermount3", "-u", "-z", os.fsdecode(mountpoint)])
+
+
+def _is_dead(mountpoint: bytes) -> bool:
+    """Whether nobody serves it; a new daemon's mount may have the number of the old one's."""
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno in {errno.ENOTCONN, errno.ECONNABORTED}
+    return False
 
 
 def _is_of(place: int, device: int) -> bool:

@@ -157,15 +157,26 @@ class StagedDirectory:
     def quiet_seconds(self) -> float:
         return self._clock() - self.touched_at
 
-    def require_left(self, caller: Caller) -> None:
+    def require_left(self, caller: Caller, *, removing: bool = False) -> None:
         """EBUSY while the directory's maker is at it, and the caller is neither that nor a child of it."""
         is_busy = self.writers > 0 or self.quiet_seconds < _MAKER_SECONDS
-        self._claim.require_left(self, caller, is_busy=is_busy)
+        self._claim.require_left(self, caller, is_busy=is_busy, removing=removing)
 
     def require_writable(self, file: StagedFile, caller: Caller) -> None:
         """EBUSY when the file is another's."""
         self.require_left(caller)
-        self._claim.require_over(self, file.name, file.maker, caller)
+        self._require_over(file, caller)
+        self._claim.wrote(caller)
+
+    def _require_over(self, file: StagedFile, caller: Caller) -> None:
+        try:
+            self._claim.require_over(self, file.name, file.maker, caller)
+        except OSError:
+            # What it has made here before is of another image, of which nothing else will come.
+            for other in self.files:
+                if other.maker.process == caller.process:
+                    other.given_up = "whoever made it was refused the next file"
+            raise
 
     def let_go(self) -> None:
         """It cannot be published as it is: it is nobody's any more."""
@@ -285,13 +296,13 @@ class StagedDirectory:
             self._close_unused(file)
 
     def remove(self, name: str, caller: Caller = NOBODY) -> None:
-        self.require_left(caller)
+        self.require_left(caller, removing=True)
         with self.change(removing=True), self._naming:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)
             self.place.remove(name)
-            self._claim.removed(name, caller)
+            self._claim.removed(name, file.maker, caller)
             with self._condition:
                 self._forget(file)
 
@@ -311,7 +322,7 @@ class StagedDirectory:
             replaced = self._files.get(new)
             for each in (file, replaced):
                 if each is not None:
-                    self._claim.require_over(self, each.name, each.maker, caller)
+                    self._require_over(each, caller)
             self._claim.require_new(self, new, caller)
             self.place.rename(old, new)
             with self._condition:

@@ -286,7 +286,7 @@ class StagingArea:
             if is_transient(error) and directory.unanswered is None:
                 directory.retry_at = self._clock() + _RETRY_SECONDS
                 self.wake()
-            else:
+            elif directory.unanswered is None:
                 directory.let_go()
             raise
 

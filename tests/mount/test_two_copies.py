@@ -147,9 +147,21 @@ def test_anybody_adds_a_companion_file_and_removes_the_whole(copied: Path, other
     assert not copied.exists()
 
 
-def test_anybody_goes_on_with_what_could_not_be_published(copied: Path, other: Path) -> None:
-    run("rm", copied / "disk-flat.vmdk")
+def test_anybody_goes_on_with_what_could_not_be_published(copied: Path, other: Path, disk: Path) -> None:
+    run("rm", "-r", copied)
+    (disk.parent / "disk-flat.vmdk").unlink()
+    run("setsid", "--wait", "cp", "-r", disk.parent, copied)
     assert "Invalid argument" in run("sync", copied, check=False).stderr
     run("setsid", "--wait", "cp", "-rT", other, copied)
     run("sync", copied)
     assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")
+
+
+def test_what_was_made_before_the_refusal_is_not_published_with_the_first_ones(copied: Path, other: Path) -> None:
+    (other / "notes.txt").write_text("text")
+    files = [other / "notes.txt", other / "disk.vmdk"]
+    assert "busy" in run("setsid", "--wait", "cp", *files, copied, check=False).stderr
+    assert "Input/output error" in run("sync", copied, check=False).stderr
+    run("rm", copied / "notes.txt")
+    run("sync", copied)
+    assert names(copied) == {"new.vmdk", "new-flat.vmdk"}
