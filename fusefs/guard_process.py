@@ -62,17 +62,17 @@ def unmount(mountpoint: bytes, device: int) -> None:
     Only root does that by the mount itself; for others fusermount3 takes what is at the path, a moment later.
     """
     place = os.open(mountpoint, os.O_PATH)
-    if not _is_of(place, device) or not _is_dead(mountpoint):
+    if not _is_of(place, device) or not _is_dead(place):
         return
     library = ctypes.CDLL(None, use_errno=True)
     if library.umount2(f"/proc/self/fd/{place}".encode(), _MNT_DETACH) and ctypes.get_errno() == errno.EPERM:
         os.execvp("fusermount3", ["fusermount3", "-u", "-z", os.fsdecode(mountpoint)])
 
 
-def _is_dead(mountpoint: bytes) -> bool:
+def _is_dead(place: int) -> bool:
     """Whether nobody serves it; a new daemon's mount may have the number of the old one's."""
     try:
-        os.statvfs(mountpoint)
+        os.fstatvfs(place)
     except OSError as error:
         return error.errno in {errno.ENOTCONN, errno.ECONNABORTED}
     return False

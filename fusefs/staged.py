@@ -179,7 +179,7 @@ class StagedDirectory:
             raise
 
     def let_go(self) -> None:
-        """It cannot be published as it is: it is nobody's any more."""
+        """It cannot be published as it is: whoever likes goes on with it."""
         self._claim.let_go()
 
     def wait_published(self) -> None:

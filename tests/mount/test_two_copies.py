@@ -80,6 +80,13 @@ def test_who_takes_files_away_puts_none_of_another_image_in_their_place(copied: 
     assert "Device or resource busy" in result.stderr
     assert result.returncode != 0
     assert "Invalid argument" in run("sync", copied, check=False).stderr
+    # Nor later, when somebody has looked: the next sync would say that all is well.
+    assert "busy" in run("setsid", "--wait", "cp", "-rT", other, copied, check=False).stderr
+
+
+def test_why_somebody_is_refused_is_in_the_log(copied: Path, other: Path, tmp_path: Path) -> None:
+    run("setsid", "--wait", "cp", "-rT", other, copied, check=False)
+    assert "one/new was written by another session" in (tmp_path / "mnt.log").read_text()
 
 
 def test_who_was_refused_leaves_no_other_file_and_may_remove_all(copied: Path, other: Path, disk: Path) -> None:
