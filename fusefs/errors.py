@@ -84,6 +84,8 @@ def operation(
         except OSError as error:
             if error.errno not in _EXPECTED:
                 _log.warning("%s failed path=%s cause=%s", call, self.path_of(*arguments), error)
+            elif error.strerror != os.strerror(error.errno):  # `fail` was told more than the user sees
+                _log.info("%s refused path=%s cause=%s", call, self.path_of(*arguments), error)
             raise
         except Exception as error:
             _log.exception("%s failed path=%s cause=%r", call, self.path_of(*arguments), error)

@@ -11,7 +11,7 @@ from fusefs.documents import Documents
 from fusefs.errors import fail, operation
 from fusefs.generations import Generations
 from fusefs.handles import CompanionHandle, DocumentHandle, Handles, ImageHandle, StagedHandle
-from fusefs.processes import is_being_killed, thread_group
+from fusefs.processes import caller, is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import open_image_file
 from fusefs.refusals import Refusals
@@ -78,7 +78,7 @@ class Files:
         match node:
             case nodes.StagedFileNode():
                 if writing:
-                    self._area.require_writable(node.directory, node.file.name, pid)
+                    node.directory.require_writable(node.file, caller(pid))
                 return self._open_staged(path, node, writing=writing, truncating=bool(flags & os.O_TRUNC))
             case nodes.ImageFileNode(parent, file) | nodes.DeletedFileNode(parent, file):
                 if writing or flags & os.O_TRUNC:
@@ -143,9 +143,8 @@ class Files:
         parent = self._resolver.settled("/".join(names[:-1]))
         match parent:
             case nodes.StagedNode(directory):
-                self._area.require_writable(directory, names[-1], pid)
                 self._generations.require_free(path)
-                file = directory.create(names[-1], thread_group(pid))
+                file = directory.create(names[-1], caller(pid))
                 return self._opened_staged(path, directory, file, writable=True)
             case nodes.ImageNode(_, image, recent) if recent is not None and not names[-1].endswith(".vmdk"):
                 name = nodes.new_name(path)
@@ -229,7 +228,7 @@ class Files:
             case _:
                 node = self._resolver.settled(path)
                 if isinstance(node, nodes.StagedFileNode):
-                    self._area.require_writable(node.directory, node.file.name, pid)
+                    node.directory.require_writable(node.file, caller(pid))
         match node:
             case nodes.StagedFileNode(directory, file):
                 self._copying.truncate(directory, file, size)

@@ -18,7 +18,7 @@ from fusefs.files import Files
 from fusefs.generations import Generations
 from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandle, StagedHandle
 from fusefs.patience import LOCK_SECONDS
-from fusefs.processes import thread_group
+from fusefs.processes import caller, thread_group
 from fusefs.pulse import Pulse
 from fusefs.sources import Sources
 from fusefs.staged import State
@@ -168,10 +168,7 @@ class FileSystem:
     def unlink(self, path: str, pid: int) -> None:
         match self._resolver.settled(path):
             case nodes.StagedFileNode(directory, staged):
-                process = thread_group(pid)
-                if not process or staged.maker != process:  # whoever was refused takes back what it has made
-                    directory.require_not_anothers(process)
-                directory.remove(staged.name)
+                directory.remove(staged.name, caller(pid))
                 self._area.wake()
             case nodes.ImageFileNode(parent) if self._opened_as_deleted(parent.key, pid):
                 fail(errno.ENOENT, "the image was restored meanwhile")
@@ -207,7 +204,7 @@ class FileSystem:
         node = self._resolver.settled(path)
         match node:
             case nodes.StagedNode(directory):
-                directory.require_not_anothers(thread_group(pid))
+                directory.require_left(caller(pid), removing=True)
                 if directory.files:
                     fail(errno.ENOTEMPTY)
                 self._area.abort(directory, "removed")
@@ -233,9 +230,7 @@ class FileSystem:
         same_directory = nodes.split(old)[:-1] == nodes.split(new)[:-1]
         match node:
             case nodes.StagedFileNode(directory, file) if same_directory:
-                name = nodes.split(new)[-1]
-                self._area.require_writable(directory, name, pid)
-                directory.rename(file.name, name, flags)
+                directory.rename(file.name, nodes.split(new)[-1], flags, caller(pid))
                 self._area.renamed(directory)
                 self._area.wake()
             case nodes.LateNode() if same_directory and node.companion.is_temporary:

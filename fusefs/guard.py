@@ -61,12 +61,15 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._connection.send(b"!")  # a good end
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_MOST_SECONDS)
             return
         self._process.kill()
-        self._process.wait(_MOST_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_MOST_SECONDS)
 
     def watch(self, device: int, unmounting: str = "") -> None:
         """Afterwards, who waits for the mount of this device number is told when the daemon dies.
@@ -75,17 +78,20 @@ class Guard:
 
         To be called before the mount answers its first request.
         """
-        try:
-            switch = _open_switch(device)
+        with contextlib.ExitStack() as opened:
+            try:
+                switches = [_open_switch(device)]
+                opened.callback(os.close, switches[0])
+            except OSError as error:
+                switches = []
+                _log.warning("should the daemon be killed, tools may wait for it until umount --force cause=%s", error)
             try:
                 # Sent open, as another mount may have the number when it is used.
-                socket.send_fds(self._connection, [b"!" + os.fsencode(unmounting)], [switch])
-            finally:
-                os.close(switch)
-            if not self._connection.recv(1):
-                raise OSError(errno.ESRCH, "the guard has ended")
-        except OSError as error:
-            _log.warning("should the daemon be killed, tools may wait for it until umount --force cause=%s", error)
+                socket.send_fds(self._connection, [f"{device} ".encode() + os.fsencode(unmounting)], switches)
+                if not self._connection.recv(1):
+                    raise OSError(errno.ESRCH, "the guard has ended")
+            except OSError as error:
+                _log.warning("nobody notices should the daemon be killed cause=%s", error)
 
 
 def _open_switch(device: int) -> int:

@@ -1,9 +1,20 @@
 """What the mount asks about the processes that use it."""
 
 import os
+from typing import NamedTuple
 
 _EXITING = 0x00000004  # PF_EXITING of the kernel's task flags
 _SIGNALED = 0x00000400  # PF_SIGNALED
+
+
+class Caller(NamedTuple):
+    """A process that asks for something, and its session, as of a terminal or a service; 0 for what is not known."""
+
+    process: int
+    session: int
+
+
+NOBODY = Caller(0, 0)
 
 
 def thread_group(pid: int) -> int:
@@ -11,12 +22,13 @@ def thread_group(pid: int) -> int:
     return int(_status(pid).get("Tgid", 0))
 
 
-def session(pid: int) -> int:
-    """The session of a thread's process, such as that of a terminal or a service; 0 when it is not to be seen."""
+def caller(pid: int) -> Caller:
+    """Who a thread works for."""
+    process = thread_group(pid)
     try:
-        return os.getsid(pid) if pid else 0  # of 0 it would be that of this process
+        return Caller(process, os.getsid(process) if process else 0)  # of 0 it would be that of this process
     except OSError:
-        return 0
+        return Caller(process, 0)
 
 
 def described(process: int) -> str:

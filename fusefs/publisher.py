@@ -154,6 +154,8 @@ class Publisher:
             if held.undecided:
                 directory.retry_at = self._clock()
             else:
+                if directory.version == version:
+                    directory.let_go()
                 _log.info("not published yet image=%s reason=%s", directory, held.reason)
             return
         try:

@@ -7,12 +7,13 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from fusefs.attributes import Attributes, Owner
+from fusefs.claims import Claim
 from fusefs.contents import Content, Place
 from fusefs.errors import fail
-from fusefs.processes import descends_from, runs_a_program
+from fusefs.processes import NOBODY, Caller
 from fusefs.provenance import Provenance
 from fusefs.tree import directory_inode, staged_inode
 from sidecar.client import ImageRef, Staging
@@ -53,9 +54,9 @@ class Commit(NamedTuple):
 class StagedFile:
     """A file that is being written. `lock` guards its provenance, and keeps a write and its record together."""
 
-    def __init__(self, name: str, content: Content, inode: int, maker: int) -> None:
+    def __init__(self, name: str, content: Content, inode: int, maker: Caller) -> None:
         self.name = name
-        self.maker = maker  # the process; 0: not known
+        self.maker = maker  # who made it, if that is known
         self.inode = inode  # as the mount shows it
         self.content = content
         self.lock = threading.Lock()
@@ -96,18 +97,15 @@ class StagedDirectory:
         staging: Staging,
         place: Place,
         number: int,
-        maker: int,
-        session: int,
+        maker: Caller,
         clock: Callable[[], float],
     ) -> None:
         self.ref = ref
         self.staging = staging
         self.place = place
         self.number = number
-        self.maker = maker  # the process that made the directory; 0: not known
-        self.session = session  # of that process, or of who went on with it; 0: not known
-        self._owner = maker  # who alone writes into it; 0: whoever likes
-        self._refused: set[int] = set()  # processes that found it another's
+        self.maker = maker  # whose mkdir it was
+        self._claim = Claim(maker)
         self._clock = clock
         self._condition = threading.Condition()
         self._naming = threading.Lock()
@@ -159,29 +157,30 @@ class StagedDirectory:
     def quiet_seconds(self) -> float:
         return self._clock() - self.touched_at
 
-    def require_not_anothers(self, process: int) -> None:
-        """EBUSY while the directory's maker is at it, and the process is neither that nor a child of it.
+    def require_left(self, caller: Caller, *, removing: bool = False) -> None:
+        """EBUSY while the directory's maker is at it, and the caller is neither that nor a child of it."""
+        is_busy = self.writers > 0 or self.quiet_seconds < _MAKER_SECONDS
+        self._claim.require_left(self, caller, is_busy=is_busy, removing=removing)
 
-        Of several `cp -r` to the same new name one makes the directory. The others find it there and would write over
-        what it writes, or make a file that it is about to make, so that none of them succeeds. Who was refused once
-        stays so: it goes on with its next file when the maker has ended, and parts of two copies are no image.
-        """
-        if process in self._refused:
-            fail(errno.EBUSY, f"{self} was another's when process {process} came to write into it")
-        owner = self._owner
-        if not owner or process in {0, owner} or descends_from(process, owner):
-            return
-        if (self.writers or self.quiet_seconds < _MAKER_SECONDS) and runs_a_program(owner):
-            self.refuse(process, f"{self} is being made by process {owner}")
-        self._owner = 0
+    def require_writable(self, file: StagedFile, caller: Caller) -> None:
+        """EBUSY when the file is another's."""
+        self.require_left(caller)
+        self._require_over(file, caller)
+        self._claim.wrote(caller)
 
-    def is_of_other_session(self, session: int) -> bool:
-        return bool(session and self.session and session != self.session)
+    def _require_over(self, file: StagedFile, caller: Caller) -> None:
+        try:
+            self._claim.require_over(self, file.name, file.maker, caller)
+        except OSError:
+            # What it has made here before is of another image, of which nothing else will come.
+            for other in self.files:
+                if other.maker.process == caller.process:
+                    other.given_up = "whoever made it was refused the next file"
+            raise
 
-    def refuse(self, process: int, why: str) -> NoReturn:
-        """EBUSY for the process, now and from now on."""
-        self._refused.add(process)
-        fail(errno.EBUSY, why)
+    def let_go(self) -> None:
+        """It cannot be published as it is: whoever likes goes on with it."""
+        self._claim.let_go()
 
     def wait_published(self) -> None:
         """Returns when no publish is running."""
@@ -254,7 +253,7 @@ class StagedDirectory:
     def give_up(self, file: StagedFile, process: int) -> None:
         """A process was killed while it had the file open for writing: the file is not complete until written anew."""
         file.given_up = "whoever wrote it was killed"
-        if process and process == self.maker:
+        if process and process == self.maker.process:
             self.maker_was_killed = True
 
     def doubt(self, commit: Commit, reason: str) -> None:
@@ -265,14 +264,17 @@ class StagedDirectory:
             self.reason = reason
             self._condition.notify_all()
 
-    def create(self, name: str, process: int = 0) -> StagedFile:
-        """A new empty file of a process, with one handle that may write; FileExistsError when there is that name."""
+    def create(self, name: str, caller: Caller = NOBODY) -> StagedFile:
+        """A new empty file with one handle that may write; FileExistsError when there is one of that name."""
         _check_name(name)
+        self.require_left(caller)
         with self.change(), self._naming:
+            self._claim.require_new(self, name, caller)
             if name in self._files:
                 fail(errno.EEXIST)
             inode = staged_inode(self.number, next(self._serials))
-            file = StagedFile(name, self.place.create(name), inode, process)
+            file = StagedFile(name, self.place.create(name), inode, caller)
+            self._claim.wrote(caller)
             with self._condition:
                 self._files[name] = file
                 self.opened(file, writable=True)
@@ -293,19 +295,22 @@ class StagedDirectory:
                 self.touched_at = self._clock()
             self._close_unused(file)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, caller: Caller = NOBODY) -> None:
+        self.require_left(caller, removing=True)
         with self.change(removing=True), self._naming:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)
             self.place.remove(name)
+            self._claim.removed(name, file.maker, caller)
             with self._condition:
                 self._forget(file)
 
-    def rename(self, old: str, new: str, flags: int) -> None:
+    def rename(self, old: str, new: str, flags: int, caller: Caller = NOBODY) -> None:
         _check_name(new)
         if flags & ~RENAME_NOREPLACE:
             fail(errno.EINVAL)
+        self.require_left(caller)
         with self.change(), self._naming:
             file = self._files.get(old)
             if file is None:
@@ -314,9 +319,14 @@ class StagedDirectory:
                 fail(errno.EEXIST)
             if old == new:
                 return
+            replaced = self._files.get(new)
+            for each in (file, replaced):
+                if each is not None:
+                    self._require_over(each, caller)
+            self._claim.require_new(self, new, caller)
             self.place.rename(old, new)
             with self._condition:
-                if (replaced := self._files.get(new)) is not None:
+                if replaced is not None:
                     self._forget(replaced)
                 del self._files[old]
                 self._files[new] = file

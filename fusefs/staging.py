@@ -17,11 +17,10 @@ from fusefs.contents import RemotePlace, open_place
 from fusefs.doubts import Key
 from fusefs.errors import fail, is_transient
 from fusefs.patience import LOCK_SECONDS
-from fusefs.processes import session, thread_group
+from fusefs.processes import caller
 from fusefs.pulse import Pulse
 from fusefs.rules import Rules
 from fusefs.staged import Commit, StagedDirectory, State
-from fusefs.staged_disk import has_whole_disk
 from fusefs.tree import IndexedDatastore, Tree
 from sidecar.client import MAX_COMPANION_BYTES, Image, ImageRef, ImageState, SidecarClient
 from sidecar.client_calls import new_request_id
@@ -197,9 +196,7 @@ class StagingArea:
         except ImageTombstoned as error:
             fail(errno.EEXIST, error.message)
         place = open_place(self._client, self._pulse, staging, datastore.info.root_path, datastore.info.reserve_bytes)
-        directory = StagedDirectory(
-            ref, staging, place, self._tree.new_number(), thread_group(pid), session(pid), self._clock
-        )
+        directory = StagedDirectory(ref, staging, place, self._tree.new_number(), caller(pid), self._clock)
         key = (datastore.name, image_id)
         with self._lock:
             lost = key in self._directories
@@ -214,29 +211,6 @@ class StagingArea:
         )
         self.wake()
         return directory
-
-    def require_writable(self, directory: StagedDirectory, name: str, pid: int) -> None:
-        """EBUSY when it is another's: while that one is at it, and once it is complete, until it is published.
-
-        The sync that follows a copy would publish what somebody else has written over it since, and say that all is
-        well. Who goes on with what it made is known by its session. Whoever likes may add a file to what is complete,
-        and go on with what is not.
-        """
-        process, its_session = thread_group(pid), session(pid)
-        directory.require_not_anothers(process)
-        if directory.is_of_other_session(its_session):
-            if not self._is_complete(directory):
-                directory.session = its_session
-            elif directory.file(name) is not None:
-                why = "is complete and about to be published: remove it before another one is made in its place"
-                directory.refuse(process, f"{directory} {why}")
-
-    def _is_complete(self, directory: StagedDirectory) -> bool:
-        """As far as is known without the sidecar; not when that has refused it as it is."""
-        if directory.tried_version == directory.version and not directory.retry_at:
-            return False
-        held = self._rules.held_back(directory)
-        return (held is None or held.undecided) and has_whole_disk(directory)
 
     def closing(self, directory: StagedDirectory) -> None:
         """A file that was open for writing is being closed: publishes what is wholly a copy of one image.
@@ -290,6 +264,7 @@ class StagingArea:
                         file.content.sync()
             except OSError as error:
                 directory.reason = str(error)
+                directory.let_go()
                 raise
             self._commit(directory)
 
@@ -311,6 +286,8 @@ class StagingArea:
             if is_transient(error) and directory.unanswered is None:
                 directory.retry_at = self._clock() + _RETRY_SECONDS
                 self.wake()
+            elif directory.unanswered is None:
+                directory.let_go()
             raise
 
     def _ask_to_publish(self, directory: StagedDirectory) -> None:

@@ -2,7 +2,8 @@
 
 What has to be durable before it is answered, such as a touch, waits for all that copies have handed to the disk. So
 they share what one of them alone would write at a time: beside 16 copies, an fsync took 70 ms when each wrote as much
-as that, and 2.5 ms since they share it, and they are hardly slower. One alone would be, in smaller pieces.
+as that, and 2.5 ms since they share it, and they are hardly slower. Twice as much made no copy faster, and the
+p99 of a touch 55 ms instead of 38 on ext4, 52 instead of 44 on XFS.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-MOST = 16 * 1024 * 1024  # bytes at a time: of one copy, or of all as long as each has the least
-LEAST = 1024 * 1024  # bytes of one copy, however many there are; smaller writes make a fast disk slow
+MOST = 8 * 1024 * 1024  # bytes at a time: of one copy, or of all as long as each has the least
+LEAST = 512 * 1024  # bytes of one copy, however many there are; smaller writes make a fast disk slow
 
 
 class Writers:

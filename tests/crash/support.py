@@ -124,12 +124,12 @@ def threads(pid: int) -> int:
 
 
 def pooled_threads(pid: int) -> int:
-    """Those of its pools, which keep as many as they needed at once."""
-    pooled = 0
+    """Those of its pools, which keep as many as they needed at once. What they start has their names, and is none."""
+    names = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            pooled += (task / "comm").read_text().startswith(PREFIX)
-    return pooled
+            names.add((task / "comm").read_text())
+    return sum(name.startswith(PREFIX) for name in names)
 
 
 def answers(call: Callable[[], object]) -> str:

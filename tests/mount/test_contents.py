@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusefs.contents import LocalContent, LocalPlace
+from fusefs.processes import NOBODY
 from fusefs.staged import StagedDirectory, State
 from sidecar.client import ImageRef, SidecarClient
 from tests.support.processes import Mount, run
@@ -35,7 +36,7 @@ def test_what_could_not_be_written_back_is_not_published_by_a_second_try(
     """The kernel tells once: the next fsync succeeds, and the bytes are lost."""
     with client.create_staging("one/new") as staging:
         place = LocalPlace(str(tmp_path / "one" / staging.directory), lambda fd: 1 << 40)
-        directory = StagedDirectory(ImageRef(datastore="one", image_id="new"), staging, place, 1, 0, 0, lambda: 0.0)
+        directory = StagedDirectory(ImageRef(datastore="one", image_id="new"), staging, place, 1, NOBODY, lambda: 0.0)
         file = directory.create("new.vmdk")
         failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
 

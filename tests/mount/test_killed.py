@@ -133,17 +133,19 @@ def test_nobody_waits_for_a_daemon_that_was_killed_while_its_datastore_hangs(tmp
     assert mount.process.wait(SOON) == -signal.SIGKILL
 
 
-def test_a_late_guard_ends_nothing_but_what_it_guards(sidecar: Sidecar, mount: Mount) -> None:
+@pytest.mark.parametrize("options", ["", "auto_unmount"])
+def test_a_late_guard_ends_nothing_but_what_it_guards(options: str, sidecar: Sidecar, tmp_path: Path) -> None:
     """The next mount has the number of the one before, unless others were faster."""
-    guard = guard_of(pid_of(mount))
-    os.kill(guard, signal.SIGSTOP)
-    try:
-        killed(mount)
-        mount.start()
-    finally:
-        os.kill(guard, signal.SIGCONT)
-    wait_until(lambda: not is_running(guard), "it has ended", SOON)
-    assert names(mount.path) == {"one", "two", "three"}
+    with Mount(tmp_path / "mnt", sidecar.address, options=options) as mount:
+        guard = guard_of(pid_of(mount))
+        os.kill(guard, signal.SIGSTOP)
+        try:
+            killed(mount)
+            mount.start()
+        finally:
+            os.kill(guard, signal.SIGCONT)
+        wait_until(lambda: not is_running(guard), "it has ended", SOON)
+        assert names(mount.path) == {"one", "two", "three"}
 
 
 def ended(mount: Mount) -> None:

@@ -17,6 +17,7 @@ from fusefs.contents import Content, LocalContent, LocalPlace, RemotePlace
 from fusefs.deleting import Deletions
 from fusefs.errors import AskAgain
 from fusefs.generations import Generations
+from fusefs.processes import NOBODY
 from fusefs.provenance import Generation, SourceFile
 from fusefs.publisher import ABANDONED_SECONDS, Publisher
 from fusefs.pulse import Pulse
@@ -353,7 +354,7 @@ class SlowPlace(LocalPlace):
 def test_who_looks_into_a_staged_directory_does_not_wait_for_a_file_that_is_being_made(tmp_path: Path) -> None:
     place = SlowPlace(tmp_path)
     ref = ImageRef(datastore="one", image_id="new")
-    directory = StagedDirectory(ref, cast(Staging, None), place, number=1, maker=0, session=0, clock=lambda: 0.0)
+    directory = StagedDirectory(ref, cast(Staging, None), place, number=1, maker=NOBODY, clock=lambda: 0.0)
     looked = threading.Event()
 
     def look() -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -73,7 +74,37 @@ def test_a_sync_does_not_publish_what_another_one_copied_over_it(
     assert names(copied) == {"new.vmdk", "new-flat.vmdk"}
 
 
-def test_another_disk_does_not_come_into_what_is_complete(copied: Path, other: Path) -> None:
+@pytest.mark.parametrize("copy", ['cp -rT --remove-destination "$0" "$1"', 'tar -C "$0" -c . | tar -C "$1" -x'])
+def test_who_takes_files_away_puts_none_of_another_image_in_their_place(copied: Path, other: Path, copy: str) -> None:
+    result = run("setsid", "--wait", "sh", "-c", copy, other, copied, check=False)
+    assert "Device or resource busy" in result.stderr
+    assert result.returncode != 0
+    assert "Invalid argument" in run("sync", copied, check=False).stderr
+    # Nor later, when somebody has looked: the next sync would say that all is well.
+    assert "busy" in run("setsid", "--wait", "cp", "-rT", other, copied, check=False).stderr
+
+
+def test_why_somebody_is_refused_is_in_the_log(copied: Path, other: Path, tmp_path: Path) -> None:
+    run("setsid", "--wait", "cp", "-rT", other, copied, check=False)
+    assert "one/new was written by another session" in (tmp_path / "mnt.log").read_text()
+
+
+def test_who_was_refused_leaves_no_other_file_and_may_remove_all(copied: Path, other: Path, disk: Path) -> None:
+    (other / "notes.txt").write_text("text")
+    assert "busy" in run("setsid", "--wait", "cp", other / "disk.vmdk", other / "notes.txt", copied, check=False).stderr
+    assert names(copied) == {"disk.vmdk", "disk-flat.vmdk"}
+    refused_and_removing = """
+        import os, sys
+        try:
+            open(sys.argv[1] + "/disk.vmdk", "r+b")
+        except OSError:
+            os.unlink(sys.argv[1] + "/disk.vmdk")
+        """
+    run("setsid", "--wait", sys.executable, "-c", textwrap.dedent(refused_and_removing), copied)
+    assert names(copied) == {"disk-flat.vmdk"}
+
+
+def test_another_file_that_is_no_companion_is_told_by_the_sync(copied: Path, other: Path) -> None:
     run("setsid", "--wait", "cp", other / "disk.vmdk", copied / "more.vmdk")
     assert "Invalid argument" in run("sync", copied, check=False).stderr
     run("rm", copied / "more.vmdk")
@@ -88,17 +119,56 @@ def test_who_made_it_may_write_it_anew(copied: Path, other: Path, disk: Path) ->
     assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")
 
 
+def test_a_program_that_makes_images_by_others_in_sessions_of_their_own(copied: Path, other: Path, disk: Path) -> None:
+    run("rm", "-r", copied)
+    program = """
+        import os, subprocess, sys
+        first, second, target = sys.argv[1:]
+        os.mkdir(target)
+        for source in (first, second):
+            subprocess.run(["cp", "-rT", source, target], check=True, start_new_session=True)
+        with open(target + "/disk.vmdk", "r+b") as file:
+            file.write(file.read())
+        os.unlink(target + "/disk.vmdk")
+        """
+    run(sys.executable, "-c", textwrap.dedent(program), disk.parent, other, copied)
+    assert names(copied) == {"disk-flat.vmdk"}
+
+
+def test_files_that_are_copied_one_by_one_are_written_anew_from_anywhere(copied: Path, other: Path) -> None:
+    run("rm", "-r", copied)
+    copy_descriptor: list[str | Path] = ["cp", other / "disk.vmdk", copied]
+    for command in (["mkdir", copied], copy_descriptor, copy_descriptor):
+        run("setsid", "--wait", *command)
+    run("setsid", "--wait", "cp", "-rT", other, copied)
+    run("sync", copied)
+    assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")
+
+
 def test_anybody_adds_a_companion_file_and_removes_the_whole(copied: Path, other: Path) -> None:
     (other / "notes.txt").write_text("text")
-    run("setsid", "--wait", "cp", other / "notes.txt", copied)
+    run("setsid", "--wait", "rsync", other / "notes.txt", copied)
     assert names(copied) == {"disk.vmdk", "disk-flat.vmdk", "notes.txt"}
     run("setsid", "--wait", "rm", "-r", copied)
     assert names(copied.parent) == set()
     assert not copied.exists()
 
 
-def test_anybody_completes_what_was_left_incomplete(copied: Path, other: Path) -> None:
-    run("setsid", "--wait", "rm", copied / "disk.vmdk")
+def test_anybody_goes_on_with_what_could_not_be_published(copied: Path, other: Path, disk: Path) -> None:
+    run("rm", "-r", copied)
+    (disk.parent / "disk-flat.vmdk").unlink()
+    run("setsid", "--wait", "cp", "-r", disk.parent, copied)
+    assert "Invalid argument" in run("sync", copied, check=False).stderr
     run("setsid", "--wait", "cp", "-rT", other, copied)
     run("sync", copied)
     assert_same_disk(other / "disk.vmdk", copied / "new.vmdk")
+
+
+def test_what_was_made_before_the_refusal_is_not_published_with_the_first_ones(copied: Path, other: Path) -> None:
+    (other / "notes.txt").write_text("text")
+    files = [other / "notes.txt", other / "disk.vmdk"]
+    assert "busy" in run("setsid", "--wait", "cp", *files, copied, check=False).stderr
+    assert "Input/output error" in run("sync", copied, check=False).stderr
+    run("rm", copied / "notes.txt")
+    run("sync", copied)
+    assert names(copied) == {"new.vmdk", "new-flat.vmdk"}

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 
 from fusefs.contents import LocalPlace
+from fusefs.processes import NOBODY
 from fusefs.provenance import Generation, SourceFile
 from fusefs.reading import LocalReader, Reader
 from fusefs.rules import Rules
@@ -86,8 +87,7 @@ def half_looked_at(tmp_path: Path, ticks: Ticks) -> Iterator[tuple[Rules, Staged
         cast(Staging, None),  # nothing is published here
         LocalPlace(str(place), lambda fd: 1 << 40),
         number=1,
-        maker=0,
-        session=0,
+        maker=NOBODY,
         clock=lambda: 0.0,
     )
     file = directory.create("a.vmdk")
