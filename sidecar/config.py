@@ -167,10 +167,11 @@ class _Model(BaseModel):
 
 
 class DatastoreConfig(_Model):
-    """A directory that holds images. Whether it is there is asked when it is opened, and again while it is not."""
+    """A place that holds images. Whether it is there is asked when it is opened, and again while it is not."""
 
     name: Annotated[str, AfterValidator(_name)]
-    path: Annotated[str, AfterValidator(_absolute)]
+    # The directory; None: of type vsphere, and reached by its server alone.
+    path: Annotated[str, AfterValidator(_absolute)] | None = None
     type: Literal["local", "nfs", "vmfs", "vsphere"] = "local"
     # How others are excluded: every sidecar of a datastore has to do it the same way. ESX has no flock between hosts.
     locks: LockKindId = Field(default_factory=_locks)
@@ -189,6 +190,10 @@ class DatastoreConfig(_Model):
     def _has_a_server(self) -> Self:
         if self.type == "vsphere" and self.server is None:
             raise _wrong('is of type vsphere, and has no server: write server = "NAME", and a table [vsphere.NAME]')
+        if self.type != "vsphere" and self.path is None:
+            raise _wrong("has no path: write the directory where the datastore is")
+        if self.path is None and "locks" in self.model_fields_set:
+            raise _wrong("has locks, and no path: without one, locks are the server's directories")
         if self.type != "vsphere" and (self.server or self.datacenter or self.datastore):
             raise _wrong(f'is of type {self.type}: server, datacenter and datastore are for type = "vsphere"')
         return self
@@ -459,13 +464,17 @@ def _problem_with_value(model: type[BaseModel], detail: ErrorDetails) -> str:
 
 
 def _overlaps(datastores: Sequence[DatastoreConfig], given: Sequence[_Given]) -> list[str]:
-    """Two of one name, or of one directory, would each take the other's images for its own."""
+    """Two of one name, or of one place, would each take the other's images for its own."""
     faults = []
     for index, later in enumerate(datastores):
         for earlier in datastores[:index]:
             problem = None
             if later.name == earlier.name:
                 problem = "this datastore is configured twice"
+            elif later.path is None or earlier.path is None:
+                same = (later.server, later.datacenter, later.datastore or later.name)
+                if same == (earlier.server, earlier.datacenter, earlier.datastore or earlier.name):
+                    problem = f"it is the same datastore of the server {later.server} as {earlier.name}"
             elif later.path == earlier.path:
                 problem = f"{later.path} is the directory of datastore {earlier.name} too"
             elif _inside(later.path, earlier.path):
@@ -473,7 +482,8 @@ def _overlaps(datastores: Sequence[DatastoreConfig], given: Sequence[_Given]) ->
             elif _inside(earlier.path, later.path):
                 problem = f"{earlier.path}, the directory of datastore {earlier.name}, is inside {later.path}"
             if problem is not None:
-                faults.append(given[index].fault(problem, *([] if later.name == earlier.name else ["path"])))
+                where = [] if later.name == earlier.name or later.path is None else ["path"]
+                faults.append(given[index].fault(problem, *where))
     return faults
 
 

@@ -123,11 +123,15 @@ def build(config: SidecarConfig) -> Parts:
 def _datastore(place: DatastoreConfig, writers: Writers, servers: "dict[str, Connection]") -> Datastore:
     locks = LOCK_KINDS[place.locks]()
     if place.server is None:
+        assert place.path is not None
         return DATASTORE_TYPES[place.type](place.name, place.path, locks, writers)
     from sidecar.datastores.vsphere import VsphereDatastore
+    from sidecar.datastores.vsphere_api import VsphereApiDatastore
     from sidecar.vsphere.disks import DatastoreAddress
 
     address = DatastoreAddress(servers[place.server], place.datastore or place.name, place.datacenter)
+    if place.path is None:
+        return VsphereApiDatastore(place.name, address)
     return VsphereDatastore(place.name, place.path, locks, writers, address)
 
 
@@ -165,6 +169,8 @@ def _refuse_aliases(config: SidecarConfig) -> None:
     """ConfigError when two names lead to one directory, as by a link or bind mount: each image would be there twice."""
     names: dict[tuple[int, int], str] = {}
     for place in config.datastores:
+        if place.path is None:
+            continue
         try:
             status = os.stat(place.path)
         except OSError:  # away now; its other name would be a datastore that is away, too

@@ -6,7 +6,7 @@ ImagesError that names the datastore, so an I/O error is never taken for "not th
 """
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +30,7 @@ class Entry:
     allocated: int
     modified_ns: int
     changed_ns: int
-    inode: int
+    inode: int  # 0 where the datastore has no such number
     links: int = 1
     """How many names the file has, on the whole file system."""
 
@@ -157,6 +157,12 @@ class Datastore(Protocol):
         """Copies inside it share their extents with the source."""
 
     def open_directory(self, path: str) -> OpenDirectory: ...
+
+    def tree(self) -> Mapping[str, OpenDirectory] | None:
+        """Every directory by its path, as they are listed all at once; None where one at a time is as fast.
+
+        Staging directories are as the datastore has them, without what is staged elsewhere.
+        """
 
     def names(self, path: str) -> list[str]:
         """Those of `open_directory`, in one call."""

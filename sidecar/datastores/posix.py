@@ -132,6 +132,9 @@ class PosixDatastore:
         with self._faults.during("list", path):
             return PosixDirectory(self._faults, path, self._open_directory(path))
 
+    def tree(self) -> None:
+        return None
+
     def names(self, path: str) -> list[str]:
         with closing(self.open_directory(path)) as directory:
             return directory.names()

@@ -4,12 +4,12 @@ What else is done with it is done through the directory. It is another way to th
 locks that every host knows.
 """
 
-from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.interface import Datastore, DiskCopier
 from sidecar.datastores.posix import PosixDatastore
+from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.writers import Writers
-from sidecar.errors import DatastoreUnavailable, DiskFileFault
 from sidecar.locks.files import LockKind
-from sidecar.vsphere.disks import DatastoreAddress, copy_disk
+from sidecar.vsphere.disks import DatastoreAddress
 
 
 class VsphereDatastore(PosixDatastore):
@@ -23,43 +23,7 @@ class VsphereDatastore(PosixDatastore):
         self.address = address
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
-        if isinstance(source, VsphereDatastore) and source.address.connection is self.address.connection:
-            return _ServerCopier(source, self)
-        return None
+        return server_copier(source, self)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return self.disk_copier(other) is None and super().shares_extents_with(other)
-
-
-class _ServerCopier:
-    def __init__(self, source: VsphereDatastore, destination: VsphereDatastore) -> None:
-        self._source, self._destination = source, destination
-
-    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
-        done = 0
-
-        def follow(percent: int) -> None:
-            nonlocal done
-            so_far = size * percent // 100
-            done, more = so_far, so_far - done
-            transfer.advance(more)
-
-        # The server replaces nothing. What is there is of a copy that was begun by other means. It is listed, not asked
-        # for by name: an NFS client remembers what it did not find, and would not see what the server makes.
-        directory, _, name = path.rpartition("/")
-        for each in {name, f"{name.removesuffix('.vmdk')}-flat.vmdk"}.intersection(self._destination.names(directory)):
-            self._destination.remove_tree(f"{directory}/{each}")
-        try:
-            copy_disk(self._source.address, source_path, self._destination.address, path, follow)
-        except FileNotFoundError as error:
-            # The source is open here, and the destination's directory is held.
-            raise DatastoreUnavailable(
-                f"{error}, but it is there on this host: the path {self._source.root_path} or "
-                f"{self._destination.root_path} is not where the server has its datastore"
-            ) from error
-        except FileExistsError as error:
-            raise DiskFileFault(
-                f"{error}, and it was not there on this host before: look whether another program writes to "
-                f"{self._destination.root_path}/{directory}, and try again"
-            ) from error
-        transfer.advance(size - done)

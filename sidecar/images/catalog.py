@@ -4,7 +4,7 @@ import bisect
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sidecar.images.image import Image, ImageKey, ImageState
 
@@ -157,11 +157,14 @@ class Catalog:
 
 
 def with_details(image: Image, details: Image | None) -> Image:
-    """A listing by names alone, with the details that were read before: an image's disk never changes.
+    """A listing without details, with those that were read before: an image's disk never changes.
 
     In another directory (another inode) it is another image, published anew.
     """
     if image.details_known or details is None or not details.details_known:
         return image
-    same = details.state == image.state and details.fingerprint[0] == image.fingerprint[0]
-    return details if same else image
+    if details.state != image.state or details.fingerprint[0] != image.fingerprint[0]:
+        return image
+    if not image.files:
+        return details
+    return replace(details, touched_ns=image.touched_ns, fingerprint=image.fingerprint)

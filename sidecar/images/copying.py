@@ -32,7 +32,7 @@ class OpenImage:
             for file in before.files:
                 self._open(before, file)
             self.image = store.read_valid(image_id)
-            if [file.inode for file in self.image.files] != [file.inode for file in before.files]:
+            if list(map(_identity, self.image.files)) != list(map(_identity, before.files)):
                 raise ImageIncomplete(f"{self.image.key} was replaced while it was opened; try again")
             self.disk = self._read_disk()
         except BaseException:
@@ -73,6 +73,11 @@ class OpenImage:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _identity(file: ImageFile) -> tuple[int, int, int]:
+    """Of what is there now: not every datastore has inodes, and none changes a file of an image."""
+    return file.inode, file.modified_ns, file.size
 
 
 def copy_image(

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from sidecar.datastores.interface import Capacity, ChangeWatcher, Datastore, EntryKind
+from sidecar.datastores.interface import Capacity, ChangeWatcher, Datastore, EntryKind, OpenDirectory
 from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, InvalidRequest
 from sidecar.images.catalog import Catalog, with_details
-from sidecar.images.image import Image, ImageState
+from sidecar.images.image import Image, ImageState, read_listed_image
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.looking_ahead import LookAhead
 from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, descriptor_name
@@ -57,6 +57,8 @@ class Discovery:
         self._watcher: ChangeWatcher | None = None
         self._can_watch = True
         self._stopping = threading.Event()
+        # Images that were read since all were listed at once, which is older then; each call on it is atomic.
+        self._read_since: set[str] = set()
         self._complete = False
         self._changes_lost = False  # of the discovery's thread: what looks unchanged may have changed
         self._settled = threading.Event()  # the first scan has ended, in whatever way
@@ -116,6 +118,7 @@ class Discovery:
         """One image with all its details, from the datastore; ImageNotFound. The catalogue learns of it."""
         with self._reading(image_id):
             image = self.store.read(image_id)
+            self._read_since.add(image_id)
             self._catalog.put(image)
             return image
 
@@ -133,6 +136,7 @@ class Discovery:
             # Not a later use, which may have been noted first.
             if known and known.state is ImageState.VALID and known.touched_ns and known.touched_ns < used_ns:
                 inode, changed_ns, _ = known.fingerprint
+                self._read_since.add(image_id)
                 self._catalog.put(replace(known, touched_ns=used_ns, fingerprint=(inode, changed_ns, used_ns)))
                 return
         self.refresh(image_id)
@@ -146,6 +150,7 @@ class Discovery:
         try:
             with self._reading(image_id):
                 known = self._catalog.get(key)
+                self._read_since.add(image_id)
                 detailed = changed and known is not None and known.details_known
                 try:
                     image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
@@ -234,6 +239,9 @@ class Discovery:
             self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
             self._watch(parent)
+        self._read_since.clear()
+        if (tree := store.datastore.tree()) is not None:
+            return self._take_tree(tree)
         image_ids, vanished, whole = self._list_all()
         with LookAhead(store.datastore, self._unread_descriptors(image_ids)):
             for image_id in image_ids:
@@ -243,6 +251,26 @@ class Discovery:
                 self._check_when_due()
                 if self._stopping.is_set():
                     return False
+        for image_id in vanished:
+            self._check_when_due()
+            whole = self._read_again(image_id, changed=True) and whole
+        return whole
+
+    def _take_tree(self, tree: Mapping[str, OpenDirectory]) -> bool:
+        """What all directories were listed to hold. Whether everything was read."""
+        store, layout = self.store, self.store.layout
+        vanished = set(self._catalog.ids(store.datastore.name))
+        for collection in layout.collections(store.datastore):
+            for name in tree[collection].names() if collection in tree else ():
+                image_id = layout.image_id(collection, name)
+                if image_id is None or layout.image_directory(image_id) not in tree:
+                    continue
+                with self._reading(image_id), contextlib.suppress(ImageNotFound):
+                    image = read_listed_image(store.datastore, layout, image_id, tree[layout.image_directory(image_id)])
+                    vanished.discard(image_id)
+                    if image_id not in self._read_since:
+                        self._catalog.put(with_details(image, self._catalog.get(image.key)))
+        whole = True
         for image_id in vanished:
             self._check_when_due()
             whole = self._read_again(image_id, changed=True) and whole

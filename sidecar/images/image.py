@@ -1,16 +1,18 @@
 """An image as it is on its datastore now: its state, its files, its times."""
 
 import enum
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar.datastores.interface import Datastore, Entry, EntryKind, OpenDirectory
 from sidecar.errors import ImageNotFound, InvalidDisk, InvalidRequest
 from sidecar.images import vmdk
 from sidecar.images.layouts.interface import Layout
 from sidecar.images.names import (
+    LOCK_SUFFIX,
     TIMESTAMP,
     TOMBSTONE,
     UNUSED_MARKER,
@@ -69,7 +71,8 @@ class ImageKey:
 class Image:
     """One image. Times are nanoseconds since the epoch, None where there is none; sizes are bytes.
 
-    Where attributes are slow to read, `details_known` may be False: then there are no files, no sizes and no times.
+    Where they are slow to read, `details_known` may be False: then the disk was not read, so that its capacity, its
+    type, which file is an extent, and what is wrong are not known; files, sizes and times may be missing, too.
     """
 
     key: ImageKey
@@ -138,6 +141,28 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
         marked_unused_s = _read_marker(opened, entries, problems)
     kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
     kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
+    return replace(
+        _listed(key, directory, place, entries, kinds),
+        details_known=True,
+        capacity=disk.capacity_bytes if disk else 0,
+        disk_type=disk.descriptor.create_type if disk else "",
+        marked_unused_s=marked_unused_s,
+        problems=tuple(problems),
+    )
+
+
+def read_listed_image(datastore: Datastore, layout: Layout, image_id: str, listed: OpenDirectory) -> Image:
+    """What a listing of the image's directory says, without reading anything; ImageNotFound when it is no image's."""
+    key = ImageKey(datastore.name, image_id)
+    entries = {entry.name: entry for entry in listed.entries()}
+    _require_something(key, set(entries))
+    kinds = {descriptor_name(image_id): FileKind.DESCRIPTOR}
+    return _listed(key, layout.image_directory(image_id), listed.entry(), entries, kinds)
+
+
+def _listed(
+    key: ImageKey, directory: str, place: Entry, entries: dict[str, Entry], kinds: Mapping[str, FileKind]
+) -> Image:
     files = sorted(
         (
             _image_file(entry, kinds.get(entry.name, FileKind.COMPANION))
@@ -152,17 +177,26 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
     return Image(
         key,
         directory,
-        image_state(set(entries) - (set() if timestamp else {TIMESTAMP}), image_id),
+        image_state(set(entries) - (set() if timestamp else {TIMESTAMP}), key.image_id),
+        details_known=False,
         files=tuple(files),
-        capacity=disk.capacity_bytes if disk else 0,
-        disk_type=disk.descriptor.create_type if disk else "",
         created_ns=min((file.modified_ns for file in files), default=None),
         touched_ns=timestamp.modified_ns if timestamp else None,
         tombstoned_ns=tombstone.modified_ns if tombstone else None,
-        marked_unused_s=marked_unused_s,
-        problems=tuple(problems),
-        fingerprint=(place.inode, place.changed_ns, timestamp.modified_ns if timestamp else 0),
+        fingerprint=(
+            place.inode or _number_of(entries),
+            place.changed_ns,
+            timestamp.modified_ns if timestamp else 0,
+        ),
     )
+
+
+def _number_of(entries: dict[str, Entry]) -> int:
+    """What stands for a directory where there are no inodes: another number when any file changed that is listed here,
+    but for the time of the last use."""
+    told = ((e.name, e.size, e.modified_ns) for e in entries.values() if e.kind is EntryKind.FILE)
+    text = repr(sorted(each for each in told if each[0] != TIMESTAMP and not each[0].endswith(LOCK_SUFFIX)))
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=7).digest())
 
 
 def not_found(key: ImageKey) -> ImageNotFound:

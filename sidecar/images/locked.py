@@ -27,9 +27,9 @@ def held_locks(store: ImageStore) -> list[Held]:
     places += [(place.lock, place.image_id, True) for place in store.layout.staging_places(store.datastore)]
     found = []
     for path, image_id, staging in sorted(places):
-        # Let go of since it was listed; or what somebody put there: a link, a pipe, a directory.
+        # Let go of since it was listed; or what somebody put there: a link, a pipe.
         with contextlib.suppress(FileNotFoundError, InvalidRequest):
-            if store.datastore.entry(path).kind is EntryKind.FILE:
+            if store.datastore.entry(path).kind is not EntryKind.OTHER:
                 holder = store.datastore.lock_holder(path)
                 if holder is not None:
                     found.append(Held(path, image_id, staging, holder))

@@ -36,7 +36,8 @@ class Located:
 
 def roots_of(datastore: Datastore) -> tuple[str, ...]:
     """The paths under which VMs may know a datastore's root, beside what links and bind mounts make of them."""
-    return (datastore.root_path, f"{VOLUMES}/{datastore.name}", f"{VOLUMES}/{datastore.volume}")
+    own = (datastore.root_path,) if datastore.root_path else ()
+    return (*own, f"{VOLUMES}/{datastore.name}", f"{VOLUMES}/{datastore.volume}")
 
 
 class Places:
@@ -52,8 +53,10 @@ class Places:
         self._roots: list[tuple[str, ImageStore]] = []
         self._physical_roots: list[tuple[int, str, ImageStore]] = []
         for store in stores:
-            os.stat(store.datastore.root_path)
             self._roots += [(f"{root.rstrip('/')}/", store) for root in roots_of(store.datastore)]
+            if not store.datastore.root_path:
+                continue  # known to its server alone
+            os.stat(store.datastore.root_path)
             root = self._resolve(store.datastore.root_path)
             self._roots.append((f"{root.rstrip('/')}/", store))
             if mount := mount_of(root, self._mounts):

@@ -25,6 +25,7 @@ from typing import Protocol, Self
 
 from sidecar.beneath import parent_of
 from sidecar.errors import LockTimeout
+from sidecar.locks.identity import process_name
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two tries: doubles from one to the other
@@ -101,7 +102,7 @@ class FileLocks:
             delay = min(2 * delay, LONGEST_WAIT)
         held = _HeldFileLock(self._root_fd, self._kind, path, taken)
         try:
-            self._write_holder(taken, LockHolder(self._host, os.getpid(), _process_name(), operation, self._now()))
+            self._write_holder(taken, LockHolder(self._host, os.getpid(), process_name(), operation, self._now()))
         except BaseException:
             held.release()
             raise
@@ -206,8 +207,3 @@ def read_holder(fd: int) -> LockHolder:
     """Who wrote the lock file last, which is open to read; an unknown when it does not say so."""
     holder = LockHolder.from_bytes(os.pread(fd, MAX_HOLDER_BYTES + 1, 0))
     return holder or LockHolder.unknown(datetime.fromtimestamp(os.fstat(fd).st_mtime, UTC))
-
-
-def _process_name() -> str:
-    with open("/proc/self/comm", encoding="utf-8", errors="replace") as comm:
-        return comm.read().strip()

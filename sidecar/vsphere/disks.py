@@ -39,7 +39,7 @@ def copy_disk(
     others copy its bytes.
     """
     here, there = source.find(), destination.find()
-    names = _datastore_path(here, source_path), _datastore_path(there, path)
+    names = datastore_path(here, source_path), datastore_path(there, path)
 
     def start(content: vim.ServiceInstanceContent) -> vim.Task:
         manager = content.virtualDiskManager
@@ -56,7 +56,7 @@ def copy_disk(
     run_task(source.connection, f"copy the disk {names[0]} to {names[1]}", start, follow)
 
 
-def _datastore_path(datastore: ServerDatastore, path: str) -> str:
+def datastore_path(datastore: ServerDatastore, path: str) -> str:
     """As in `[one] image_a/a.vmdk`. InvalidRequest for a path that could lead out of the datastore."""
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise InvalidRequest(f"{path!r} is not a path within the datastore {datastore.name}")

@@ -21,6 +21,7 @@ class ServerDatastore:
     """A datastore as its server knows it. Sizes are bytes; `type` such as VMFS, NFS, NFS41, vsan."""
 
     datastore: vim.Datastore
+    browser: vim.host.DatastoreBrowser
     datacenter: vim.Datacenter
     name: str
     path: str
@@ -28,6 +29,11 @@ class ServerDatastore:
     capacity: int
     free: int
     accessible: bool
+
+    @property
+    def datacenter_path(self) -> str:
+        """As in /DC0."""
+        return _datacenter_of(self.path)[1]
 
 
 def find_datastore(connection: Connection, datastore: str, datacenter: str | None = None) -> ServerDatastore:
@@ -88,7 +94,7 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
         propSet=[
             _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
             _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
+            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary", "browser"]),
         ],
     )
     things = dict(properties.retrieve(content, wanted))
@@ -107,6 +113,7 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
         found.append(
             ServerDatastore(
                 datastore=thing,
+                browser=values["browser"],
                 datacenter=datacenter,
                 name=names[-1],
                 path="/" + "/".join(names),

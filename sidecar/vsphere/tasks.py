@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pyVmomi import vim, vmodl
 
@@ -28,15 +29,17 @@ class _Look:
     ended: bool
     percent: int
     fault: Exception | None
+    result: Any = None
 
 
 def run_task(
     connection: Connection,
     what: str,
     start: Callable[[vim.ServiceInstanceContent], vim.Task],
-    follow: Callable[[int], None],
-) -> None:
-    """Runs a task to its end; its fault is the error, as after a call. `what` as for `Connection.call`.
+    follow: Callable[[int], None] = lambda percent: None,
+) -> Any:
+    """Runs a task to its end, and gives its result; its fault is the error, as after a call. `what` as for
+    `Connection.call`.
 
     `follow` is told how far it is, in percent, some times a second: what that raises cancels the task, and passes when
     it has ended. DatastoreUnavailable when the server does not answer for longer than its timeout, has lost the task
@@ -44,19 +47,20 @@ def run_task(
     """
     task = connection.call(what, start)
     try:
-        fault = _wait_for_end(connection, what, task, follow)
+        end = _wait_for_end(connection, what, task, follow)
     except ServerUnreachable:
         _cancel_unreachable(connection, what, task)
         raise
     except BaseException:
         _cancel(connection, what, task)
         raise
-    if fault is not None:
-        raise error_of(fault, connection.server.name, what)
+    if end.fault is not None:
+        raise error_of(end.fault, connection.server.name, what)
+    return end.result
 
 
-def _wait_for_end(connection: Connection, what: str, task: vim.Task, follow: Callable[[int], None]) -> Exception | None:
-    """The fault that it ended with. A server that cannot tell is asked again, until its timeout."""
+def _wait_for_end(connection: Connection, what: str, task: vim.Task, follow: Callable[[int], None]) -> _Look:
+    """How it ended. A server that cannot tell is asked again, until its timeout."""
     pause = _FIRST_LOOK_SECONDS
     answered = moved = time.monotonic()
     percent = 0
@@ -69,7 +73,7 @@ def _wait_for_end(connection: Connection, what: str, task: vim.Task, follow: Cal
         else:
             answered = time.monotonic()
             if look.ended:
-                return look.fault
+                return look
             if look.percent > percent:
                 percent, moved = look.percent, answered
         follow(percent)
@@ -85,12 +89,12 @@ def _wait_for_end(connection: Connection, what: str, task: vim.Task, follow: Cal
 def _look_at(connection: Connection, what: str, task: vim.Task) -> _Look:
     def read(content: vim.ServiceInstanceContent) -> _Look:
         try:
-            found = properties.read(content, task, ("info.state", "info.progress", "info.error"))
+            found = properties.read(content, task, ("info.state", "info.progress", "info.error", "info.result"))
         except vmodl.fault.ManagedObjectNotFound as lost:
             return _Look(True, 0, lost)
         match found.get("info.state"):
             case "success":
-                return _Look(True, 100, None)
+                return _Look(True, 100, None, found.get("info.result"))
             case "error":
                 untold = vmodl.fault.SystemError(msg="the task failed, and the server tells no reason")
                 return _Look(True, 0, found.get("info.error") or untold)

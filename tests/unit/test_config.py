@@ -119,7 +119,7 @@ def test_without_an_address_the_sidecar_listens_where_its_clients_look(monkeypat
         (ONE + 'locks = "none"\n', "images.toml: datastore.one.locks: 'none' is not one of flock, exclusive-open"),
         ('[datastore.one]\npath = "one"\n', "images.toml: datastore.one.path: 'one' is not an absolute path"),
         ('[datastore.one]\npath = "/a/../b"\n', "images.toml: datastore.one.path: '/a/../b' has a '..' in it"),
-        ('[datastore.one]\nlayout = "vsan"\n', "images.toml: datastore.one.path: is missing"),
+        ('[datastore.one]\nlayout = "vsan"\n', "images.toml: datastore.one: has no path: write the directory"),
         ('[datastore."a/b"]\npath = "/one"\n', "images.toml: datastore.a/b.name: 'a/b' is no name"),
         (
             '[datastore.".hidden"]\npath = "/one"\n',

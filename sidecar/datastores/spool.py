@@ -1,0 +1,214 @@
+"""Files that are being staged for a datastore that takes whole files only: kept on this host until they are complete.
+
+Such a file can be written in any order, over several calls, and be read meanwhile; when it is to be durable, it is sent
+as a whole. It has no name on this host: whatever happens to the process, it is gone with it.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from sidecar.datastores.faults import Faults
+from sidecar.datastores.interface import Entry, ReadableFile, Transfer
+from sidecar.datastores.posix_files import make_entry, write_all
+from sidecar.datastores.transfer import data_in, punch_hole
+
+_PIECE = 1 << 20
+
+
+class SpooledFile:
+    """One file, for as long as somebody has it."""
+
+    def __init__(self, faults: Faults, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.faults = faults
+        self.changed = True  # since it was sent
+        self._users = 1
+        self._counting = threading.Lock()  # guards the users
+
+    def take(self) -> None:
+        with self._counting:
+            self._users += 1
+
+    def let_go(self) -> None:
+        with self._counting:
+            self._users -= 1
+            last = not self._users
+        if last:
+            os.close(self.fd)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def entry(self, name: str) -> Entry:
+        return make_entry(name, os.fstat(self.fd))
+
+    def pieces(self) -> Iterator[bytes]:
+        """All of it, from the start."""
+        offset = 0
+        while piece := self.read(offset, _PIECE):
+            yield piece
+            offset += len(piece)
+
+    def read(self, offset: int, length: int) -> bytes:
+        with self.faults.during("read what is staged of", self.path):
+            return os.pread(self.fd, length, offset)
+
+
+class Spool:
+    """The files that are being staged for one datastore, by path. Safe for several threads."""
+
+    def __init__(self, datastore: str) -> None:
+        # Not /tmp, which is often in memory: these are disks.
+        self._directory = os.environ.get("TMPDIR") or "/var/tmp"
+        self._faults = Faults(f"{datastore}, staged on this host", self._directory)
+        self._lock = threading.Lock()  # guards the files
+        self._files: dict[str, SpooledFile] = {}
+
+    def close(self) -> None:
+        with self._lock:
+            files, self._files = list(self._files.values()), {}
+        for file in files:
+            file.let_go()
+
+    @contextmanager
+    def using(self, path: str) -> Iterator[SpooledFile | None]:
+        """The file of that path, if it is here."""
+        file = self.take(path)
+        try:
+            yield file
+        finally:
+            if file:
+                file.let_go()
+
+    def take(self, path: str) -> SpooledFile | None:
+        """The file of that path, if it is here, which stays until it is let go of."""
+        with self._lock:
+            if file := self._files.get(path):
+                file.take()
+            return file
+
+    def make(self, path: str, content: Iterable[bytes]) -> SpooledFile:
+        """The file of that path, with that content when it is not here yet; it stays until it is let go of."""
+        if known := self.take(path):
+            return known
+        with self._faults.during("stage", path):
+            with tempfile.TemporaryFile(dir=self._directory) as temporary:
+                made = SpooledFile(self._faults, path, os.dup(temporary.fileno()))
+            try:
+                offset = 0
+                for piece in content:
+                    write_all(made.fd, piece, offset)
+                    offset += len(piece)
+            except BaseException:
+                made.let_go()
+                raise
+        with self._lock:
+            file = self._files.setdefault(path, made)
+            file.take()
+        if file is not made:
+            made.let_go()
+        return file
+
+    def names(self, directory: str) -> set[str]:
+        with self._lock:
+            return {name for parent, _, name in (path.rpartition("/") for path in self._files) if parent == directory}
+
+    def rename(self, source: str, destination: str) -> None:
+        """A file that is here; FileExistsError when the other one is, too."""
+        with self._lock:
+            if destination in self._files:
+                raise FileExistsError(destination)
+            file = self._files.pop(source)
+            file.path = destination
+            self._files[destination] = file
+
+    def drop(self, path: str) -> bool:
+        """Forgets that file, and all below that directory. Whether there was any."""
+        with self._lock:
+            dropped = [each for each in self._files if each == path or each.startswith(f"{path}/")]
+            files = [self._files.pop(each) for each in dropped]
+        for file in files:
+            file.let_go()
+        return bool(files)
+
+
+class SpooledReadable:
+    """A file that is being staged, open for reading."""
+
+    def __init__(self, file: SpooledFile) -> None:
+        """Takes over the caller's hold of it."""
+        self._file = file
+        status = os.fstat(file.fd)
+        self.inode, self.modified_ns, self.size = status.st_ino, status.st_mtime_ns, status.st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._file.read(offset, length)
+
+    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        with self._file.faults.during("read what is staged of", self._file.path):
+            return data_in(self._file.fd, offset, length)
+
+    def close(self) -> None:
+        self._file.let_go()
+
+
+class SpooledWritable:
+    """A file that is being staged, open for writing. `send` puts it onto its datastore."""
+
+    def __init__(self, file: SpooledFile, send: Callable[[SpooledFile], None]) -> None:
+        """Takes over the caller's hold of it."""
+        self._file, self._send = file, send
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self._changing():
+            write_all(self._file.fd, data, offset)
+
+    def make_hole(self, offset: int, length: int) -> None:
+        with self._changing():
+            if self.size() < offset + length:
+                os.ftruncate(self._file.fd, offset + length)
+            punch_hole(self._file.fd, offset, length)
+
+    def resize(self, size: int) -> None:
+        with self._changing():
+            os.ftruncate(self._file.fd, size)
+
+    def size(self) -> int:
+        return self._file.size
+
+    def sync(self) -> None:
+        self._send(self._file)
+
+    def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
+        end = min(source_offset + length, source.size)
+        position = source_offset
+        for start, size in source.data_ranges(source_offset, max(end - source_offset, 0)):
+            if start > position:
+                self.make_hole(offset + position - source_offset, start - position)
+                transfer.advance(start - position)
+                position = start
+            while position < start + size:
+                data = source.read(position, min(_PIECE, start + size - position))
+                if not data:
+                    return position - source_offset
+                self.write(offset + position - source_offset, data)
+                transfer.advance(len(data))
+                position += len(data)
+        if position < end:
+            self.make_hole(offset + position - source_offset, end - position)
+            transfer.advance(end - position)
+        return max(end - source_offset, 0)
+
+    def close(self) -> None:
+        self._file.let_go()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._file.changed = True
+        with self._file.faults.during("stage", self._file.path):
+            yield

@@ -1,0 +1,425 @@
+"""A datastore of a vSphere server that this host does not see as a directory: everything is asked of the server.
+
+What is durable, and what others see, is the server's to do: it has answered when it is done, so there is nothing to
+sync here but what is staged on this host. Files of an image in use are known of this process alone; that a VM uses one
+is known by the server's inventory.
+"""
+
+import os
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property
+
+from sidecar.datastores.interface import (
+    Capacity,
+    ChangeWatcher,
+    Datastore,
+    DiskCopier,
+    Entry,
+    EntryKind,
+    OpenDirectory,
+    ReadableFile,
+    WritableFile,
+)
+from sidecar.datastores.server_copy import server_copier
+from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
+from sidecar.errors import DatastoreUnavailable, ImageInUse, InvalidRequest, OperationCancelled
+from sidecar.locks.directories import DirectoryLocks
+from sidecar.locks.identity import process_name
+from sidecar.locks.interface import HeldLock, LockHolder
+from sidecar.vsphere.disks import DatastoreAddress
+from sidecar.vsphere.files import ServerFile, ServerFiles
+from sidecar.vsphere.folder import Download, Folder
+from sidecar.vsphere.known import KnownDatastore
+
+_LOCK_SUFFIX = ".ec_lock"
+_WHOLE = 1 << 20  # of reads in order, each piece of what a download brings
+
+
+class VsphereApiDatastore:
+    """A datastore reached by its server's API alone. Safe for use by several threads."""
+
+    type = "vsphere"
+    root_path = ""
+    shared = True
+    reflink = False
+
+    def __init__(self, name: str, address: DatastoreAddress) -> None:
+        """Asks nothing of the server yet: one that is away now may come back."""
+        self.name = name
+        self.address = address
+        self.volume = address.datastore.rpartition("/")[2]
+        self._known = KnownDatastore(address)
+        self._files = ServerFiles(address.connection, self._known)
+        self._folder = Folder(address.connection, self._known)
+        self._spool = Spool(name)
+        self._locks = DirectoryLocks(_LockDirectories(self._files, self._folder), name, wait=self._wait_for_lock)
+        self._interrupted = threading.Event()
+        self._use = threading.Lock()  # guards the two
+        self._open: Counter[str] = Counter()
+        self._excluded: set[str] = set()
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def tree(self) -> dict[str, OpenDirectory] | None:
+        return {path: _Listed(self, path, files) for path, files in self._files.tree().items()}
+
+    def open_directory(self, path: str) -> OpenDirectory:
+        return _Listed(self, path, self._list(path), self._spooled(path))
+
+    def names(self, path: str) -> list[str]:
+        with closing(self.open_directory(path)) as directory:
+            return directory.names()
+
+    def entries(self, path: str) -> list[Entry]:
+        with closing(self.open_directory(path)) as directory:
+            return directory.entries()
+
+    def entry(self, path: str) -> Entry:
+        with self._spool.using(path) as spooled:
+            if spooled:
+                return spooled.entry(path.rpartition("/")[2])
+        if not path:
+            return Entry("", EntryKind.DIRECTORY, 0, 0, 0, 0, 0)
+        return _entry(self._files.entry(path))
+
+    def read_file(self, path: str, limit: int) -> bytes:
+        return self.read_range(path, 0, limit)
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        with self._spool.using(path) as spooled:
+            return spooled.read(offset, length) if spooled else self._folder.read(path, offset, length)
+
+    def look_ahead(self, path: str) -> None:
+        """Nothing is fetched in advance."""
+
+    def write_file(self, path: str, content: bytes) -> None:
+        directory = path.rpartition("/")[0]
+        temporary = f"{directory}/.{uuid.uuid4().hex}"
+        self._require_directory(directory)
+        try:
+            self._put(temporary, content)
+            self._files.move(temporary, path, replace=True)
+        except BaseException:
+            with suppress(Exception):
+                self._files.remove(temporary)
+            raise
+
+    def create_file(self, path: str, modified_ns: int | None = None) -> None:
+        """The server sets the time: its clock is the datastore's."""
+        self._require_directory(path.rpartition("/")[0])
+        if modified_ns is None:
+            with suppress(FileNotFoundError):
+                self._files.entry(path)
+                return
+        self._put(path, b"")
+
+    @contextmanager
+    def set_modified(self, path: str, modified_ns: int) -> Iterator[int]:
+        """Writes the file anew, which must be empty: the time is that of the server's clock."""
+        with self._spool.using(path) as spooled:
+            if spooled:
+                os.utime(spooled.fd, ns=(modified_ns, modified_ns))
+                self._send(spooled)
+                yield modified_ns
+                return
+        before = self._files.entry(path)
+        if before.size or before.is_directory:
+            raise InvalidRequest(f"{self.name}: {path} is not an empty file: its time cannot be set by the server")
+        self._put(path, b"")
+        yield self._files.entry(path).modified_ns
+
+    def make_directory(self, path: str, *, parents: bool = False) -> None:
+        try:
+            self._files.make_directory(path)
+        except FileNotFoundError:
+            parent = path.rpartition("/")[0]
+            if not (parents and parent):
+                raise
+            with suppress(FileExistsError):
+                self.make_directory(parent, parents=True)
+            self._files.make_directory(path)
+
+    def rename(self, source: str, destination: str) -> None:
+        stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
+        with self._spool.using(source) as spooled:
+            if spooled is None or not spooled.changed:
+                self._files.move(source, destination)
+            elif not stays:
+                raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
+            if spooled and stays:
+                self._spool.rename(source, destination)
+                return
+        self._spool.drop(source)
+
+    def remove_file(self, path: str) -> None:
+        dropped = self._spool.drop(path)
+        try:
+            self._files.remove(path)
+        except FileNotFoundError:
+            if not dropped:
+                raise
+
+    def remove_directory(self, path: str) -> None:
+        """Under the lock in it: the server removes whatever is there, and who puts something there has that lock."""
+        if self._list(path):
+            raise FileExistsError(path)
+        own = f"lock{_LOCK_SUFFIX}"
+        with self.lock(f"{path}/{own}", "remove", timeout=0):
+            if any(file.name != own for file in self._list(path)):
+                raise FileExistsError(path)
+            self._files.remove(path)
+
+    def remove_tree(self, path: str) -> int:
+        self._spool.drop(path)
+        try:
+            freed = self._size_of(path)
+            self._files.remove(path)
+        except FileNotFoundError:
+            return 0
+        return freed
+
+    def sync_file(self, path: str) -> None:
+        with self._spool.using(path) as spooled:
+            if spooled:
+                self._send(spooled)
+
+    def sync_directory(self, path: str) -> None:
+        """The server has done what it was asked for."""
+
+    def open_readable(self, path: str) -> ReadableFile:
+        if spooled := self._spool.take(path):
+            return SpooledReadable(spooled)
+        with self._use:
+            if path in self._excluded:
+                raise ImageInUse(f"{self.name}: {path} is being removed")
+            self._open[path] += 1
+        try:
+            entry = _entry(self._files.entry(path))
+            if entry.kind is not EntryKind.FILE:
+                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+            return _ApiReadable(self._folder, path, entry, lambda: self._closed(path))
+        except BaseException:
+            self._closed(path)
+            raise
+
+    def open_writable(self, path: str) -> WritableFile:
+        known = self._spool.take(path)
+        return SpooledWritable(known or self._spool.make(path, self._content(path)), self._send)
+
+    def shares_extents_with(self, other: Datastore) -> bool:
+        return False
+
+    def disk_copier(self, source: Datastore) -> DiskCopier | None:
+        return server_copier(source, self)
+
+    def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
+        return self._locks.acquire(path, operation, timeout, check)
+
+    def lock_holder(self, path: str) -> LockHolder | None:
+        return self._locks.holder(path)
+
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
+    def _wait_for_lock(self, seconds: float) -> None:
+        if self._interrupted.wait(seconds):
+            raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
+
+    def users(self, paths: Sequence[str], image_id: str) -> list[str]:
+        with self._use:
+            return [self._own_use] if any(self._open[path] for path in paths) else []
+
+    @contextmanager
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> Iterator[None]:
+        with self._use:
+            if any(self._open[path] for path in paths):
+                raise ImageInUse(self._own_use)
+            excluded = set(paths) - self._excluded
+            self._excluded |= excluded
+        try:
+            yield
+        finally:
+            with self._use:
+                self._excluded -= excluded
+
+    @cached_property
+    def _own_use(self) -> str:
+        return f"{process_name()} (pid {os.getpid()})"
+
+    def _closed(self, path: str) -> None:
+        with self._use:
+            self._open[path] -= 1
+            if not self._open[path]:
+                del self._open[path]
+
+    def watcher(self) -> ChangeWatcher | None:
+        return None
+
+    def capacity(self) -> Capacity:
+        return Capacity(*self._known.capacity())
+
+    def check(self) -> None:
+        self._known.refresh()
+        self._locks.let_go_of_left()
+
+    def require_in_place(self) -> None:
+        """The server finds the datastore by what it is, not by a path that something else may be mounted over."""
+
+    def _list(self, path: str) -> list[ServerFile]:
+        try:
+            return self._files.entries(path)
+        except DatastoreUnavailable:
+            # To a server, a file is no such directory, or an argument that it does not understand.
+            if path and not self._files.entry(path).is_directory:
+                raise InvalidRequest(f"{self.name}: {path} is not a directory") from None
+            raise
+
+    def _spooled(self, directory: str) -> list[Entry]:
+        found = []
+        for name in self._spool.names(directory):
+            with self._spool.using(f"{directory}/{name}") as spooled:
+                if spooled:
+                    found.append(spooled.entry(name))
+        return found
+
+    def _require_directory(self, path: str) -> None:
+        """FileNotFoundError when it is not there: some servers make it for a file that is put into it."""
+        if path and not self._files.entry(path).is_directory:
+            raise InvalidRequest(f"{self.name}: {path} is not a directory")
+
+    def _size_of(self, path: str) -> int:
+        entry = self._files.entry(path)
+        if not entry.is_directory:
+            return entry.size
+        return sum(file.size for files in self._files.tree(path).values() for file in files if not file.is_directory)
+
+    def _content(self, path: str) -> Iterator[bytes]:
+        """Of a file that is on the server; nothing when there is none."""
+        with suppress(FileNotFoundError):
+            entry = self._files.entry(path)
+            if entry.is_directory:
+                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+            with closing(self._folder.open(path, 0)) as download:
+                while piece := download.read(_WHOLE):
+                    yield piece
+
+    def _put(self, path: str, content: bytes) -> None:
+        self._folder.write(path, len(content), lambda: [content])
+
+    def _send(self, file: SpooledFile) -> None:
+        if file.changed:
+            self._require_directory(file.path.rpartition("/")[0])
+            file.changed = False
+            try:
+                self._folder.write(file.path, file.size, file.pieces)
+            except BaseException:
+                file.changed = True
+                raise
+
+
+class _Listed:
+    """A directory as it was listed."""
+
+    def __init__(
+        self,
+        datastore: VsphereApiDatastore,
+        path: str,
+        files: Sequence[ServerFile],
+        spooled: Sequence[Entry] = (),
+    ) -> None:
+        self._datastore, self._path = datastore, path
+        self._entries = {entry.name: entry for entry in (*map(_entry, files), *spooled)}
+
+    def entry(self) -> Entry:
+        return Entry("", EntryKind.DIRECTORY, 0, 0, 0, 0, 0)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        if name in self._entries and self._entries[name].kind is not EntryKind.FILE:
+            raise InvalidRequest(f"{self._datastore.name}: {self._path}/{name} is not a regular file")
+        return self._datastore.read_range(f"{self._path}/{name}", offset, length)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _ApiReadable:
+    """An open file of the server: read in order, it comes with one request."""
+
+    inode = 0
+
+    def __init__(self, folder: Folder, path: str, entry: Entry, closed: Callable[[], None]) -> None:
+        self._folder, self._path, self._closed = folder, path, closed
+        self.modified_ns, self.size = entry.modified_ns, entry.size
+        self._download: Download | None = None
+        self._position = 0  # where the last read ended
+
+    def read(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        if offset != self._position or not offset:
+            self._end_download()
+            data = self._folder.read(self._path, offset, length)
+        else:
+            self._download = self._download or self._folder.open(self._path, offset)
+            data = self._download.read(length)
+        self._position = offset + len(data)
+        return data
+
+    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """All of it: what is a hole is not told."""
+        length = min(length, self.size - offset)
+        return [(offset, length)] if length > 0 else []
+
+    def close(self) -> None:
+        self._end_download()
+        self._closed()
+
+    def _end_download(self) -> None:
+        download, self._download = self._download, None
+        if download:
+            download.close()
+
+
+class _LockDirectories:
+    """What locks need of a datastore, without what is staged for it."""
+
+    def __init__(self, files: ServerFiles, folder: Folder) -> None:
+        self._files, self._folder = files, folder
+        self.make_directory = files.make_directory
+        self.rename = files.move
+
+    def names(self, path: str) -> list[str]:
+        try:
+            return [file.name for file in self._files.entries(path)]
+        except DatastoreUnavailable:
+            if not self._files.entry(path).is_directory:
+                raise InvalidRequest(f"{path} is not a directory") from None
+            raise
+
+    def read_file(self, path: str, limit: int) -> bytes:
+        return self._folder.read(path, 0, limit)
+
+    def put_file(self, path: str, content: bytes) -> None:
+        self._folder.write(path, len(content), lambda: [content])
+
+    def remove_tree(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._files.remove(path)
+
+
+def _entry(file: ServerFile) -> Entry:
+    kind = EntryKind.DIRECTORY if file.is_directory else EntryKind.FILE
+    # What it has allocated is not told; its links and its inode neither.
+    return Entry(file.name, kind, file.size, file.size, file.modified_ns, file.modified_ns, 0)

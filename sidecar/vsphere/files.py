@@ -1,0 +1,149 @@
+"""Files and directories of a datastore, listed, moved and removed by its server."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from pyVmomi import vim
+
+from sidecar.errors import DatastoreUnavailable
+from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.disks import datastore_path
+from sidecar.vsphere.inventory import ServerDatastore
+from sidecar.vsphere.tasks import run_task
+
+_Browser = vim.host.DatastoreBrowser
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_PATTERN_CHARACTERS = frozenset("*?[]\\{}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFile:
+    """One name in a directory. Bytes, and nanoseconds since the epoch; both 0 where only names were asked for."""
+
+    name: str
+    is_directory: bool
+    size: int
+    modified_ns: int
+
+
+class ServerFiles:
+    """The files of one datastore. `find` gives the datastore as its server knows it now.
+
+    Paths are relative to its root; InvalidRequest for one that could lead out of it. FileNotFoundError and
+    FileExistsError are answers of the server.
+    """
+
+    def __init__(self, connection: Connection, find: Callable[[], ServerDatastore]) -> None:
+        self._connection, self._find = connection, find
+
+    def entries(self, path: str) -> list[ServerFile]:
+        """What is in a directory."""
+        return self._search(path, "*")
+
+    def entry(self, path: str) -> ServerFile:
+        """What is at a path, by a look at its directory."""
+        directory, _, name = path.rpartition("/")
+        # What is a pattern to the server would find other names, or not this one.
+        pattern = "*" if _PATTERN_CHARACTERS.intersection(name) else name
+        for each in self._search(directory, pattern):
+            if each.name == name:  # some servers compare without regard to case
+                return each
+        raise FileNotFoundError(path)
+
+    def tree(self, path: str = "") -> dict[str, list[ServerFile]]:
+        """What is in a directory and each one below, by the path: one search for all of them."""
+        found = self._find()
+        name = datastore_path(found, path) if path else f"[{found.name}] "
+
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            task: vim.Task = found.browser.SearchDatastoreSubFolders_Task(name, _specification("*"))
+            return task
+
+        results = run_task(self._connection, f"list all of {name.strip()}", start) or []
+        return {_relative(each.folderPath): list(_files(each)) for each in results}
+
+    def make_directory(self, path: str) -> None:
+        """Makes one directory, in one that is there."""
+        found = self._find()
+        name = datastore_path(found, path)
+
+        def make(content: vim.ServiceInstanceContent) -> None:
+            _manager(content).MakeDirectory(name, found.datacenter, False)
+
+        self._connection.call(f"make the directory {name}", make)
+
+    def move(self, source: str, destination: str, *, replace: bool = False) -> None:
+        """Moves a file or a directory; FileExistsError when something is there, but for a file that is replaced."""
+        found = self._find()
+        names = datastore_path(found, source), datastore_path(found, destination)
+
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            task: vim.Task = _manager(content).MoveDatastoreFile_Task(
+                names[0], found.datacenter, names[1], found.datacenter, replace
+            )
+            return task
+
+        run_task(self._connection, f"move {names[0]} to {names[1]}", start)
+
+    def copy(self, source: str, destination: str, follow: Callable[[int], None]) -> None:
+        """Copies a file, in place of one that is there; after an error parts may be. `follow` as in `run_task`."""
+        found = self._find()
+        names = datastore_path(found, source), datastore_path(found, destination)
+
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            task: vim.Task = _manager(content).CopyDatastoreFile_Task(
+                names[0], found.datacenter, names[1], found.datacenter, True
+            )
+            return task
+
+        run_task(self._connection, f"copy {names[0]} to {names[1]}", start, follow)
+
+    def remove(self, path: str) -> None:
+        """Removes a file, or a directory with all in it."""
+        found = self._find()
+        name = datastore_path(found, path)
+
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            task: vim.Task = _manager(content).DeleteDatastoreFile_Task(name, found.datacenter)
+            return task
+
+        run_task(self._connection, f"remove {name}", start)
+
+    def _search(self, path: str, pattern: str) -> list[ServerFile]:
+        found = self._find()
+        name = datastore_path(found, path) if path else f"[{found.name}] "
+
+        def start(content: vim.ServiceInstanceContent) -> vim.Task:
+            task: vim.Task = found.browser.SearchDatastore_Task(name, _specification(pattern))
+            return task
+
+        result = run_task(self._connection, f"list {name}", start)
+        return [] if result is None else list(_files(result))
+
+
+def _specification(pattern: str) -> _Browser.SearchSpec:
+    flags = _Browser.FileInfo.Details(fileType=True, fileSize=True, modification=True, fileOwner=False)
+    return _Browser.SearchSpec(matchPattern=[pattern], details=flags, searchCaseInsensitive=False)
+
+
+def _files(result: _Browser.SearchResults) -> Iterator[ServerFile]:
+    for each in result.file:
+        modified = each.modification
+        yield ServerFile(
+            each.path,
+            isinstance(each, _Browser.FolderInfo),
+            each.fileSize or 0,
+            0 if modified is None else (modified - _EPOCH) // timedelta(microseconds=1) * 1000,
+        )
+
+
+def _relative(folder: str) -> str:
+    """Of a path such as `[one] image_a/`, which may have no space, and no slash at its end."""
+    return folder.partition("]")[2].strip(" ").strip("/")
+
+
+def _manager(content: vim.ServiceInstanceContent) -> vim.FileManager:
+    if content.fileManager is None:
+        raise DatastoreUnavailable("the server has no means to change files")
+    return content.fileManager
