@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from sidecar.datastores.interface import Capacity, ChangeWatcher, Datastore, EntryKind, OpenDirectory
 from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, InvalidRequest
 from sidecar.images.catalog import Catalog, with_details
-from sidecar.images.image import Image, ImageState, read_listed_image
+from sidecar.images.image import Image, ImageState, read_listed_image, read_opened_image
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.looking_ahead import LookAhead
 from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP, descriptor_name
@@ -57,6 +57,8 @@ class Discovery:
         self._watcher: ChangeWatcher | None = None
         self._can_watch = True
         self._stopping = threading.Event()
+        # Images that are known without their details, as they were listed.
+        self._undetailed: dict[str, OpenDirectory] = {}
         # Images that were read since all were listed at once, which is older then; each call on it is atomic.
         self._read_since: set[str] = set()
         self._complete = False
@@ -194,6 +196,7 @@ class Discovery:
                     next_scan = now + STATUS_SECONDS
                     if self._scan():
                         next_scan = self._monotonic() + self._rescan_interval()
+                    self._read_details()
                 if self._wait(min(next_scan, self._checked + STATUS_SECONDS) - self._monotonic()):
                     next_scan = self._monotonic()
             except ImagesError as error:
@@ -260,6 +263,7 @@ class Discovery:
         """What all directories were listed to hold. Whether everything was read."""
         store, layout = self.store, self.store.layout
         vanished = set(self._catalog.ids(store.datastore.name))
+        undetailed: dict[str, OpenDirectory] = {}
         for collection in layout.collections(store.datastore):
             for name in tree[collection].names() if collection in tree else ():
                 image_id = layout.image_id(collection, name)
@@ -269,12 +273,27 @@ class Discovery:
                     image = read_listed_image(store.datastore, layout, image_id, tree[layout.image_directory(image_id)])
                     vanished.discard(image_id)
                     if image_id not in self._read_since:
-                        self._catalog.put(with_details(image, self._catalog.get(image.key)))
+                        image = with_details(image, self._catalog.get(image.key))
+                        self._catalog.put(image)
+                        if not image.details_known:
+                            undetailed[image_id] = tree[image.directory]
+        self._undetailed = {} if layout.names_only else undetailed
         whole = True
         for image_id in vanished:
             self._check_when_due()
             whole = self._read_again(image_id, changed=True) and whole
         return whole
+
+    def _read_details(self) -> None:
+        """Of what was listed without them: they are there some time after the image, and nobody waits for them."""
+        undetailed, self._undetailed = self._undetailed, {}
+        for image_id, listed in undetailed.items():
+            if self._stopping.is_set():
+                return
+            self._check_when_due()
+            with self._reading(image_id), contextlib.suppress(ImageNotFound, FileNotFoundError):
+                if image_id not in self._read_since:
+                    self._catalog.put(read_opened_image(self.store.datastore, self.store.layout, image_id, listed))
 
     def _list_all(self) -> tuple[list[str], set[str], bool]:
         """The ids of what may be images; those that are known and not there any more; whether all could be listed."""

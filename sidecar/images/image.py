@@ -126,19 +126,24 @@ def read_image(datastore: Datastore, layout: Layout, image_id: str) -> Image:
 
     A disk that is not as it should be is told in `problems`; an I/O error is raised.
     """
-    key = ImageKey(datastore.name, image_id)
     directory = layout.image_directory(image_id)
-    with closing(_open_directory(datastore, directory, key)) as opened:
-        place = opened.entry()
-        entries = {entry.name: entry for entry in opened.entries()}
-        _require_something(key, set(entries))
-        problems = _misplaced(entries)
-        disk, fault = _read_disk(opened, image_id, entries)
-        if fault:
-            problems.append(fault)
-        if TIMESTAMP not in entries:
-            problems.append(NO_TIMESTAMP)
-        marked_unused_s = _read_marker(opened, entries, problems)
+    with closing(_open_directory(datastore, directory, ImageKey(datastore.name, image_id))) as opened:
+        return read_opened_image(datastore, layout, image_id, opened)
+
+
+def read_opened_image(datastore: Datastore, layout: Layout, image_id: str, opened: OpenDirectory) -> Image:
+    """As `read_image`, of its open directory."""
+    key, directory = ImageKey(datastore.name, image_id), layout.image_directory(image_id)
+    place = opened.entry()
+    entries = {entry.name: entry for entry in opened.entries()}
+    _require_something(key, set(entries))
+    problems = _misplaced(entries)
+    disk, fault = _read_disk(opened, image_id, entries)
+    if fault:
+        problems.append(fault)
+    if TIMESTAMP not in entries:
+        problems.append(NO_TIMESTAMP)
+    marked_unused_s = _read_marker(opened, entries, problems)
     kinds = {} if disk is None else dict.fromkeys(disk.file_names, FileKind.EXTENT)
     kinds[descriptor_name(image_id)] = FileKind.DESCRIPTOR
     return replace(

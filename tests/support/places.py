@@ -54,7 +54,7 @@ class Place:
 
     def staging_directories(self) -> list[Path]:
         pattern = {"compound": "tmp_image_*", "sharded": "tmp_images/*", "vsan": "image_*/tmp_image_*"}[self.layout]
-        return [path for path in self.root.glob(pattern) if path.is_dir()]
+        return [path for path in self.root.glob(pattern) if path.is_dir() and not path.name.endswith(".ec_lock")]
 
     def complete_staging_directories(self) -> list[Path]:
         """Those that only wait to be published."""

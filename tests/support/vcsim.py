@@ -67,6 +67,13 @@ class Vcsim:
         self.port = int(address.removeprefix("https://127.0.0.1:").removesuffix("/sdk\n"))
         return self
 
+    def configuration(self, timeout: float = 30.0) -> str:
+        """A sidecar's, of this server by the name of sim."""
+        return (
+            f'[vsphere.sim]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+            f'credentials_file = "{self.credentials}"\ntimeout_seconds = {timeout}\n'
+        )
+
     def kill(self) -> None:
         """kill -9, and waits until it is gone."""
         assert self.process is not None and self.process.stdout is not None

@@ -71,7 +71,9 @@ class World:
 
     def _is_known(self, ref: str) -> bool:
         image = self.listed().get(ref)
-        return image is not None and image.state == IMAGE_STATE_VALID
+        if image is None or image.state != IMAGE_STATE_VALID:
+            return False
+        return image.details_known or self.places[image.ref.datastore].layout == "vsan"
 
     def open_datastore_files(self) -> list[str]:
         """What the sidecar has open on the datastores, but for their roots."""
@@ -106,8 +108,17 @@ class World:
 def running_world(directory: Path, *, config: str = "") -> Iterator[World]:
     """`config`: TOML besides the datastores, such as `[limits]`."""
     places = make_places(directory)
+    with running_sidecar(directory, places, config, datastore_flags(places.values())) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def running_sidecar(
+    directory: Path, places: dict[str, Place], config: str, datastores: Iterable[str] = ()
+) -> Iterator[World]:
+    """A sidecar of these places, which are among `config` and the flags `datastores`."""
     with ExitStack() as stack:
-        sidecar = stack.enter_context(Sidecar(directory / "run", *datastore_flags(places.values()), config=config))
+        sidecar = stack.enter_context(Sidecar(directory / "run", *datastores, config=config))
         client = stack.enter_context(sidecar.client())
         channel = stack.enter_context(grpc.insecure_channel(sidecar.address))
         yield World(sidecar, client, channel, places)

@@ -1,0 +1,294 @@
+"""Locks that are directories: one holder, who is named, and taken from nobody but who has ended for certain."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sidecar.datastores.renaming import rename_no_replace
+from sidecar.errors import DatastoreUnavailable, InvalidRequest, LockTimeout, OperationCancelled
+from sidecar.locks.directories import SETTLE_SECONDS, DirectoryLocks
+from sidecar.locks.identity import Identity, own_identity
+
+LOCK = "image_a.ec_lock"
+
+
+class LocalDirectories:
+    """What the locks need, on a directory of this host. `away`: calls that are not answered; they are done all the same
+    when `late`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.away: set[str] = set()
+        self.late = False
+
+    def make_directory(self, path: str) -> None:
+        self._call("make_directory", (self.root / path).mkdir)
+
+    def names(self, path: str) -> list[str]:
+        def names() -> list[str]:
+            try:
+                return os.listdir(self.root / path)
+            except NotADirectoryError:
+                raise InvalidRequest(f"{path} is not a directory") from None
+
+        found: list[str] = []
+        self._call("names", lambda: found.extend(names()))
+        return found
+
+    def read_file(self, path: str, limit: int) -> bytes:
+        return (self.root / path).read_bytes()[:limit]
+
+    def put_file(self, path: str, content: bytes) -> None:
+        self._call("put_file", lambda: (self.root / path).write_bytes(content))
+
+    def rename(self, source: str, destination: str) -> None:
+        def rename() -> None:
+            fd = os.open(self.root, os.O_RDONLY)
+            try:
+                rename_no_replace(fd, source, fd, destination)
+            finally:
+                os.close(fd)
+
+        self._call("rename", rename)
+
+    def remove_tree(self, path: str) -> None:
+        self._call("remove_tree", lambda: subprocess.run(["rm", "-rf", self.root / path], check=True))
+
+    def _call(self, name: str, work: Callable[[], object]) -> None:
+        if name not in self.away:
+            work()
+            return
+        if self.late:
+            work()
+        raise DatastoreUnavailable("the server did not answer")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> LocalDirectories:
+    return LocalDirectories(tmp_path)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def locks(directories: LocalDirectories, clock: Clock) -> DirectoryLocks:
+    return make_locks(directories, clock)
+
+
+def make_locks(directories: LocalDirectories, clock: Clock, identity: Identity | None = None) -> DirectoryLocks:
+    return DirectoryLocks(directories, "one", identity=identity, monotonic=clock, wait=clock.wait)
+
+
+def ended() -> Identity:
+    """Of a process of this machine that has ended."""
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    return replace(own_identity(), pid=int(process.stdout), started=1)
+
+
+def left_by(directories: LocalDirectories, identity: Identity) -> None:
+    """A lock that this process took and never let go of."""
+    make_locks(directories, Clock(), identity).acquire(LOCK, "publish a", 0)
+
+
+def test_a_lock_has_one_holder_who_is_named_to_those_who_wait(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    with locks.acquire(LOCK, "publish a", 0):
+        holder = locks.holder(LOCK)
+        assert holder is not None and (holder.pid, holder.operation) == (os.getpid(), "publish a")
+        with pytest.raises(LockTimeout, match=rf"one/{LOCK} is held by .*pid {os.getpid()} .* for publish a"):
+            locks.acquire(LOCK, "purge a", 5)
+        assert clock.now >= 5
+    assert locks.holder(LOCK) is None
+    assert list(directories.root.iterdir()) == []
+
+
+def test_of_many_who_try_at_once_one_has_it_at_a_time(directories: LocalDirectories) -> None:
+    locks = DirectoryLocks(directories, "one")
+    inside = threading.Lock()
+
+    def work(number: int) -> None:
+        with locks.acquire(LOCK, f"work {number}", 60):
+            assert inside.acquire(blocking=False), "two holders"
+            inside.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert list(directories.root.iterdir()) == []
+
+
+def test_the_lock_of_a_process_that_has_ended_is_taken_over_when_the_server_has_settled(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    left_by(directories, ended())
+    assert locks.holder(LOCK) is None
+    with pytest.raises(LockTimeout):
+        locks.acquire(LOCK, "reap", 0)  # the server may still do what the other one asked it for
+    with locks.acquire(LOCK, "reap", 30):
+        assert SETTLE_SECONDS <= clock.now < 30
+        assert len(list((directories.root / LOCK).iterdir())) == 1
+    assert list(directories.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(own_identity, id="a living process"),
+        pytest.param(lambda: replace(ended(), boot="1" * 16), id="another boot of a machine that cannot be told"),
+        pytest.param(lambda: replace(ended(), machine="1" * 16, boot="1" * 16), id="another machine"),
+        pytest.param(lambda: replace(ended(), view="1" * 16), id="another namespace"),
+    ],
+)
+def test_the_lock_of_who_may_still_act_is_never_taken(
+    directories: LocalDirectories, clock: Clock, other: Callable[[], Identity]
+) -> None:
+    holder = other()
+    left_by(directories, holder)
+    locks = make_locks(
+        directories, clock, replace(own_identity(), machine="0" * 16, started=own_identity().started + 1)
+    )
+    for _ in range(3):
+        with pytest.raises(LockTimeout, match="remove that directory"):
+            locks.acquire(LOCK, "reap", 60)
+    assert locks.holder(LOCK) is not None
+
+
+def test_after_a_restart_of_the_machine_its_locks_are_taken_over(directories: LocalDirectories, clock: Clock) -> None:
+    own = replace(own_identity(), machine="a" * 16)
+    left_by(directories, replace(own, boot="1" * 16, view="1" * 16))
+    with make_locks(directories, clock, own).acquire(LOCK, "reap", 30):
+        pass
+    assert list(directories.root.iterdir()) == []
+
+
+def test_of_those_who_take_a_lock_over_one_gets_it(directories: LocalDirectories) -> None:
+    left_by(directories, ended())
+    locks = DirectoryLocks(directories, "one")
+    inside = threading.Lock()
+
+    def work(number: int) -> None:
+        with locks.acquire(LOCK, f"reap {number}", 60):
+            assert inside.acquire(blocking=False), "two holders"
+            inside.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert list(directories.root.iterdir()) == []
+
+
+def test_an_unreadable_or_foreign_lock_is_held(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    (directories.root / LOCK).mkdir()
+    for make in (lambda: None, lambda: (directories.root / LOCK / "somebody").write_text("?")):
+        make()
+        with pytest.raises(LockTimeout):
+            locks.acquire(LOCK, "reap", 60)
+
+
+def test_the_lock_file_of_a_host_with_a_path_is_a_lock(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    (directories.root / LOCK).write_text("")
+    with pytest.raises(LockTimeout, match="left no name"):
+        locks.acquire(LOCK, "purge a", 1)
+    assert (directories.root / LOCK).is_file()
+
+
+def test_a_lock_whose_directory_is_not_there_is_told_so(locks: DirectoryLocks) -> None:
+    with pytest.raises(FileNotFoundError):
+        locks.acquire(f"image_a/{LOCK}", "touch a", 0)
+
+
+def test_what_ends_the_wait_passes_and_leaves_nothing(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    def check() -> None:
+        raise OperationCancelled("enough")
+
+    with locks.acquire(LOCK, "publish a", 0):
+        with pytest.raises(OperationCancelled):
+            locks.acquire(LOCK, "purge a", 100, check)
+        assert [path.name for path in directories.root.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["done all the same", "not done"])
+def test_a_lock_that_could_not_be_let_go_of_is_let_go_of_later_and_by_nobody_else(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock, late: bool
+) -> None:
+    held = locks.acquire(LOCK, "publish a", 0)
+    directories.away, directories.late = {"rename", "names", "remove_tree"}, late
+    held.release()
+    locks.let_go_of_left()
+    directories.away = set()
+    if not late:
+        with pytest.raises(LockTimeout):
+            locks.acquire(LOCK, "purge a", SETTLE_SECONDS / 2)
+    locks.let_go_of_left()
+    clock.now += SETTLE_SECONDS
+    locks.let_go_of_left()
+    with locks.acquire(LOCK, "purge a", 0):
+        pass
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["done all the same", "not done"])
+def test_a_lock_of_which_nobody_knows_whether_it_was_taken_is_free_in_the_end(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock, late: bool
+) -> None:
+    directories.away, directories.late = {"rename", "remove_tree"}, late
+    with pytest.raises(DatastoreUnavailable):
+        locks.acquire(LOCK, "publish a", 0)
+    directories.away = set()
+    assert (directories.root / LOCK).exists() == late
+    locks.let_go_of_left()
+    clock.now += SETTLE_SECONDS
+    with locks.acquire(LOCK, "publish a", 0):
+        pass
+    assert not (directories.root / LOCK).exists()
+
+
+def test_a_late_answer_to_a_release_takes_nobodys_lock(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    held = locks.acquire(LOCK, "publish a", 0)
+    directories.away, directories.late = {"rename"}, True  # let go of, and not told so
+    held.release()
+    directories.away = set()
+    with locks.acquire(LOCK, "purge a", 0):
+        for _ in range(2):
+            locks.let_go_of_left()
+            clock.now += SETTLE_SECONDS
+        assert (directories.root / LOCK).exists()
+        with pytest.raises(LockTimeout):
+            locks.acquire(LOCK, "touch a", 0)
+
+
+def test_an_identity_is_read_as_it_was_written() -> None:
+    own = own_identity()
+    text = own.with_token("0123456789abcdef")
+    parsed = Identity.parse(text)
+    assert parsed is not None and parsed.is_process_of(own) and str(parsed) == text
+    assert len(text) < 120  # what a file's name on VMFS may have
+    for foreign in ("", "x", text[:-1], f"{text}0", text.replace("-", "_"), "../x"):
+        assert Identity.parse(foreign) is None

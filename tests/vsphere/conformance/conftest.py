@@ -1,0 +1,75 @@
+"""The conformance suite of tests/images on datastores of a vSphere server: of a vCenter and of a single host, by API
+alone and with the path where this host sees them.
+
+What differs is how the files are reached, so not every test runs everywhere: with a path, those of copying, which alone
+differs there from any other directory; on a host by API alone, those of one layout.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.images.conftest import CONFIG, place, scratch, world
+from tests.support.vcsim import Vcsim
+from tests.support.world import World, make_places, running_sidecar
+
+__all__ = ["place", "scratch", "world"]
+
+_COPYING = {"test_copy", "test_lifecycle"}
+
+# What the API does not tell or do, by test; a word in brackets: with this parameter only.
+_LINKS = "links and pipes, which such a datastore does not have"
+_STAGED = "looks for staged bytes on the datastore: they are on the sidecar's host until they are complete"
+_BESIDE = "opens a file beside the server, which protects what is open there itself"
+_HOLES = "counts allocated bytes: what is a hole cannot be told in an upload"
+NOT_BY_API = {
+    "test_a_link_in_an_image_is_a_problem_and_never_followed": _LINKS,
+    "test_an_image_directory_that_is_a_link_is_no_image": _LINKS,
+    "test_a_link_in_place_of_a_companion_is_replaced_and_not_followed": _LINKS,
+    "test_a_bookkeeping_file_that_is_no_plain_file_is_a_problem_of_an_image_that_can_be_deleted[link]": _LINKS,
+    "test_a_bookkeeping_file_that_is_no_plain_file_is_a_problem_of_an_image_that_can_be_deleted[fifo]": _LINKS,
+    "test_what_is_staged_is_nobodys_image_until_it_is_committed": _STAGED,
+    "test_data_and_holes_are_read_back_as_they_were_written": _STAGED,
+    "test_a_size_cuts_or_extends_a_file": _STAGED,
+    "test_a_file_cloned_by_ranges_is_the_file_with_its_holes": _STAGED,
+    "test_a_disk_is_cloned_into_a_staging_directory_without_its_companions": _STAGED,
+    "test_a_disk_under_a_foreign_name_is_imported_under_the_images": _HOLES,
+    "test_sizes_times_and_numbers_are_those_of_the_disk": "compares with inodes, blocks and nanoseconds",
+    "test_a_touch_sets_the_time_and_nothing_else": "compares nanoseconds: the server tells microseconds",
+    "test_a_wreck_that_somebody_has_open_is_not_replaced": _BESIDE,
+    "test_a_disk_that_qemu_has_open_is_never_taken_away": _BESIDE,
+}
+
+
+@pytest.fixture(scope="module", params=["vcenter", "vcenter-path", "host", "host-path"])
+def shared_world(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[World]:
+    kind, _, path = request.param.partition("-")
+    directory = tmp_path_factory.mktemp("world")
+    places = make_places(directory)
+    with Vcsim(directory / "vcsim", {name: place.root for name, place in places.items()}, kind=kind) as simulator:
+        config = simulator.configuration() + getattr(request.module, CONFIG, "")
+        for name, place in places.items():
+            config += f'[datastore.{name}]\ntype = "vsphere"\nserver = "sim"\nlayout = "{place.layout}"\n'
+            config += "rescan_seconds = 0.5\n" + (f'path = "{place.root}"\nlocks = "flock"\n' if path else "")
+        with running_sidecar(directory, places, config) as world:
+            yield world
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if isinstance(item, pytest.Function) and not _runs(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _runs(item: pytest.Function) -> bool:
+    if "conformance" not in item.path.parts or not hasattr(item, "callspec"):
+        return True
+    parameters = item.callspec.params
+    variant = str(parameters.get("shared_world", ""))
+    name = item.originalname
+    if variant.endswith("-path"):
+        return item.path.stem in _COPYING
+    if variant == "host" and parameters.get("place", "one") != "one":
+        return False
+    return name not in NOT_BY_API and not any(f"{name}[{value}]" in NOT_BY_API for value in parameters.values())

@@ -1,0 +1,1 @@
+from tests.images.test_copy import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_copy_formats import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_copy_requests import *  # noqa: F403

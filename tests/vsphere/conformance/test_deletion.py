@@ -1,0 +1,1 @@
+from tests.images.test_deletion import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_in_use import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_lifecycle import *  # noqa: F403

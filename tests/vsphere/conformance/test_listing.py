@@ -1,0 +1,1 @@
+from tests.images.test_listing import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_metadata import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_one_image import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_publishing import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_staging import *  # noqa: F403

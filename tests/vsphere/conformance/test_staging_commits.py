@@ -1,0 +1,1 @@
+from tests.images.test_staging_commits import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_touching import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_validation import *  # noqa: F403

@@ -1,0 +1,1 @@
+from tests.images.test_watch import *  # noqa: F403
