@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Protocol, Self
 
-from sidecar.beneath import parent_of
+from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.errors import LockTimeout
-from sidecar.locks.identity import process_name
+from sidecar.locks.identity import Identity, process_name
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two tries: doubles from one to the other
@@ -111,7 +111,7 @@ class FileLocks:
     def holder(self, path: LockPath) -> LockHolder | None:
         """See DatastoreLocks."""
         try:
-            return self._kind.holder(self._root_fd, path)
+            return self._holder_in_directory(path) or self._kind.holder(self._root_fd, path)
         except FileNotFoundError:
             return None
 
@@ -119,7 +119,12 @@ class FileLocks:
         """The descriptor of the lock file, locked and at its path; or who holds it."""
         # The limit is for a file system whose inode numbers do not last: there, no lock is better than a false one.
         for _ in range(TRIES_AT_A_MOVING_PATH):
-            taken = self._kind.take(self._root_fd, path)
+            try:
+                taken = self._kind.take(self._root_fd, path)
+            except IsADirectoryError:
+                if (holder := self._holder_in_directory(path)) is None:
+                    raise
+                return holder
             if isinstance(taken, LockHolder):
                 return taken
             keep = False
@@ -133,6 +138,26 @@ class FileLocks:
                 if not keep:
                     os.close(taken)
         return LockHolder.unknown(self._now())
+
+    def _holder_in_directory(self, path: LockPath) -> LockHolder | None:
+        """Who has a lock that is a directory, as hosts without a path to the datastore make them; None for no such."""
+        try:
+            fd = open_directory_beneath(self._root_fd, path)
+        except (NotADirectoryError, FileNotFoundError):
+            return None
+        try:
+            names = os.listdir(fd)
+            if len(names) != 1 or Identity.parse(names[0]) is None:
+                return None
+            file = open_beneath(fd, names[0], OPEN_TO_READ)
+            try:
+                return read_holder(file)
+            finally:
+                os.close(file)
+        except FileNotFoundError:
+            return LockHolder.unknown(self._now())  # just let go of
+        finally:
+            os.close(fd)
 
     def _write_holder(self, fd: int, holder: LockHolder) -> None:
         try:

@@ -14,6 +14,8 @@ import pytest
 from sidecar.datastores.renaming import rename_no_replace
 from sidecar.errors import DatastoreUnavailable, InvalidRequest, LockTimeout, OperationCancelled
 from sidecar.locks.directories import SETTLE_SECONDS, DirectoryLocks
+from sidecar.locks.files import FileLocks
+from sidecar.locks.flock import Flock
 from sidecar.locks.identity import Identity, own_identity
 
 LOCK = "image_a.ec_lock"
@@ -214,6 +216,20 @@ def test_the_lock_file_of_a_host_with_a_path_is_a_lock(
     with pytest.raises(LockTimeout, match="left no name"):
         locks.acquire(LOCK, "purge a", 1)
     assert (directories.root / LOCK).is_file()
+
+
+def test_a_host_with_a_path_heeds_the_lock_of_one_without(locks: DirectoryLocks, directories: LocalDirectories) -> None:
+    fd = os.open(directories.root, os.O_RDONLY)
+    try:
+        file_locks = FileLocks(fd, Flock())
+        with locks.acquire(LOCK, "publish a", 0):
+            assert file_locks.holder(LOCK) == locks.holder(LOCK) is not None
+            with pytest.raises(LockTimeout, match="for publish a"):
+                file_locks.acquire(LOCK, "purge a", 0)
+        with file_locks.acquire(LOCK, "purge a", 0), pytest.raises(LockTimeout, match="for purge a"):
+            locks.acquire(LOCK, "publish a", 0)
+    finally:
+        os.close(fd)
 
 
 def test_a_lock_whose_directory_is_not_there_is_told_so(locks: DirectoryLocks) -> None:
