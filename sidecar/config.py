@@ -155,6 +155,10 @@ def _locks(known: dict[str, Any]) -> LockKindId:
     return "exclusive-open" if known.get("type") in ("vmfs", "vsphere") else "flock"
 
 
+def _layout(known: dict[str, Any]) -> Literal["compound"] | None:
+    return None if known.get("type") == "vsphere" else "compound"
+
+
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, gt=0, le=30 * 86400)]
 Interval = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=365 * 86400)]
 Grace = Annotated[float, BeforeValidator(_seconds), Field(allow_inf_nan=False, ge=0, le=10 * 365 * 86400)]
@@ -175,7 +179,8 @@ class DatastoreConfig(_Model):
     type: Literal["local", "nfs", "vmfs", "vsphere"] = "local"
     # How others are excluded: every sidecar of a datastore has to do it the same way. ESX has no flock between hosts.
     locks: LockKindId = Field(default_factory=_locks)
-    layout: Literal["compound", "sharded", "vsan"] = "compound"
+    # None: what the server tells that the datastore is decides.
+    layout: Literal["compound", "sharded", "vsan"] | None = Field(default_factory=_layout)
     # Bytes that no new image may take.
     reserve: Annotated[int, BeforeValidator(_bytes), Field(ge=0)] = 64 * 1024**2
     # Between two listings of the whole datastore, where the kernel does not tell of changes: every one that is

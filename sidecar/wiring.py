@@ -19,6 +19,8 @@ from sidecar.images.admission import Admission, most_copies
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
+from sidecar.images.layouts.following import following_layout
+from sidecar.images.layouts.interface import Layout
 from sidecar.images.library import Library
 from sidecar.images.maintenance import Maintenance, Plan
 from sidecar.images.store import ImageStore
@@ -35,6 +37,7 @@ from sidecar.services.staging_service import StagingServicer
 
 if TYPE_CHECKING:
     from sidecar.vsphere.connection import Connection
+    from sidecar.vsphere.disks import DatastoreAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def build(config: SidecarConfig) -> Parts:
     for place in config.datastores:
         store = ImageStore(
             _datastore(place, writers, servers),
-            LAYOUTS[place.layout],
+            _layout(place, servers),
             reserve=place.reserve,
             lock_timeout=config.limits.lock_timeout_seconds,
             admission=Admission(
@@ -127,12 +130,25 @@ def _datastore(place: DatastoreConfig, writers: Writers, servers: "dict[str, Con
         return DATASTORE_TYPES[place.type](place.name, place.path, locks, writers)
     from sidecar.datastores.vsphere import VsphereDatastore
     from sidecar.datastores.vsphere_api import VsphereApiDatastore
-    from sidecar.vsphere.disks import DatastoreAddress
 
-    address = DatastoreAddress(servers[place.server], place.datastore or place.name, place.datacenter)
+    address = _address(place, servers)
     if place.path is None:
         return VsphereApiDatastore(place.name, address)
     return VsphereDatastore(place.name, place.path, locks, writers, address)
+
+
+def _layout(place: DatastoreConfig, servers: "dict[str, Connection]") -> Layout:
+    if place.layout is not None:
+        return LAYOUTS[place.layout]
+    address = _address(place, servers)
+    return following_layout(lambda: LAYOUTS["vsan" if address.find().is_vsan else "compound"])
+
+
+def _address(place: DatastoreConfig, servers: "dict[str, Connection]") -> "DatastoreAddress":
+    from sidecar.vsphere.disks import DatastoreAddress
+
+    assert place.server is not None
+    return DatastoreAddress(servers[place.server], place.datastore or place.name, place.datacenter)
 
 
 def _connection(name: str, server: VsphereServer) -> "Connection":

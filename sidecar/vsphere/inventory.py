@@ -31,6 +31,10 @@ class ServerDatastore:
     accessible: bool
 
     @property
+    def is_vsan(self) -> bool:
+        return self.type.lower() == "vsan"
+
+    @property
     def datacenter_path(self) -> str:
         """As in /DC0."""
         return _datacenter_of(self.path)[1]

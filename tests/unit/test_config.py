@@ -72,7 +72,8 @@ def test_everything_that_can_be_configured_is_there() -> None:
     fields = DatastoreConfig.model_fields
     assert set(get_args(fields["type"].annotation)) == {*DATASTORE_TYPES, "vsphere"}
     assert set(get_args(fields["locks"].annotation)) == set(LOCK_KINDS)
-    assert set(get_args(fields["layout"].annotation)) == set(LAYOUTS)
+    layouts, none = get_args(fields["layout"].annotation)
+    assert set(get_args(layouts)) == set(LAYOUTS) and none is type(None)
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
