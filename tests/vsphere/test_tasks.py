@@ -144,11 +144,11 @@ class Scripted:
         self._looks = list(looks)
         self.calls: list[str] = []
 
-        def look(call: Call) -> Answer:
+        def look(call: Call) -> Answer | None:
             self.calls.append("look")
             return (self._looks.pop(0) if len(self._looks) > 1 else self._looks[0])(call)
 
-        def cancelled(call: Call) -> Answer:
+        def cancelled(call: Call) -> Answer | None:
             self.calls.append("cancel")
             return cancel(call)
 
