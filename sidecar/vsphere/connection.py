@@ -16,7 +16,7 @@ from sidecar.errors import ImagesError
 from sidecar.vsphere.bounded import BoundedConnection
 from sidecar.vsphere.certificates import pinned, trusted_context
 from sidecar.vsphere.credentials import Credentials
-from sidecar.vsphere.faults import UNREACHABLE, NoVsphereAnswer, ServerUnreachable, translated
+from sidecar.vsphere.faults import UNREACHABLE, NoConnectionError, NoVsphereAnswer, ServerUnreachable, translated
 from sidecar.vsphere.stub import SessionStub
 
 _LOGOUT_SECONDS = 2.0
@@ -80,7 +80,7 @@ class Connection:
                         raise
                     may_log_in, expired = False, content
                 except UNREACHABLE as error:
-                    if not may_reconnect or isinstance(error, TimeoutError):
+                    if not may_reconnect or isinstance(error, TimeoutError | NoConnectionError):
                         raise
                     may_reconnect = False
 
@@ -124,15 +124,20 @@ class Connection:
             self._lock.release()
 
     def _login(self) -> vim.ServiceInstanceContent:
+        server = self.server
+        until = time.monotonic() + server.timeout
+        context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
         if self._stub is None:
-            self._stub = self._make_stub()
-        with self._stub.logging_in(time.monotonic() + self.server.timeout):
+            # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
+            connections = BoundedConnection if server.thumbprint is None else pinned(server.thumbprint)
+            self._stub = SessionStub(server.host, server.port, server.timeout, connections)
+        with self._stub.logging_in(until, context):
             try:
                 content = self._begin_session(self._stub)
             except _CONNECTION_LOST:
                 # Nothing is done twice by that: what the server began has no user.
                 content = self._begin_session(self._stub)
-        _log.info("logged in server=%s host=%s product=%r", self.server.name, self.server.host, content.about.fullName)
+        _log.info("logged in server=%s host=%s product=%r", server.name, server.host, content.about.fullName)
         return content
 
     def _begin_session(self, stub: SessionStub) -> vim.ServiceInstanceContent:
@@ -143,10 +148,3 @@ class Connection:
         credentials = self.server.credentials()
         content.sessionManager.Login(credentials.user, credentials.password, None)
         return content
-
-    def _make_stub(self) -> SessionStub:
-        # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
-        server = self.server
-        context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
-        connections = BoundedConnection if server.thumbprint is None else pinned(server.thumbprint)
-        return SessionStub(server.host, server.port, server.timeout, context, connections)

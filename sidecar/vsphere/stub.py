@@ -12,7 +12,7 @@ from pyVmomi.SoapAdapter import SoapStubAdapter
 from pyVmomi.VmomiSupport import CheckField, Object
 
 from sidecar.vsphere.bounded import BoundedConnection
-from sidecar.vsphere.faults import UNREACHABLE, NoVsphereAnswer
+from sidecar.vsphere.faults import UNREACHABLE, NoConnectionError, NoVsphereAnswer
 
 # Servers, and what is between, end connections that are idle for longer: some after half a minute.
 IDLE_SECONDS = 20.0
@@ -24,9 +24,9 @@ class SessionStub(SoapStubAdapter):
     pyvmomi takes the cookie of every answer: a late one to an expired session would replace that of a new login.
     """
 
-    def __init__(
-        self, host: str, port: int, timeout: float, context: ssl.SSLContext, connections: type[BoundedConnection]
-    ) -> None:
+    _context: ssl.SSLContext  # of the last login
+
+    def __init__(self, host: str, port: int, timeout: float, connections: type[BoundedConnection]) -> None:
         self.timeout = timeout
         self._session = ""
         self._login = threading.local()  # in the thread that logs in: its cookie, and until when
@@ -38,14 +38,17 @@ class SessionStub(SoapStubAdapter):
             # What is no API may send anything as compressed, and answers are small.
             acceptCompressedResponses=False,
         )
-        self.scheme: Any = lambda host, port: connections(host, port, self._call.until, context)
+        self.scheme: Any = lambda host, port: connections(host, port, self._call.until, self._context)
 
     @contextmanager
-    def logging_in(self, until: float) -> Iterator[None]:
+    def logging_in(self, until: float, context: ssl.SSLContext) -> Iterator[None]:
         """This thread's calls begin a session, which all calls use when the block has ended without an error.
 
-        They have ended by `until`, of time.monotonic, all together: others wait for the session.
+        They have ended by `until`, of time.monotonic, all together: others wait for the session. What is trusted from
+        here on is in `context`.
         """
+        self._context = context
+        self.DropConnections()
         self._login.cookie, self._login.until = "", until
         try:
             yield
@@ -72,17 +75,18 @@ class SessionStub(SoapStubAdapter):
         except (vmodl.MethodFault, *UNREACHABLE):
             raise
         except Exception as error:  # of the many ways to fail at an answer that is none
-            text = " ".join(str(error).split())[:200]
-            raise NoVsphereAnswer(f"{type(error).__name__}: {text}") from error
+            raise NoVsphereAnswer(f"{type(error).__name__}: {error}") from error
 
     def GetConnection(self) -> BoundedConnection:  # noqa: N802
-        """Once for each call, and connected: what it raises says that nothing was sent."""
+        """Once for each call, and connected; NoConnectionError."""
         self._call.until = getattr(self._login, "until", time.monotonic() + self.timeout)
         self._drop_ended()
         try:
             connection: BoundedConnection = super().GetConnection()  # type: ignore[no-untyped-call]
         except UnicodeError as error:
-            raise OSError(f"{self.host} is no address: {error}") from error
+            raise NoConnectionError(OSError(f"{self.host} is no address: {error}")) from error
+        except OSError as error:
+            raise NoConnectionError(error) from error
         connection.bound(self._call.until)
         return connection
 

@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """`cookie`: the session that the client is given. `pause`: seconds after each byte.
+    """`cookie`: the session that the client is given. `pause`: seconds after each byte. `raw`: bytes instead of HTTP.
 
     `ended`: the connection is ended after it, though nothing in it says so, and this is set then.
     """
@@ -55,6 +55,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     cookie: str | None = None
     pause: float = 0
+    raw: bytes = b""
     ended: threading.Event | None = None
 
 
@@ -72,6 +73,10 @@ def returned(call: Call, value: str = "", *, cookie: str | None = None) -> Answe
 def content(call: Call) -> Answer:
     """Of RetrieveServiceContent, as a vCenter's."""
     return returned(call, _CONTENT)
+
+
+def content_of_a_host(call: Call) -> Answer:
+    return returned(call, _CONTENT.replace("VirtualCenter", "HostAgent"))
 
 
 def fault(name: str, *, cookie: str | None = None) -> Answer:
@@ -127,7 +132,8 @@ def soap_server(directory: Path, behaviors: Mapping[str, Behavior]) -> Iterator[
             session = re.search(r'vmware_soap_session="?([^";]+)', self.headers.get("Cookie") or "")
             assert method is not None
             answer = known[method[1]](Call(method[1], body, session[1] if session else "", self.earlier))
-            if answer is None:
+            if answer is None or answer.raw:
+                self.wfile.write(b"" if answer is None else answer.raw)
                 self._end()
                 return
             self.send_response(answer.status)

@@ -149,6 +149,14 @@ def test_what_is_no_vsphere_api_is_told_so(tmp_path: Path, stack: ExitStack, ans
         name_of_the_root(connection)
 
 
+def test_what_is_no_http_is_told_on_one_line(tmp_path: Path, stack: ExitStack) -> None:
+    answer = Answer(b"", headers={}, raw=b"220 mail.example.org\x1b[31m ready\r\n")
+    server = stack.enter_context(soap_server(tmp_path, {"RetrieveServiceContent": lambda call: answer}))
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: 220 mail.example.org \[31m ready; look") as caught:
+        name_of_the_root(stack.enter_context(closing(Connection(server))))
+    assert caught.value.message.isprintable()
+
+
 @pytest.mark.parametrize("behavior", [returned, lambda call: returned(call, "<wrong>1</wrong>")])
 def test_an_answer_of_another_shape_is_none(
     tmp_path: Path, stack: ExitStack, behavior: Callable[[Call], Answer]
@@ -432,6 +440,17 @@ def test_an_authority_in_a_file_is_trusted(make_site: MakeSite, tmp_path: Path) 
     authority = tmp_path / "authority.pem"
     authority.write_text(certificate(site))
     assert name_of_the_root(site.connection(insecure=False, ca_file=str(authority)))
+
+
+def test_an_authority_that_was_put_right_is_trusted_by_the_next_login(make_site: MakeSite, tmp_path: Path) -> None:
+    site = make_site(certificate=make_certificate(tmp_path / "own.pem"))
+    authority = tmp_path / "authority.pem"
+    make_certificate(authority)
+    connection = site.connection(insecure=False, ca_file=str(authority))
+    with pytest.raises(DatastoreDenied, match="certificate verify failed"):
+        name_of_the_root(connection)
+    authority.write_text(certificate(site))
+    assert name_of_the_root(connection)
 
 
 def test_another_authority_is_not(make_site: MakeSite, tmp_path: Path) -> None:
