@@ -18,6 +18,7 @@ from sidecar.datastores.writers import Writers
 from sidecar.images.admission import Admission, most_copies
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
+from sidecar.images.ending import end_all
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.layouts.following import following_layout
 from sidecar.images.layouts.interface import Layout
@@ -95,8 +96,7 @@ def build(config: SidecarConfig) -> Parts:
         try:
             library.close()
         finally:
-            for connection in servers.values():
-                connection.close()
+            end_all(connection.close for connection in servers.values())
 
     library.start()
     return Parts(

@@ -51,14 +51,20 @@ class Transfer(Protocol):
 
 
 class DiskCopier(Protocol):
-    """Copies whole disks from one datastore to another by other means than their files."""
+    """Copies one whole disk from one datastore to another by other means than its files."""
 
-    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
-        """Copies the disk whose descriptor is at `source_path`; `size` bytes are in its files, for `transfer`.
+    @property
+    def begun(self) -> bool:
+        """After an error of `copy`: parts of the new disk may be there, or still come."""
 
-        Files that are at the new disk's paths are replaced. The new disk has one flat extent, named for its
-        descriptor; which name the descriptor has for it is not said.
-        After an error parts of it may be there.
+    def may_preallocate(self) -> bool:
+        """Whether the new disk may take the space of all its bytes, also where the source has holes."""
+
+    def copy(self, source_path: str, path: str, size: int, adapter_type: str | None, transfer: Transfer) -> None:
+        """Copies the disk whose descriptor, with that adapter type, is at `source_path`.
+
+        `size` bytes are in its files, for `transfer`. Files that are at the new disk's paths are replaced. The new disk
+        has one flat extent, named for its descriptor; which name the descriptor has for it is not said.
         """
 
 

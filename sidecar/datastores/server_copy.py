@@ -1,10 +1,12 @@
 """Disks copied by the server that has both datastores, however this host reaches them."""
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
 from sidecar.errors import DatastoreUnavailable, DiskFileFault
-from sidecar.vsphere.disks import DatastoreAddress, copy_disk
+from sidecar.vsphere.disks import DatastoreAddress, copy_task, find_all, may_preallocate
+from sidecar.vsphere.inventory import ServerDatastore
+from sidecar.vsphere.tasks import ServerTask
 
 
 class OnServer(Datastore, Protocol):
@@ -12,20 +14,37 @@ class OnServer(Datastore, Protocol):
 
     address: DatastoreAddress
 
+    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
+        """DatastoreUnavailable unless what the server has there is this datastore, to judge by a directory in it."""
+
 
 def server_copier(source: Datastore, destination: OnServer) -> DiskCopier | None:
-    """What copies disks from there to here; None when they are not of one server."""
-    address = getattr(source, "address", None)
-    if isinstance(address, DatastoreAddress) and address.connection is destination.address.connection:
-        return _ServerCopier(source, address, destination)
+    """What copies a disk from there to here; None when they are not of one server."""
+    if is_on_server(source) and source.address.connection is destination.address.connection:
+        return _ServerCopier(source, destination)
     return None
 
 
-class _ServerCopier:
-    def __init__(self, source: Datastore, address: DatastoreAddress, destination: OnServer) -> None:
-        self._source, self._address, self._destination = source, address, destination
+def is_on_server(datastore: Datastore) -> TypeGuard[OnServer]:
+    return isinstance(getattr(datastore, "address", None), DatastoreAddress)
 
-    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
+
+class _ServerCopier:
+    """Of one disk."""
+
+    def __init__(self, source: OnServer, destination: OnServer) -> None:
+        self._source, self._destination = source, destination
+        self._connection = destination.address.connection
+        self._task: ServerTask | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._task is not None and self._task.begun
+
+    def may_preallocate(self) -> bool:
+        return may_preallocate(self._connection)
+
+    def copy(self, source_path: str, path: str, size: int, adapter_type: str | None, transfer: Transfer) -> None:
         done = 0
 
         def follow(percent: int) -> None:
@@ -34,27 +53,39 @@ class _ServerCopier:
             done, more = so_far, so_far - done
             transfer.advance(more)
 
-        # The server replaces nothing. What is there is of a copy that was begun by other means. It is listed, not asked
-        # for by name: an NFS client remembers what it did not find, and would not see what the server makes.
-        directory, _, name = path.rpartition("/")
-        for each in {name, f"{name.removesuffix('.vmdk')}-flat.vmdk"}.intersection(self._destination.names(directory)):
-            self._destination.remove_tree(f"{directory}/{each}")
+        source, destination = find_all(self._source.address, self._destination.address)
+        # Not the destination: its directory has a name that there is nowhere else, and the server writes into no other.
+        self._source.require_same(source, source_path.rpartition("/")[0], transfer)
+        self._task = copy_task(
+            self._connection, source, source_path, destination, path, size=size, adapter_type=adapter_type
+        )
+        self._remove_what_is_there(path)
         try:
-            copy_disk(self._address, source_path, self._destination.address, path, follow)
+            self._task.run(follow)
         except FileNotFoundError as error:
             # The source is open here, and the destination's directory is held.
             raise DatastoreUnavailable(
-                f"{error}, but it is there for this host: look whether {_places(self._source, self._destination)} "
-                "where the server has the datastore"
+                f"{error}, but it is there for this host: {self._what_may_be_wrong()}"
             ) from error
         except FileExistsError as error:
             raise DiskFileFault(
                 f"{error}, and it was not there for this host before: look whether another program writes to "
-                f"{directory} on {self._destination.name}, and try again"
+                f"{path.rpartition('/')[0]} on {self._destination.name}, and try again"
             ) from error
         transfer.advance(size - done)
 
+    def _remove_what_is_there(self, path: str) -> None:
+        """The server replaces nothing. What is there is of a copy that was begun by other means.
 
-def _places(*datastores: Datastore) -> str:
-    paths = [datastore.root_path for datastore in datastores if datastore.root_path]
-    return f"{' and '.join(dict.fromkeys(paths))} is" if paths else "both datastores are"
+        It is listed, not asked for by name: an NFS client remembers what it did not find, and would not see what the
+        server makes.
+        """
+        directory, _, name = path.rpartition("/")
+        for each in {name, f"{name.removesuffix('.vmdk')}-flat.vmdk"}.intersection(self._destination.names(directory)):
+            self._destination.remove_tree(f"{directory}/{each}")
+
+    def _what_may_be_wrong(self) -> str:
+        paths = dict.fromkeys(each.root_path for each in (self._source, self._destination) if each.root_path)
+        if not paths:
+            return "look at the datastores in the server's inventory"
+        return f"the path {' or '.join(paths)} is not where the server has its datastore"

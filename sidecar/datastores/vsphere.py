@@ -4,12 +4,27 @@ What else is done with it is done through the directory. It is another way to th
 locks that every host knows.
 """
 
-from sidecar.datastores.interface import Datastore, DiskCopier
+import contextlib
+import logging
+import time
+import uuid
+
+from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.writers import Writers
+from sidecar.errors import DatastoreUnavailable
 from sidecar.locks.files import LockKind
 from sidecar.vsphere.disks import DatastoreAddress
+from sidecar.vsphere.faults import printable
+from sidecar.vsphere.inventory import ServerDatastore
+from sidecar.vsphere.sight import is_seen
+
+# For what was made here to come into sight of the server, where it reaches the datastore over NFS.
+_APPEARING_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
+
+_log = logging.getLogger(__name__)
 
 
 class VsphereDatastore(PosixDatastore):
@@ -21,9 +36,47 @@ class VsphereDatastore(PosixDatastore):
         super().__init__(name, root_path, "vsphere", lock_kind, writers)
         self.volume = address.datastore.rpartition("/")[2]
         self.address = address
+        # What the server had there when it was last looked at, and was proved to be this directory.
+        self._proved: tuple[object, ...] | None = None
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
         return server_copier(source, self)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return self.disk_copier(other) is None and super().shares_extents_with(other)
+
+    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
+        """DatastoreUnavailable unless what the server has there is this directory, and not another of such names.
+
+        Asked once, and again when the server has another datastore there: by a file in the image's directory
+        `directory`, named as what the reaper frees there after a crash.
+        """
+        now = (found.datastore._GetMoId(), found.url, found.path)
+        if now == self._proved:
+            return
+        name = f".{uuid.uuid4().hex}"
+        self.create_file(f"{directory}/{name}")
+        try:
+            seen = self._is_seen_in_time(found, directory, name, transfer)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                self.remove_file(f"{directory}/{name}")
+        if not seen:
+            raise DatastoreUnavailable(
+                f"datastore {self.name}: a file that was made in {self.root_path}/{directory} is not in "
+                f"{printable(found.path)} of the server {self.address.connection.server.name}: the path "
+                f"{self.root_path} is not where the server has its datastore; put right the path, or the datastore"
+            )
+        self._proved = now
+        _log.info(
+            "datastore found name=%s server=%s path=%s url=%s type=%s",
+            *(self.name, self.address.connection.server.name, printable(found.path), printable(found.url), found.type),
+        )
+
+    def _is_seen_in_time(self, found: ServerDatastore, directory: str, name: str, transfer: Transfer) -> bool:
+        until = time.monotonic() + _APPEARING_SECONDS
+        while not is_seen(self.address.connection, found, directory, name, lambda percent: transfer.advance(0)):
+            if time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True

@@ -22,6 +22,7 @@ from sidecar.datastores.interface import (
     EntryKind,
     OpenDirectory,
     ReadableFile,
+    Transfer,
     WritableFile,
 )
 from sidecar.datastores.server_copy import server_copier
@@ -33,6 +34,7 @@ from sidecar.locks.interface import HeldLock, LockHolder
 from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
+from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.known import KnownDatastore
 
 _LOCK_SUFFIX = ".ec_lock"
@@ -216,6 +218,9 @@ class VsphereApiDatastore:
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
         return server_copier(source, self)
+
+    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
+        """The server is asked for it in any case."""
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         return self._locks.acquire(path, operation, timeout, check)

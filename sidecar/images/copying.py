@@ -104,8 +104,18 @@ def copy_image(
 
 def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:
     """NoSpace when the destination cannot hold what a copy would write: nothing where extents are shared."""
-    if not destination.datastore.shares_extents_with(opened.store.datastore):
-        destination.require_space(opened.image.allocated)
+    if destination.datastore.shares_extents_with(opened.store.datastore):
+        return
+    copier = _disk_copier(opened, destination)
+    holes_filled = copier is not None and copier.may_preallocate()
+    image = opened.image
+    destination.require_space(max(image.allocated, image.size) if holes_filled else image.allocated)
+
+
+def _disk_copier(opened: OpenImage, destination: ImageStore) -> DiskCopier | None:
+    if not opened.disk.is_as_esx_makes_them:
+        return None
+    return destination.datastore.disk_copier(opened.store.datastore)
 
 
 def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress, *, disk_only: bool) -> None:
@@ -114,7 +124,7 @@ def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress
     renames = _new_names(opened, files, staging.image_id)
     progress.expect(sum(file.size for file in files))
     disk = opened.disk
-    copier = staging.store.datastore.disk_copier(opened.store.datastore) if disk.is_as_esx_makes_them else None
+    copier = _disk_copier(opened, staging.store)
     if copier is not None:
         _copy_whole_disk(copier, opened, staging, renames, progress)
         files = [file for file in files if file.name not in disk.file_names]
@@ -166,10 +176,12 @@ def _copy_whole_disk(
     new_names = [renames[name] for name in disk.file_names]
     size = sum(opened.files[name].size for name in disk.file_names)
     try:
-        copier.copy(opened.image.path(disk.name), staging.path(new_names[0]), size, progress)
+        source_path, path = opened.image.path(disk.name), staging.path(new_names[0])
+        copier.copy(source_path, path, size, disk.descriptor.adapter_type, progress)
     except ImagesError as error:
-        # Whoever copies may go on with it, into whatever is staged there then.
-        staging.damage = staging.damage or error
+        if copier.begun:
+            # Whoever copies may go on with it, into whatever is staged there then.
+            staging.damage = staging.damage or error
         raise
     try:
         for name in new_names:

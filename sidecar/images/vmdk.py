@@ -97,9 +97,9 @@ class Disk:
 
     @property
     def is_as_esx_makes_them(self) -> bool:
-        """A text descriptor, and one flat extent that is named for it."""
-        extents = [(file.kind.is_flat, file.name) for file in self.files]
-        return not self.embedded and extents == [(True, f"{self.name.removesuffix('.vmdk')}-flat.vmdk")]
+        """A text descriptor, and one flat extent, all of a file that is named for it."""
+        extents = [(each.kind.is_flat, each.file_name, each.offset_sectors) for each in self.descriptor.extents]
+        return not self.embedded and extents == [(True, f"{self.name.removesuffix('.vmdk')}-flat.vmdk", 0)]
 
 
 def read_disk(name: str, reader: FileReader) -> Disk:

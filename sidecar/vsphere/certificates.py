@@ -7,11 +7,10 @@ that later connections share, and checks the thumbprint of none of them.
 import hashlib
 import hmac
 import ssl
-from collections.abc import Callable
-from http.client import HTTPSConnection
 from typing import Any
 
 from sidecar.errors import DatastoreDenied
+from sidecar.vsphere.bounded import BoundedConnection
 
 
 class WrongCertificate(ssl.SSLError):
@@ -33,15 +32,15 @@ def trusted_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
     return context
 
 
-def pinned(thumbprint: str) -> Callable[..., HTTPSConnection]:
+def pinned(thumbprint: str) -> type[BoundedConnection]:
     """Makes connections that end unless the certificate's SHA-256 is `thumbprint`: 64 hex digits, colons or not."""
     wanted = thumbprint.replace(":", "").lower()
 
-    class Pinned(HTTPSConnection):
+    class Pinned(BoundedConnection):
         def connect(self) -> None:
             super().connect()
-            socket: Any = self.sock
-            found = hashlib.sha256(socket.getpeercert(binary_form=True)).hexdigest()
+            opened: Any = self.sock
+            found = hashlib.sha256(opened.getpeercert(binary_form=True)).hexdigest()
             if not hmac.compare_digest(found, wanted):
                 self.close()
                 raise WrongCertificate(f"its certificate has the thumbprint {found}")

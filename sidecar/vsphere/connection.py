@@ -2,20 +2,28 @@
 
 import contextlib
 import logging
+import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from pyVmomi import vim, vmodl
 
 from sidecar.errors import ImagesError
+from sidecar.vsphere.bounded import BoundedConnection
 from sidecar.vsphere.certificates import pinned, trusted_context
 from sidecar.vsphere.credentials import Credentials
-from sidecar.vsphere.faults import UNREACHABLE, NoVsphereAnswer, translated
+from sidecar.vsphere.faults import UNREACHABLE, NoConnectionError, NoVsphereAnswer, ServerUnreachable, translated
 from sidecar.vsphere.stub import SessionStub
 
 _LOGOUT_SECONDS = 2.0
+# A login that ends at the last moment is still seen by who waited for it.
+_LOGIN_GRACE_SECONDS = 1.0
+# That an idle connection had been ended, as by a restart of the server: no other says so.
+_CONNECTION_LOST = (ConnectionError, ssl.SSLEOFError)
 
 Result = TypeVar("Result")
 
@@ -24,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a server is, and how it is known to be that. `timeout`: seconds without a byte until a call is given up."""
+    """Where a server is, and how it is known to be that. `timeout`: seconds for each request, and for a login."""
 
     name: str
     host: str
@@ -57,21 +65,22 @@ class Connection:
 
         It is called again after a new login when the server had ended the session and, when it is `repeatable`, when
         the connection was lost, as an idle one is in a restart of the server. Each of its calls is bounded by the
-        timeout. ServerUnreachable, or another ImagesError; FileNotFoundError and FileExistsError are answers.
+        timeout, and so is the wait for a login. ServerUnreachable, or another ImagesError; FileNotFoundError and
+        FileExistsError are answers.
         """
         may_log_in, may_reconnect = True, repeatable
+        expired: vim.ServiceInstanceContent | None = None
         with translated(self.server.name, what):
             while True:
-                content = self._session()
+                content = self._session(expired)
                 try:
                     return operation(content)
                 except vim.fault.NotAuthenticated:
                     if not may_log_in:
                         raise
-                    may_log_in = False
-                    self._forget(content)
+                    may_log_in, expired = False, content
                 except UNREACHABLE as error:
-                    if not may_reconnect or isinstance(error, TimeoutError):
+                    if not may_reconnect or isinstance(error, TimeoutError | NoConnectionError):
                         raise
                     may_reconnect = False
 
@@ -80,21 +89,17 @@ class Connection:
         content, stub, self._content = self._content, self._stub, None
         if content is None or stub is None or content.sessionManager is None:
             return
-        stub.DropConnections()  # they have the long timeout
-        stub.schemeArgs["timeout"] = _LOGOUT_SECONDS
+        stub.timeout = _LOGOUT_SECONDS
         with contextlib.suppress(vmodl.MethodFault, *UNREACHABLE):
             content.sessionManager.Logout()
         stub.DropConnections()
 
-    def _forget(self, content: vim.ServiceInstanceContent) -> None:
-        """The next call logs in, unless another thread has done so since."""
-        with self._lock:
-            if self._content is content:
-                self._content = None
-
-    def _session(self) -> vim.ServiceInstanceContent:
+    def _session(self, expired: vim.ServiceInstanceContent | None) -> vim.ServiceInstanceContent:
+        """What a login gave, and not the one that has `expired`: that of another thread since then, or a new one."""
         seen = self._failures
-        with self._lock:
+        with self._locked():
+            if self._content is expired:
+                self._content = None
             if self._content is None:
                 if self._failure is not None and self._failures != seen:
                     # It was tried while this thread waited: or each of them would wait for a timeout more.
@@ -108,24 +113,38 @@ class Connection:
                     raise
             return self._content
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """A login has the timeout; only one that waits for something else, as for its credentials, is longer."""
+        if not self._lock.acquire(timeout=self.server.timeout + _LOGIN_GRACE_SECONDS):
+            raise ServerUnreachable(f"server {self.server.name}: cannot log in: another call does so, and does not end")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _login(self) -> vim.ServiceInstanceContent:
+        server = self.server
+        until = time.monotonic() + server.timeout
+        context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
         if self._stub is None:
-            self._stub = self._make_stub()
-        with self._stub.logging_in():
-            content = vim.ServiceInstance("ServiceInstance", self._stub).RetrieveContent()
-            needed = (content.about, content.rootFolder, content.propertyCollector)
-            if content.sessionManager is None or any(each is None for each in needed):
-                raise NoVsphereAnswer("it does not tell what it has")
-            credentials = self.server.credentials()
-            content.sessionManager.Login(credentials.user, credentials.password, None)
-        _log.info("logged in server=%s host=%s product=%r", self.server.name, self.server.host, content.about.fullName)
+            # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
+            connections = BoundedConnection if server.thumbprint is None else pinned(server.thumbprint)
+            self._stub = SessionStub(server.host, server.port, server.timeout, connections)
+        with self._stub.logging_in(until, context):
+            try:
+                content = self._begin_session(self._stub)
+            except _CONNECTION_LOST:
+                # Nothing is done twice by that: what the server began has no user.
+                content = self._begin_session(self._stub)
+        _log.info("logged in server=%s host=%s product=%r", server.name, server.host, content.about.fullName)
         return content
 
-    def _make_stub(self) -> SessionStub:
-        # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
-        server = self.server
-        context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
-        stub = SessionStub(host=server.host, port=server.port, sslContext=context, httpConnectionTimeout=server.timeout)
-        if server.thumbprint is not None:
-            stub.scheme = cast(Any, pinned(server.thumbprint))
-        return stub
+    def _begin_session(self, stub: SessionStub) -> vim.ServiceInstanceContent:
+        content = vim.ServiceInstance("ServiceInstance", stub).RetrieveContent()
+        needed = (content.about, content.rootFolder, content.propertyCollector)
+        if content.sessionManager is None or any(each is None for each in needed):
+            raise NoVsphereAnswer("it does not tell what it has")
+        credentials = self.server.credentials()
+        content.sessionManager.Login(credentials.user, credentials.password, None)
+        return content

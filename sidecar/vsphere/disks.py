@@ -1,14 +1,17 @@
 """Whole disks, a descriptor with its extents, copied by the server that has the datastores."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyVmomi import vim
 
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.connection import Connection
-from sidecar.vsphere.inventory import ServerDatastore, find_datastore
-from sidecar.vsphere.tasks import run_task
+from sidecar.vsphere.faults import printable
+from sidecar.vsphere.inventory import ServerDatastore, find_datastores
+from sidecar.vsphere.tasks import ServerTask
+
+# Those of the API, by what descriptors call them, which have others, too.
+_ADAPTER_TYPES = {name.lower(): name for name in ("busLogic", "ide", "lsiLogic")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,39 +24,63 @@ class DatastoreAddress:
 
     def find(self) -> ServerDatastore:
         """The datastore as it is now: its name may have changed. DatastoreUnavailable when it cannot be used."""
-        found = find_datastore(self.connection, self.datastore, self.datacenter)
-        if not found.accessible:
+        return find_all(self)[0]
+
+
+def find_all(*addresses: DatastoreAddress) -> list[ServerDatastore]:
+    """`DatastoreAddress.find` for several of one server, by one look at its inventory."""
+    connection = addresses[0].connection
+    found = find_datastores(connection, [(each.datastore, each.datacenter) for each in addresses])
+    for each in found:
+        if not each.accessible:
             raise DatastoreUnavailable(
-                f"server {self.connection.server.name} cannot reach the datastore {found.path}; look at its hosts"
+                f"server {connection.server.name} cannot reach the datastore {printable(each.path)}; look at its hosts"
             )
-        return found
+    return found
 
 
-def copy_disk(
-    source: DatastoreAddress, source_path: str, destination: DatastoreAddress, path: str, follow: Callable[[int], None]
-) -> None:
-    """Copies the disk whose descriptor is at `source_path`, as a thin one; both datastores are of one server.
+def may_preallocate(connection: Connection) -> bool:
+    """Whether the server may make a copy that takes all its space at once: only a single host can be told otherwise."""
+    return not connection.call("tell what it is", _is_host)
 
-    `follow` as in `run_task`. FileNotFoundError and FileExistsError when the server says so. After an error parts of
-    the copy may be there. The copied descriptor may have the names of the source's extents: some servers write it anew,
-    others copy its bytes.
+
+def copy_task(
+    connection: Connection,
+    source: ServerDatastore,
+    source_path: str,
+    destination: ServerDatastore,
+    path: str,
+    *,
+    size: int = 0,
+    adapter_type: str | None = None,
+) -> ServerTask:
+    """The task, to be run, that copies the disk whose descriptor is at `source_path`; thin where that can be told.
+
+    `size`: bytes that are in its files. `adapter_type`: that of its descriptor, which the copy gets where the API has
+    it. InvalidRequest for paths that are none within the datastores. The run raises FileNotFoundError and
+    FileExistsError when the server says so; after an error parts of the copy may be there. The copied descriptor may
+    have the names of the source's extents: some servers write it anew, others copy its bytes.
     """
-    here, there = source.find(), destination.find()
-    names = datastore_path(here, source_path), datastore_path(there, path)
+    names = datastore_path(source, source_path), datastore_path(destination, path)
 
     def start(content: vim.ServiceInstanceContent) -> vim.Task:
         manager = content.virtualDiskManager
         if manager is None:
-            raise DatastoreUnavailable(f"server {source.connection.server.name} has no means to copy disks")
-        # A vCenter takes no specification, and keeps the source's kind.
-        is_host = content.about.apiType == "HostAgent"
-        thin = vim.VirtualDiskManager.VirtualDiskSpec(diskType="thin", adapterType="lsiLogic") if is_host else None
+            raise DatastoreUnavailable(f"server {connection.server.name} has no means to copy disks")
+        thin = None
+        if _is_host(content):  # a vCenter takes no specification
+            adapter = _ADAPTER_TYPES.get((adapter_type or "").lower(), "lsiLogic")
+            thin = vim.VirtualDiskManager.VirtualDiskSpec(diskType="thin", adapterType=adapter)
         task: vim.Task = manager.CopyVirtualDisk_Task(
-            names[0], here.datacenter, names[1], there.datacenter, thin, False
+            names[0], source.datacenter, names[1], destination.datacenter, thin, False
         )
         return task
 
-    run_task(source.connection, f"copy the disk {names[0]} to {names[1]}", start, follow)
+    return ServerTask(connection, f"copy the disk {names[0]} to {names[1]}", start, size)
+
+
+def _is_host(content: vim.ServiceInstanceContent) -> bool:
+    return content.about.apiType == "HostAgent"
 
 
 def datastore_path(datastore: ServerDatastore, path: str) -> str:

@@ -18,8 +18,18 @@ from sidecar.errors import (
 )
 from sidecar.vsphere.certificates import WrongCertificate
 
+_MOST_SHOWN = 300  # characters of one thing
+
 # What a call raises when the server was not reached, did not answer in time, or answered something else than the API.
 UNREACHABLE = (OSError, HTTPException)
+
+
+class NoConnectionError(OSError):
+    """There was no connection for a call, so that nothing of it was sent. `reason`: why."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class NoVsphereAnswer(HTTPException):
@@ -59,21 +69,24 @@ def translated(server: str, what: str) -> Iterator[None]:
         yield
     except vmodl.MethodFault as fault:
         raise error_of(fault, server, what) from fault
-    except (ssl.SSLCertVerificationError, WrongCertificate) as error:
-        raise DatastoreDenied(
-            f"server {server}: cannot {what}: {error.args[-1]}; when it is the right server, configure ca_file, or its "
-            "thumbprint"
-        ) from error
-    except NoVsphereAnswer as error:
-        raise ServerUnreachable(
-            f"server {server}: cannot {what}: what answers there is no vSphere API ({error}); look whether the address "
-            "is the server's, and whether it runs"
-        ) from error
     except UNREACHABLE as error:
-        text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise ServerUnreachable(
-            f"server {server}: cannot {what}: {text}; look whether it runs and can be reached from here"
-        ) from error
+        raise _unreachable(error.reason if isinstance(error, NoConnectionError) else error, server, what) from error
+
+
+def _unreachable(error: Exception, server: str, what: str) -> ImagesError:
+    where = f"server {server}: cannot {what}"
+    if isinstance(error, ssl.SSLCertVerificationError | WrongCertificate):
+        return DatastoreDenied(
+            f"{where}: {printable(str(error.args[-1]))}; when it is the right server, configure ca_file, or its "
+            "thumbprint"
+        )
+    if isinstance(error, NoVsphereAnswer):
+        return ServerUnreachable(
+            f"{where}: what answers there is no vSphere API ({printable(str(error))}); look whether the address is the "
+            "server's, and whether it runs"
+        )
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return ServerUnreachable(f"{where}: {printable(text)}; look whether it runs and can be reached from here")
 
 
 def error_of(fault: Exception, server: str, what: str) -> Exception:
@@ -93,4 +106,10 @@ def _described(fault: Exception) -> str:
     """Its name, and what it says of itself. Not its `repr`, which has everything that the server sent."""
     name = type(fault).__name__.rpartition(".")[2]
     details = [getattr(fault, field, None) for field in ("file", "datastorePath", "name", "privilegeId", "msg")]
-    return " ".join([name, *(detail for detail in details if isinstance(detail, str) and detail)])
+    return " ".join([name, *(printable(detail) for detail in details if isinstance(detail, str) and detail)])
+
+
+def printable(text: str) -> str:
+    """What a server sent, as a message or a log line may carry it: on one line, without controls, and not endless."""
+    shown = " ".join("".join(each if each.isprintable() else " " for each in text[: 2 * _MOST_SHOWN]).split())
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pyVmomi import vim
 
 from sidecar.errors import DatastoreUnavailable
+from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import datastore_path
 from sidecar.vsphere.inventory import ServerDatastore
@@ -36,6 +37,7 @@ class ServerFiles:
 
     def __init__(self, connection: Connection, find: Callable[[], ServerDatastore]) -> None:
         self._connection, self._find = connection, find
+        self._known_browser: tuple[str, _Browser] | None = None  # with the reference of its datastore
 
     def entries(self, path: str) -> list[ServerFile]:
         """What is in a directory."""
@@ -57,7 +59,7 @@ class ServerFiles:
         name = datastore_path(found, path) if path else f"[{found.name}] "
 
         def start(content: vim.ServiceInstanceContent) -> vim.Task:
-            task: vim.Task = found.browser.SearchDatastoreSubFolders_Task(name, _specification("*"))
+            task: vim.Task = self._browser(content, found).SearchDatastoreSubFolders_Task(name, _specification("*"))
             return task
 
         results = run_task(self._connection, f"list all of {name.strip()}", start) or []
@@ -110,16 +112,28 @@ class ServerFiles:
 
         run_task(self._connection, f"remove {name}", start)
 
+    def _browser(self, content: vim.ServiceInstanceContent, found: ServerDatastore) -> _Browser:
+        reference = found.datastore._GetMoId()
+        if self._known_browser is None or self._known_browser[0] != reference:
+            self._known_browser = reference, browser_of(content, found.datastore)
+        return _Browser(self._known_browser[1]._GetMoId(), content.propertyCollector._GetStub())
+
     def _search(self, path: str, pattern: str) -> list[ServerFile]:
         found = self._find()
         name = datastore_path(found, path) if path else f"[{found.name}] "
 
         def start(content: vim.ServiceInstanceContent) -> vim.Task:
-            task: vim.Task = found.browser.SearchDatastore_Task(name, _specification(pattern))
+            task: vim.Task = self._browser(content, found).SearchDatastore_Task(name, _specification(pattern))
             return task
 
         result = run_task(self._connection, f"list {name}", start)
         return [] if result is None else list(_files(result))
+
+
+def browser_of(content: vim.ServiceInstanceContent, datastore: vim.Datastore) -> _Browser:
+    """What lists the files of a datastore."""
+    browser: _Browser = properties.read(content, datastore, ["browser"])["browser"]
+    return browser
 
 
 def _specification(pattern: str) -> _Browser.SearchSpec:

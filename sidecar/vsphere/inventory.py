@@ -1,6 +1,7 @@
 """Finding a datastore in a server's inventory, by its name or by its path there."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from pyVmomi.VmomiSupport import ManagedObject
 from sidecar.errors import DatastoreUnavailable
 from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.faults import printable
 
 _Collector = vmodl.query.PropertyCollector
 
@@ -18,10 +20,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerDatastore:
-    """A datastore as its server knows it. Sizes are bytes; `type` such as VMFS, NFS, NFS41, vsan."""
+    """A datastore as its server knows it. Sizes are bytes; `type` such as VMFS, NFS, NFS41, vsan.
+
+    `url` has what the hosts know its volume by; that and the reference say whether it is still the same one.
+    """
 
     datastore: vim.Datastore
-    browser: vim.host.DatastoreBrowser
     datacenter: vim.Datacenter
     name: str
     path: str
@@ -29,15 +33,12 @@ class ServerDatastore:
     capacity: int
     free: int
     accessible: bool
+    datacenter_path: str = ""
+    url: str = ""
 
     @property
     def is_vsan(self) -> bool:
         return self.type.lower() == "vsan"
-
-    @property
-    def datacenter_path(self) -> str:
-        """As in /DC0."""
-        return _datacenter_of(self.path)[1]
 
 
 def find_datastore(connection: Connection, datastore: str, datacenter: str | None = None) -> ServerDatastore:
@@ -45,39 +46,42 @@ def find_datastore(connection: Connection, datastore: str, datacenter: str | Non
 
     DatastoreUnavailable when there is none, or more than one; what there is, is in the message.
     """
+    return find_datastores(connection, [(datastore, datacenter)])[0]
+
+
+def find_datastores(connection: Connection, wanted: Iterable[tuple[str, str | None]]) -> list[ServerDatastore]:
+    """`find_datastore` for each, by one look at the inventory."""
     known = connection.call("read the inventory", _datastores, repeatable=True)
+    return [_choose(known, connection.server.name, *names) for names in wanted]
+
+
+def _choose(known: list[ServerDatastore], server: str, datastore: str, datacenter: str | None) -> ServerDatastore:
     found = [
         each
         for each in known
-        if _is_meant(datastore, each.name, each.path)
-        and (datacenter is None or _is_meant(datacenter, *_datacenter_of(each.path)))
+        if _is_meant(datastore, each.path) and (datacenter is None or _is_meant(datacenter, each.datacenter_path))
     ]
     if len(found) == 1:
-        _log.info(
-            "datastore found server=%s path=%s type=%s capacity=%d free=%d",
-            *(connection.server.name, found[0].path, found[0].type, found[0].capacity, found[0].free),
-        )
         return found[0]
     within = f" in the datacenter {datacenter}" if datacenter else ""
     if found:
         raise DatastoreUnavailable(
-            f"server {connection.server.name} has more than one datastore {datastore}{within}: configure the path "
-            f"of one, {', '.join(each.path for each in found[:10])}"
+            f"server {server} has more than one datastore {datastore}{within}: configure the path "
+            f"of one, {_listed(found)}"
         )
     raise DatastoreUnavailable(
-        f"server {connection.server.name} has no datastore {datastore}{within} that the sidecar's account may see; "
-        f"there are: {', '.join(sorted(each.path for each in known)[:10]) or 'none'}"
+        f"server {server} has no datastore {datastore}{within} that the sidecar's account may see; "
+        f"there are: {_listed(known) or 'none'}"
     )
 
 
-def _is_meant(wanted: str, name: str, path: str) -> bool:
-    return wanted == path if wanted.startswith("/") else wanted == name
+def _listed(datastores: list[ServerDatastore]) -> str:
+    return ", ".join(printable(path) for path in sorted(each.path for each in datastores)[:10])
 
 
-def _datacenter_of(path: str) -> tuple[str, str]:
-    """Name and path of the datacenter that a datastore's path leads through: all before its folder `datastore`."""
-    datacenter = path.partition("/datastore/")[0]
-    return datacenter.rpartition("/")[2], datacenter
+def _is_meant(wanted: str, path: str) -> bool:
+    """Whether it is the path or the last name in it; a slash within a name is written %2f by the server."""
+    return wanted in (path, path.rpartition("/")[2])
 
 
 def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
@@ -98,7 +102,7 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
         propSet=[
             _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
             _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary", "browser"]),
+            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
         ],
     )
     things = dict(properties.retrieve(content, wanted))
@@ -112,12 +116,12 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
         summary = values.get("summary")
         if datacenter is None or not all(names) or not isinstance(summary, vim.Datastore.Summary):
             # What leads to it, or some of it, is hidden from the account.
-            _log.info("left out datastore=%s name=%s", thing, names[-1])
+            _log.info("left out datastore=%s name=%r", thing, names[-1])
             continue
+        down_to_datacenter = names[: len(above) - above.index(datacenter)]
         found.append(
             ServerDatastore(
                 datastore=thing,
-                browser=values["browser"],
                 datacenter=datacenter,
                 name=names[-1],
                 path="/" + "/".join(names),
@@ -125,6 +129,8 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
                 capacity=summary.capacity,
                 free=summary.freeSpace,
                 accessible=summary.accessible,
+                datacenter_path="/" + "/".join(down_to_datacenter),
+                url=summary.url,
             )
         )
     return found

@@ -1,6 +1,8 @@
 """pyvmomi's calls over HTTPS, with one session for several threads, and where what answers is no vSphere API."""
 
+import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,30 +11,50 @@ from pyVmomi import vmodl
 from pyVmomi.SoapAdapter import SoapStubAdapter
 from pyVmomi.VmomiSupport import CheckField, Object
 
-from sidecar.vsphere.faults import UNREACHABLE, NoVsphereAnswer
+from sidecar.vsphere.bounded import BoundedConnection
+from sidecar.vsphere.faults import UNREACHABLE, NoConnectionError, NoVsphereAnswer
+
+# Servers, and what is between, end connections that are idle for longer: some after half a minute.
+IDLE_SECONDS = 20.0
 
 
 class SessionStub(SoapStubAdapter):
-    """Sends the cookie of the last login, and takes none but a login's.
+    """Sends the cookie of the last login, and takes none but a login's. Each call ends within `timeout` seconds.
 
-    pyvmomi takes that of every answer: a late one to an expired session would replace the cookie of a new login.
+    pyvmomi takes the cookie of every answer: a late one to an expired session would replace that of a new login.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    _context: ssl.SSLContext  # of the last login
+
+    def __init__(self, host: str, port: int, timeout: float, connections: type[BoundedConnection]) -> None:
+        self.timeout = timeout
         self._session = ""
-        self._login = threading.local()  # its cookie, in the thread that logs in
-        # What is no API may send anything as compressed, and answers are small.
-        super().__init__(acceptCompressedResponses=False, **arguments)  # type: ignore[no-untyped-call]
+        self._login = threading.local()  # in the thread that logs in: its cookie, and until when
+        self._call = threading.local()  # until when
+        super().__init__(  # type: ignore[no-untyped-call]
+            host=host,
+            port=port,
+            connectionPoolTimeout=IDLE_SECONDS,
+            # What is no API may send anything as compressed, and answers are small.
+            acceptCompressedResponses=False,
+        )
+        self.scheme: Any = lambda host, port: connections(host, port, self._call.until, self._context)
 
     @contextmanager
-    def logging_in(self) -> Iterator[None]:
-        """This thread's calls begin a session, which all calls use when the block has ended without an error."""
-        self._login.cookie = ""
+    def logging_in(self, until: float, context: ssl.SSLContext) -> Iterator[None]:
+        """This thread's calls begin a session, which all calls use when the block has ended without an error.
+
+        They have ended by `until`, of time.monotonic, all together: others wait for the session. What is trusted from
+        here on is in `context`.
+        """
+        self._context = context
+        self.DropConnections()
+        self._login.cookie, self._login.until = "", until
         try:
             yield
             self._session = self._login.cookie
         finally:
-            del self._login.cookie
+            del self._login.cookie, self._login.until
 
     @property
     def cookie(self) -> str:
@@ -53,11 +75,25 @@ class SessionStub(SoapStubAdapter):
         except (vmodl.MethodFault, *UNREACHABLE):
             raise
         except Exception as error:  # of the many ways to fail at an answer that is none
-            text = " ".join(str(error).split())[:200]
-            raise NoVsphereAnswer(f"{type(error).__name__}: {text}") from error
+            raise NoVsphereAnswer(f"{type(error).__name__}: {error}") from error
 
-    def GetConnection(self) -> Any:  # noqa: N802
+    def GetConnection(self) -> BoundedConnection:  # noqa: N802
+        """Once for each call, and connected; NoConnectionError."""
+        self._call.until = getattr(self._login, "until", time.monotonic() + self.timeout)
+        self._drop_ended()
         try:
-            return super().GetConnection()  # type: ignore[no-untyped-call]
+            connection: BoundedConnection = super().GetConnection()  # type: ignore[no-untyped-call]
         except UnicodeError as error:
-            raise OSError(f"{self.host} is no address: {error}") from error
+            raise NoConnectionError(OSError(f"{self.host} is no address: {error}")) from error
+        except OSError as error:
+            raise NoConnectionError(error) from error
+        connection.bound(self._call.until)
+        return connection
+
+    def _drop_ended(self) -> None:
+        """Takes the idle connections that the server has ended out of the pool: no call has to find out."""
+        with self.lock:
+            ended = [pooled for pooled in self.pool if pooled[0].was_ended_by_the_server()]
+            self.pool = [pooled for pooled in self.pool if pooled not in ended]
+        for connection, _ in ended:
+            connection.close()

@@ -338,6 +338,22 @@ def described(name: str, *extents: str, create_type: str = "custom") -> Disk:
     return read_disk(name, Files({name: descriptor(*extents, create_type=create_type)}))
 
 
+@pytest.mark.parametrize(
+    ("extents", "as_esx_makes_them"),
+    [
+        (['RW 8 VMFS "old-flat.vmdk"'], True),
+        (['RW 8 FLAT "old-flat.vmdk" 0'], True),
+        (['RW 8 FLAT "old-flat.vmdk" 8'], False),
+        (['RW 8 FLAT "old-flat.vmdk" 0', 'RW 8 FLAT "old-flat.vmdk" 8'], False),
+        (['RW 8 FLAT "old-flat.vmdk" 0', "RW 8 ZERO"], False),
+        (['RW 8 FLAT "other-flat.vmdk" 0'], False),
+        (['RW 8 SPARSE "old-flat.vmdk"'], False),
+    ],
+)
+def test_what_esx_makes_is_one_extent_that_is_all_of_its_file(extents: list[str], as_esx_makes_them: bool) -> None:
+    assert described("old.vmdk", *extents).is_as_esx_makes_them is as_esx_makes_them
+
+
 def test_renamed_files_are_named_as_vmware_names_them() -> None:
     flat = described("old.vmdk", 'RW 8 VMFS "data"', create_type="vmfs")
     assert renamed_files(flat, "new") == {"old.vmdk": "new.vmdk", "data": "new-flat.vmdk"}

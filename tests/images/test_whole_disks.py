@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.interface import Capacity, Datastore, DiskCopier, Transfer
 from sidecar.datastores.posix import PosixDatastore
-from sidecar.errors import DatastoreUnavailable, StagingLost, StagingNotFound
-from sidecar.images.copying import OpenImage, clone_files, copy_image
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, NoSpace, StagingLost, StagingNotFound
+from sidecar.images.copying import OpenImage, clone_files, copy_image, require_space_for_copy
 from sidecar.images.image import ImageState
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.progress import Progress
@@ -27,11 +27,16 @@ class Copying(PosixDatastore):
     """A datastore whose disks `copy_files` copies, from and to these paths of descriptors."""
 
     copy_files: Callable[[Path, Path], None]
+    begun = True
+    preallocates = False
 
     def disk_copier(self, source: Datastore) -> DiskCopier:
         return self
 
-    def copy(self, source_path: str, path: str, size: int, transfer: Transfer) -> None:
+    def may_preallocate(self) -> bool:
+        return self.preallocates
+
+    def copy(self, source_path: str, path: str, size: int, adapter_type: str | None, transfer: Transfer) -> None:
         self.copy_files(Path(self.root_path) / source_path, Path(self.root_path) / path)
 
 
@@ -110,3 +115,40 @@ def test_a_client_whose_clone_failed_begins_anew(
     with pytest.raises(StagingNotFound):
         sessions.commit(staging_id)
     assert place.staging_directories() == []
+
+
+def test_a_clone_that_was_refused_before_it_began_leaves_what_is_staged(
+    datastore: Copying, store: ImageStore, place: Place, stack: ExitStack
+) -> None:
+    place.plant("a")
+
+    def copy_files(source: Path, target: Path) -> None:
+        raise DatastoreDenied("no privilege")
+
+    datastore.copy_files, datastore.begun = copy_files, False
+    sessions = stack.enter_context(contextlib.closing(StagingSessions(60)))
+    staging_id = sessions.create(store, "b", 0, "request").id
+    for _ in range(2):
+        with (
+            pytest.raises(DatastoreDenied, match="no privilege"),
+            sessions.using(staging_id) as staging,
+            OpenImage(store, "a") as opened,
+        ):
+            clone_files(opened, staging, Progress(), disk_only=True)
+    datastore.copy_files = copy_whole
+    with sessions.using(staging_id) as staging, OpenImage(store, "a") as opened:
+        clone_files(opened, staging, Progress(), disk_only=True)
+    assert sessions.commit(staging_id)[0].state is ImageState.VALID
+
+
+def test_space_is_asked_for_what_a_copy_without_holes_needs(
+    datastore: Copying, store: ImageStore, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.plant("a", size=8 << 20)
+    monkeypatch.setattr(datastore, "capacity", lambda: Capacity(16 << 20, 4 << 20))
+    with OpenImage(store, "a") as opened:
+        assert opened.image.allocated < 4 << 20 < opened.image.size
+        require_space_for_copy(opened, store)
+        datastore.preallocates = True
+        with pytest.raises(NoSpace, match=f"{opened.image.size} bytes are needed"):
+            require_space_for_copy(opened, store)

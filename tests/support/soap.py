@@ -1,8 +1,10 @@
 """A server that speaks a vSphere server's protocol and answers what a test says: for what the simulator never does."""
 
 import re
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,24 +35,32 @@ LOGGED_IN = (
 
 @dataclass(frozen=True)
 class Call:
-    """A request: the method, its body, and the session that its cookie names."""
+    """A request: the method, its body, the session that its cookie names, and how many its connection had before."""
 
     method: str
     body: str
     session: str
+    earlier: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`cookie`: the session that the client is given."""
+    """`cookie`: the session that the client is given. `pause`: seconds after each byte. `raw`: bytes instead of HTTP.
+
+    `ended`: the connection is ended after it, though nothing in it says so, and this is set then.
+    """
 
     body: bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     cookie: str | None = None
+    pause: float = 0
+    raw: bytes = b""
+    ended: threading.Event | None = None
 
 
-Behavior = Callable[[Call], Answer]
+Behavior = Callable[[Call], Answer | None]
+"""None: the connection is ended without an answer."""
 
 
 def returned(call: Call, value: str = "", *, cookie: str | None = None) -> Answer:
@@ -58,6 +68,15 @@ def returned(call: Call, value: str = "", *, cookie: str | None = None) -> Answe
     value = f"<returnval>{value}</returnval>" if value else ""
     body = f'<{call.method}Response xmlns="urn:vim25">{value}</{call.method}Response>'
     return Answer(_ENVELOPE.format(body).encode(), cookie=cookie)
+
+
+def content(call: Call) -> Answer:
+    """Of RetrieveServiceContent, as a vCenter's."""
+    return returned(call, _CONTENT)
+
+
+def content_of_a_host(call: Call) -> Answer:
+    return returned(call, _CONTENT.replace("VirtualCenter", "HostAgent"))
 
 
 def fault(name: str, *, cookie: str | None = None) -> Answer:
@@ -92,7 +111,7 @@ def reference(name: str, kind: str, key: str) -> str:
 def soap_server(directory: Path, behaviors: Mapping[str, Behavior]) -> Iterator[Server]:
     """Behaviors by method, for those that need one; logging in and out does not."""
     known: dict[str, Behavior] = {
-        "RetrieveServiceContent": lambda call: returned(call, _CONTENT),
+        "RetrieveServiceContent": content,
         "Login": lambda call: returned(call, LOGGED_IN, cookie="the-session"),
         "Logout": returned,
         **behaviors,
@@ -104,12 +123,19 @@ def soap_server(directory: Path, behaviors: Mapping[str, Behavior]) -> Iterator[
         def log_message(self, *arguments: object) -> None:
             pass
 
+        earlier = -1
+
         def do_POST(self) -> None:
+            self.earlier += 1
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             method = re.search(r"Body><(\w+)", body)
             session = re.search(r'vmware_soap_session="?([^";]+)', self.headers.get("Cookie") or "")
             assert method is not None
-            answer = known[method[1]](Call(method[1], body, session[1] if session else ""))
+            answer = known[method[1]](Call(method[1], body, session[1] if session else "", self.earlier))
+            if answer is None or answer.raw:
+                self.wfile.write(b"" if answer is None else answer.raw)
+                self._end()
+                return
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.body)))
             if answer.cookie is not None:
@@ -117,7 +143,16 @@ def soap_server(directory: Path, behaviors: Mapping[str, Behavior]) -> Iterator[
             for name, text in answer.headers.items():
                 self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(answer.body)
+            for piece in (bytes([byte]) for byte in answer.body) if answer.pause else (answer.body,):
+                self.wfile.write(piece)
+                time.sleep(answer.pause)
+            if answer.ended is not None:
+                self._end()
+                answer.ended.set()
+
+        def _end(self) -> None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(make_certificate(directory / "soap.pem"))

@@ -1,5 +1,6 @@
 """The session with a server: begun when needed, again when lost, bounded in time, and with nobody else."""
 
+import contextlib
 import gzip
 import hashlib
 import logging
@@ -12,18 +13,36 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pyVmomi import vim
 
 from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError
-from sidecar.vsphere import properties
-from sidecar.vsphere.connection import Connection
-from sidecar.vsphere.credentials import from_file, from_variable
-from tests.support.soap import LOGGED_IN, Answer, Call, fault, make_certificate, returned, soap_server
+from sidecar.vsphere import properties, stub
+from sidecar.vsphere.connection import Connection, Server
+from sidecar.vsphere.credentials import Credentials, from_file, from_variable
+from tests.support.soap import (
+    LOGGED_IN,
+    Answer,
+    Behavior,
+    Call,
+    content,
+    fault,
+    found,
+    make_certificate,
+    returned,
+    soap_server,
+    thing,
+    value,
+)
 from tests.support.vcsim import PASSWORD, USER
 from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site, end_sessions
+
+
+def root(call: Call) -> Answer:
+    return found(call, thing("Folder", "root", value("name", "root")))
 
 
 def name_of_the_root(connection: Connection) -> str:
@@ -130,6 +149,14 @@ def test_what_is_no_vsphere_api_is_told_so(tmp_path: Path, stack: ExitStack, ans
         name_of_the_root(connection)
 
 
+def test_what_is_no_http_is_told_on_one_line(tmp_path: Path, stack: ExitStack) -> None:
+    answer = Answer(b"", headers={}, raw=b"220 mail.example.org\x1b[31m ready\r\n")
+    server = stack.enter_context(soap_server(tmp_path, {"RetrieveServiceContent": lambda call: answer}))
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: 220 mail.example.org \[31m ready; look") as caught:
+        name_of_the_root(stack.enter_context(closing(Connection(server))))
+    assert caught.value.message.isprintable()
+
+
 @pytest.mark.parametrize("behavior", [returned, lambda call: returned(call, "<wrong>1</wrong>")])
 def test_an_answer_of_another_shape_is_none(
     tmp_path: Path, stack: ExitStack, behavior: Callable[[Call], Answer]
@@ -227,6 +254,118 @@ def test_the_end_does_not_wait_for_a_server_that_hangs(site: Site) -> None:
         assert time.monotonic() - start < 5
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(tmp_path: Path, stack: ExitStack) -> None:
+    behaviors = {"Reload": lambda call: replace(returned(call), pause=TIMEOUT / 20)}
+    server = replace(stack.enter_context(soap_server(tmp_path, behaviors)), timeout=TIMEOUT)
+    connection = stack.enter_context(closing(Connection(server)))
+    start = time.monotonic()
+    with pytest.raises(DatastoreUnavailable, match=r"cannot reload: .*timed out"):
+        connection.call("reload", lambda content: content.rootFolder.Reload())
+    assert time.monotonic() - start < TIMEOUT + 3
+
+
+def test_a_login_ends_in_time_however_slow_each_of_its_answers_is(tmp_path: Path, stack: ExitStack) -> None:
+    calls: list[Call] = []
+
+    def be_slow(call: Call) -> Answer:
+        calls.append(call)
+        time.sleep(0.75 * TIMEOUT)
+        return content(call)
+
+    behaviors: dict[str, Behavior] = {"RetrieveServiceContent": be_slow, "Login": be_slow}
+    server = replace(stack.enter_context(soap_server(tmp_path, behaviors)), timeout=TIMEOUT)
+    connection = stack.enter_context(closing(Connection(server)))
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*timed out"):
+        name_of_the_root(connection)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("hidden", ["name", "handshake"])
+def test_what_comes_before_a_request_is_bounded_too(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    ended = threading.Event()
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    if hidden == "name":
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: ended.wait(20))
+    stack.callback(ended.set)
+    address = Server("slow", "127.0.0.1", listener.getsockname()[1], lambda: Credentials("u", "p"), timeout=TIMEOUT)
+    start = time.monotonic()
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*(timed out|is not told in time)"):
+        name_of_the_root(stack.enter_context(closing(Connection(address))))
+    assert time.monotonic() - start < TIMEOUT + 3
+
+
+def test_a_login_that_does_not_end_keeps_the_others_for_no_longer_than_the_timeout(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    """As where the file of the credentials is on a datastore that hangs."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def wait() -> Credentials:
+        begun.set()
+        ended.wait(20)
+        return Credentials("u", "p")
+
+    server = stack.enter_context(soap_server(tmp_path, {"RetrievePropertiesEx": root}))
+    connection = stack.enter_context(closing(Connection(replace(server, timeout=TIMEOUT, credentials=wait))))
+
+    def log_in() -> None:
+        with contextlib.suppress(DatastoreUnavailable):  # its time is over
+            name_of_the_root(connection)
+
+    thread = threading.Thread(target=log_in)
+    thread.start()
+    begun.wait(10)
+    try:
+        with pytest.raises(DatastoreUnavailable, match="cannot log in: another call does so"):
+            name_of_the_root(connection)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_connection_that_the_server_ended_while_it_was_idle_is_not_used(tmp_path: Path, stack: ExitStack) -> None:
+    ended = threading.Event()
+    behaviors: dict[str, Behavior] = {
+        "RetrievePropertiesEx": lambda call: replace(root(call), ended=ended),
+        "Reload": returned,
+    }
+    connection = stack.enter_context(closing(Connection(stack.enter_context(soap_server(tmp_path, behaviors)))))
+    name_of_the_root(connection)
+    assert ended.wait(10)
+    connection.call("reload", lambda content: content.rootFolder.Reload())
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is between may have forgotten it, and says nothing."""
+    monkeypatch.setattr(stub, "IDLE_SECONDS", 0.0)
+    behaviors: dict[str, Behavior] = {"Reload": lambda call: None if call.earlier else returned(call)}
+    connection = stack.enter_context(closing(Connection(stack.enter_context(soap_server(tmp_path, behaviors)))))
+    for _ in range(2):
+        connection.call("reload", lambda content: content.rootFolder.Reload())
+
+
+@pytest.mark.parametrize("method", ["RetrieveServiceContent", "Login"])
+def test_a_login_whose_connection_is_lost_is_begun_once_more(tmp_path: Path, stack: ExitStack, method: str) -> None:
+    answers: dict[str, Behavior] = {
+        "RetrieveServiceContent": content,
+        "Login": lambda call: returned(call, LOGGED_IN, cookie="the-session"),
+    }
+    tries: list[Call] = []
+
+    def be_lost_once(call: Call) -> Answer | None:
+        tries.append(call)
+        return None if len(tries) == 1 else answers[method](call)
+
+    behaviors: dict[str, Behavior] = {method: be_lost_once, "Reload": returned}
+    connection = stack.enter_context(closing(Connection(stack.enter_context(soap_server(tmp_path, behaviors)))))
+    connection.call("reload", lambda content: content.rootFolder.Reload())
+    assert len(tries) == 2
+
+
 def test_a_wrong_password_is_refused_and_neither_it_nor_the_user_is_told(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,6 +440,17 @@ def test_an_authority_in_a_file_is_trusted(make_site: MakeSite, tmp_path: Path) 
     authority = tmp_path / "authority.pem"
     authority.write_text(certificate(site))
     assert name_of_the_root(site.connection(insecure=False, ca_file=str(authority)))
+
+
+def test_an_authority_that_was_put_right_is_trusted_by_the_next_login(make_site: MakeSite, tmp_path: Path) -> None:
+    site = make_site(certificate=make_certificate(tmp_path / "own.pem"))
+    authority = tmp_path / "authority.pem"
+    make_certificate(authority)
+    connection = site.connection(insecure=False, ca_file=str(authority))
+    with pytest.raises(DatastoreDenied, match="certificate verify failed"):
+        name_of_the_root(connection)
+    authority.write_text(certificate(site))
+    assert name_of_the_root(connection)
 
 
 def test_another_authority_is_not(make_site: MakeSite, tmp_path: Path) -> None:

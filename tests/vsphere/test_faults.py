@@ -15,7 +15,7 @@ from sidecar.errors import (
     NoSpace,
     OperationCancelled,
 )
-from sidecar.vsphere.disks import copy_disk
+from sidecar.vsphere.disks import copy_task, find_all
 from sidecar.vsphere.faults import error_of
 from sidecar.vsphere.inventory import find_datastore
 from sidecar.vsphere.tasks import run_task
@@ -33,7 +33,8 @@ def one(site: Site) -> Path:
 
 def copy(site: Site, source: str, destination: str, *, to: str = "one") -> None:
     connection = site.connection()
-    copy_disk(site.address(connection, "one"), source, site.address(connection, to), destination, lambda percent: None)
+    here, there = find_all(site.address(connection, "one"), site.address(connection, to))
+    copy_task(connection, here, source, there, destination).run(lambda percent: None)
 
 
 def copy_by_names(site: Site, source: str, destination: str) -> None:
@@ -148,3 +149,16 @@ def test_what_the_simulator_never_says_is_told_apart_too(fault: Exception, error
     assert type(found) is error
     text = found.message if isinstance(found, ImagesError) else str(found)
     assert text.startswith(f"server sim: cannot copy a.vmdk: {type(fault).__name__.rpartition('.')[2]}")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        vim.fault.CannotAccessFile(file="[one] a\n2020-01-01 ERROR forged", msg="\x1b[31mred"),
+        vim.fault.CannotAccessFile(file="[one] a", msg="long " * 10_000),
+    ],
+)
+def test_what_a_server_says_cannot_forge_a_log_or_fill_it(fault: Exception) -> None:
+    text = str(error_of(fault, "sim", "copy a.vmdk"))
+    assert text.isprintable()
+    assert len(text) < 1_000

@@ -11,7 +11,7 @@ import pytest
 from pyVmomi import vim
 
 from sidecar.client import SidecarClient
-from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse
+from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse, NoSpace
 from sidecar.vsphere import properties
 from tests.support.disks import assert_same_disk, digest, import_image, make_disk
 from tests.support.places import TIMESTAMP, Place, flat_files
@@ -252,29 +252,67 @@ def test_the_end_of_a_sidecar_does_not_wait_for_a_server_that_hangs(
         assert time.monotonic() - start < 5
 
 
-def test_a_server_that_fills_the_datastore_leaves_nothing(serve: Callable[..., Served], tmp_path: Path) -> None:
-    """This one writes what was a hole, too, so that the space that was asked for before is not enough."""
+def test_a_server_that_fills_the_datastore_leaves_nothing(
+    serve: Callable[..., Served], tmp_path: Path, kind: str
+) -> None:
+    """This one writes what was a hole, too. A host is told not to, so that space was asked for what it should need."""
     with loop_mount(tmp_path / "small", 7 << 20, ("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal")) as small:
         (small / "lost+found").rmdir()
         (tmp_path / "two").symlink_to(small)
         served = serve()
         try:
             served.places["one"].plant("a", size=8 << 20)
-            with pytest.raises(DiskFileFault, match=r"CannotCreateFile .*look at the file, and at the space"):
+            expected = {
+                "vcenter": (NoSpace, "8[0-9]{6} bytes are needed"),
+                "host": (DiskFileFault, r"CannotCreateFile .*look at the file, and at the space"),
+            }
+            error, message = expected[kind]
+            with pytest.raises(error, match=message):
                 served.client.copy("one/a", "two/b").wait()
             served.places["two"].assert_holds({})
         finally:
             served.sidecar.stop()
 
 
+@pytest.mark.parametrize("layout", ["compound", "sharded", "vsan"])
 def test_a_path_that_is_not_where_the_server_has_its_datastore_is_told(
+    serve: Callable[..., Served], tmp_path: Path, layout: str
+) -> None:
+    """Though the server has an image of the same name there, which would be copied instead."""
+    served = serve(layout=layout, more='datastore = "one"')  # both: so two has its images in another directory
+    served.places["one"].plant("a", seed=7)
+    served.places["two"].plant("a")
+    with pytest.raises(DatastoreUnavailable, match="is not where the server has its datastore"):
+        served.client.copy("two/a", "one/b").wait()
+    assert served.copies() == 0
+    served.assert_tidy()
+
+
+def test_a_destination_that_is_not_where_the_server_has_its_datastore_is_told(
     serve: Callable[..., Served], tmp_path: Path
 ) -> None:
-    served = serve(more='datastore = "one"')  # both: so two has its images in another directory than the server's
-    served.import_image("two/a", tmp_path)
+    served = serve(more='datastore = "one"')
+    served.import_image("one/a", tmp_path)
     with pytest.raises(DatastoreUnavailable, match="is not where the server has its datastore"):
-        served.client.copy("two/a", "two/b").wait()
+        served.client.copy("one/a", "two/b").wait()
     served.assert_tidy()
+
+
+def test_a_datastore_is_proved_and_told_of_once(serve: Callable[..., Served], tmp_path: Path) -> None:
+    served = serve()
+    served.import_image("one/a", tmp_path)
+    for name in ("b", "c"):
+        served.imagectl("cp", "one/a", f"two/{name}")
+    assert served.sidecar.log.read_text().count("datastore found name=one server=sim") == 1
+
+
+def test_what_a_crash_leaves_of_that_proof_is_reaped(serve: Callable[..., Served], tmp_path: Path) -> None:
+    served = serve(layout="vsan")
+    served.import_image("one/a", tmp_path)
+    left = served.places["one"].directory("a") / f".{'0a' * 16}"
+    left.touch()
+    served.imagectl("reap", "one", "--grace", "0")
+    assert not left.exists()
 
 
 def test_a_vm_that_names_its_disk_as_the_server_does_keeps_the_image(

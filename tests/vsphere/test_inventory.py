@@ -8,8 +8,9 @@ import pytest
 
 from sidecar.errors import DatastoreUnavailable
 from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.disks import DatastoreAddress, find_all
 from sidecar.vsphere.inventory import find_datastore
-from tests.support.soap import found, reference, soap_server, thing, value
+from tests.support.soap import Answer, Call, found, reference, soap_server, thing, value
 from tests.vsphere.conftest import MakeSite, Site
 
 DATACENTERS = {"vcenter": "DC0", "host": "ha-datacenter"}
@@ -106,3 +107,41 @@ def test_what_cannot_be_read_hides_no_other(tmp_path: Path, stack: ExitStack, hi
     assert (one.path, one.type, one.capacity, one.free) == ("/DC/datastore/one", "NFS", 10, 5)
     with pytest.raises(DatastoreUnavailable, match="has no datastore two that the sidecar's account may see"):
         find_datastore(connection, "two")
+
+
+def test_a_folder_may_be_called_as_the_one_of_the_datastores(tmp_path: Path, stack: ExitStack) -> None:
+    inventory = [
+        thing("Folder", "root", value("name", "Datacenters")),
+        named("Folder", "datastore", "root", "Folder"),
+        named("Datacenter", "DC", "datastore", "Folder"),
+        thing("Folder", "inner", value("name", "datastore"), reference("parent", "Datacenter", "DC")),
+        datastore("one", summary("one"), folder="inner"),
+    ]
+    behaviors = {"RetrievePropertiesEx": lambda call: found(call, *inventory)}
+    server = stack.enter_context(soap_server(tmp_path, behaviors))
+    connection = stack.enter_context(closing(Connection(server)))
+    for datacenter in ("DC", "/datastore/DC"):
+        one = find_datastore(connection, "one", datacenter)
+        assert (one.path, one.datacenter_path) == ("/datastore/DC/datastore/one", "/datastore/DC")
+    with pytest.raises(DatastoreUnavailable, match="in the datacenter datastore"):
+        find_datastore(connection, "one", "datastore")
+
+
+def test_several_are_found_by_one_look(tmp_path: Path, stack: ExitStack) -> None:
+    looks: list[Call] = []
+    inventory = [
+        thing("Folder", "root", value("name", "Datacenters")),
+        named("Datacenter", "DC", "root", "Folder"),
+        named("Folder", "datastore", "DC", "Datacenter"),
+        *(datastore(name, summary(name)) for name in ("one", "two")),
+    ]
+
+    def look(call: Call) -> Answer:
+        looks.append(call)
+        return found(call, *inventory)
+
+    server = stack.enter_context(soap_server(tmp_path, {"RetrievePropertiesEx": look}))
+    connection = stack.enter_context(closing(Connection(server)))
+    addresses = [DatastoreAddress(connection, name) for name in ("one", "two", "one")]
+    assert [each.name for each in find_all(*addresses)] == ["one", "two", "one"]
+    assert len(looks) == 1

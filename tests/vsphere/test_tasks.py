@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pyVmomi import vim
 
-from sidecar.errors import DatastoreDenied, DatastoreUnavailable, OperationCancelled
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError, OperationCancelled
 from sidecar.vsphere import tasks
 from sidecar.vsphere.connection import Connection
-from sidecar.vsphere.disks import copy_disk
+from sidecar.vsphere.disks import copy_task, find_all
 from tests.support.places import write_flat_disk
 from tests.support.processes import wait_until
 from tests.support.soap import Answer, Behavior, Call, fault, found, returned, soap_server, thing, value
@@ -32,8 +32,8 @@ class Copy:
     """One that runs in a thread, with what it told and how it ended."""
 
     def __init__(self, site: Site, timeout: float = PATIENCE) -> None:
-        connection = site.connection(timeout=timeout)
-        self.addresses = [site.address(connection, name) for name in ("one", "two")]
+        self.connection = site.connection(timeout=timeout)
+        self.addresses = [site.address(self.connection, name) for name in ("one", "two")]
         self.told: list[int] = []
         self.error: BaseException | None = None
         self.wanted = True
@@ -41,7 +41,8 @@ class Copy:
 
     def _run(self) -> None:
         try:
-            copy_disk(self.addresses[0], "a.vmdk", self.addresses[1], "b.vmdk", self._follow)
+            source, destination = find_all(*self.addresses)
+            copy_task(self.connection, source, "a.vmdk", destination, "b.vmdk").run(self._follow)
         except BaseException as error:
             self.error = error
 
@@ -144,11 +145,11 @@ class Scripted:
         self._looks = list(looks)
         self.calls: list[str] = []
 
-        def look(call: Call) -> Answer:
+        def look(call: Call) -> Answer | None:
             self.calls.append("look")
             return (self._looks.pop(0) if len(self._looks) > 1 else self._looks[0])(call)
 
-        def cancelled(call: Call) -> Answer:
+        def cancelled(call: Call) -> Answer | None:
             self.calls.append("cancel")
             return cancel(call)
 
@@ -156,15 +157,20 @@ class Scripted:
         server = stack.enter_context(soap_server(directory, behaviors))
         self.connection = stack.enter_context(closing(Connection(server)))
 
-    def run(self, follow: Callable[[int], None] = lambda percent: None) -> None:
+    def run(self, follow: Callable[[int], None] = lambda percent: None, *, size: int = 0) -> None:
         def start(content: vim.ServiceInstanceContent) -> vim.Task:
             return vim.Task("task-1", content.propertyCollector._GetStub())
 
-        tasks.run_task(self.connection, "copy", start, follow)
+        self.task = tasks.ServerTask(self.connection, "copy", start, size)
+        self.task.run(follow)
 
 
 def state(state: str, *more: str) -> Behavior:
     return lambda call: found(call, thing("Task", "task-1", value("info.state", state, "TaskInfoState"), *more))
+
+
+def progress(percent: int) -> str:
+    return value("info.progress", str(percent), "xsd:int")
 
 
 def refuse(name: str) -> Behavior:
@@ -234,3 +240,93 @@ def test_the_end_of_one_that_is_not_cancelled_is_waited_for_with_a_bound(
         scripted.run(not_wanted)
     assert 1 < time.monotonic() - start < 5
     assert "it runs 1 s after it was to be cancelled" in caplog.text
+
+
+def test_one_that_waits_in_the_servers_queue_is_not_taken_for_one_that_stalls(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "STALLED_SECONDS", 0.0)
+    looks = (*[state("queued")] * 5, state("success"))
+    scripted = Scripted(tmp_path, stack, *looks, cancel=returned)
+    scripted.run()
+    assert scripted.calls == ["look"] * 6
+
+
+def test_the_queue_is_not_waited_for_without_a_bound(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "QUEUED_SECONDS", 0.5)
+    scripted = Scripted(tmp_path, stack, state("queued"), cancel=returned)
+    monkeypatch.setattr(tasks, "CANCEL_SECONDS", 0.0)
+    with pytest.raises(DatastoreUnavailable, match=r"no progress in 0\.5 s, in its queue"):
+        scripted.run()
+    assert scripted.task.begun
+
+
+def test_a_large_disk_has_the_time_that_a_percent_of_it_takes(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "STALLED_SECONDS", 0.0)
+    monkeypatch.setattr(tasks, "CANCEL_SECONDS", 0.0)
+    looks = (*[state("running", progress(1))] * 5, state("success"))
+    Scripted(tmp_path, stack, *looks, cancel=returned).run(size=2 << 40)
+    with pytest.raises(DatastoreUnavailable, match="no progress in 0 s, at 1 %"):
+        Scripted(tmp_path, stack, *looks, cancel=returned).run(size=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "begun"),
+    [
+        (refuse("NoPermission"), False),
+        (refuse("InvalidDatastore"), False),
+        (refuse("InvalidArgument"), False),
+        (refuse("SystemError"), True),
+        (refuse("HostNotReachable"), True),
+        (lambda call: None, True),
+        (lambda call: Answer(b"<html>"), True),
+    ],
+)
+def test_whether_the_server_may_have_begun_is_known_by_its_answer(
+    tmp_path: Path, stack: ExitStack, answer: Behavior, begun: bool
+) -> None:
+    server = stack.enter_context(soap_server(tmp_path, {"Destroy_Task": answer}))
+    connection = stack.enter_context(closing(Connection(server)))
+    task = tasks.ServerTask(connection, "destroy", lambda content: content.rootFolder.Destroy_Task())
+    with pytest.raises(ImagesError):
+        task.run(lambda percent: None)
+    assert task.begun is begun
+
+
+@pytest.mark.parametrize("changes", [{"Login": refuse("InvalidLogin")}, {"Login": lambda call: None}])
+def test_a_task_is_not_begun_without_a_session(tmp_path: Path, stack: ExitStack, changes: dict[str, Behavior]) -> None:
+    connection = stack.enter_context(closing(Connection(stack.enter_context(soap_server(tmp_path, changes)))))
+    task = tasks.ServerTask(connection, "destroy", lambda content: content.rootFolder.Destroy_Task())
+    with pytest.raises(ImagesError, match="cannot log in"):
+        task.run(lambda percent: None)
+    assert not task.begun
+
+
+def test_a_task_is_not_begun_where_there_is_no_connection_any_more(make_site: MakeSite) -> None:
+    site = make_site()
+    connection = site.connection()
+    site.address(connection, "one").find()
+    site.simulator.kill()
+    task = tasks.ServerTask(connection, "destroy", lambda content: content.rootFolder.Destroy_Task())
+    with pytest.raises(DatastoreUnavailable, match="cannot destroy: Connection refused"):
+        task.run(lambda percent: None)
+    assert not task.begun
+
+
+@pytest.mark.parametrize(
+    ("kind", "begun"), [("InvalidDatastore", False), ("InaccessibleDatastore", True), ("NoDiskSpace", True)]
+)
+def test_one_that_was_refused_by_its_first_look_at_the_datastore_has_done_nothing(
+    tmp_path: Path, stack: ExitStack, kind: str, begun: bool
+) -> None:
+    error = value(
+        "info.error", f'<fault xsi:type="{kind}"/><localizedMessage>no</localizedMessage>', "LocalizedMethodFault"
+    )
+    scripted = Scripted(tmp_path, stack, state("running"), state("error", error), cancel=returned)
+    with pytest.raises(ImagesError, match=kind):
+        scripted.run()
+    assert scripted.task.begun is begun
