@@ -1,13 +1,13 @@
 """Whole disks, a descriptor with its extents, copied by the server that has the datastores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyVmomi import vim
 
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.connection import Connection
-from sidecar.vsphere.inventory import ServerDatastore, find_datastore
+from sidecar.vsphere.inventory import ServerDatastore, choose_datastore, find_datastore
 from sidecar.vsphere.tasks import run_task
 
 
@@ -27,6 +27,10 @@ class DatastoreAddress:
                 f"server {self.connection.server.name} cannot reach the datastore {found.path}; look at its hosts"
             )
         return found
+
+    def among(self, known: Sequence[ServerDatastore]) -> ServerDatastore:
+        """The datastore among those that the server was found to have; DatastoreUnavailable when it is not there."""
+        return choose_datastore(self.connection.server.name, known, self.datastore, self.datacenter)
 
 
 def copy_disk(

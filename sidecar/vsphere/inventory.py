@@ -1,6 +1,7 @@
 """Finding a datastore in a server's inventory, by its name or by its path there."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,18 @@ def find_datastore(connection: Connection, datastore: str, datacenter: str | Non
     DatastoreUnavailable when there is none, or more than one; what there is, is in the message.
     """
     known = connection.call("read the inventory", _datastores, repeatable=True)
+    found = choose_datastore(connection.server.name, known, datastore, datacenter)
+    _log.info(
+        "datastore found server=%s path=%s type=%s capacity=%d free=%d",
+        *(connection.server.name, found.path, found.type, found.capacity, found.free),
+    )
+    return found
+
+
+def choose_datastore(
+    server: str, known: Sequence[ServerDatastore], datastore: str, datacenter: str | None
+) -> ServerDatastore:
+    """As `find_datastore`, among those that are known of the server."""
     found = [
         each
         for each in known
@@ -43,19 +56,15 @@ def find_datastore(connection: Connection, datastore: str, datacenter: str | Non
         and (datacenter is None or _is_meant(datacenter, *_datacenter_of(each.path)))
     ]
     if len(found) == 1:
-        _log.info(
-            "datastore found server=%s path=%s type=%s capacity=%d free=%d",
-            *(connection.server.name, found[0].path, found[0].type, found[0].capacity, found[0].free),
-        )
         return found[0]
     within = f" in the datacenter {datacenter}" if datacenter else ""
     if found:
         raise DatastoreUnavailable(
-            f"server {connection.server.name} has more than one datastore {datastore}{within}: configure the path "
+            f"server {server} has more than one datastore {datastore}{within}: configure the path "
             f"of one, {', '.join(each.path for each in found[:10])}"
         )
     raise DatastoreUnavailable(
-        f"server {connection.server.name} has no datastore {datastore}{within} that the sidecar's account may see; "
+        f"server {server} has no datastore {datastore}{within} that the sidecar's account may see; "
         f"there are: {', '.join(sorted(each.path for each in known)[:10]) or 'none'}"
     )
 
@@ -85,13 +94,22 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
                 ],
             )
         ],
-        propSet=[
-            _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
-        ],
+        propSet=datastore_properties(),
     )
-    things = dict(properties.retrieve(content, wanted))
+    return datastores_in(properties.readable(properties.retrieve(content, wanted)))
+
+
+def datastore_properties() -> list[_Collector.PropertySpec]:
+    """What `datastores_in` needs of the objects."""
+    return [
+        _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
+        _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
+        _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
+    ]
+
+
+def datastores_in(things: Mapping[ManagedObject, Mapping[str, Any]]) -> list[ServerDatastore]:
+    """The datastores among objects that were read, with what is above them."""
     found = []
     for thing, values in things.items():
         if not isinstance(thing, vim.Datastore):
@@ -119,9 +137,10 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
     return found
 
 
-def _ancestors(thing: ManagedObject, things: dict[ManagedObject, dict[str, Any]]) -> list[ManagedObject]:
+def _ancestors(thing: ManagedObject, things: Mapping[ManagedObject, Mapping[str, Any]]) -> list[ManagedObject]:
     """The nearest first, without the root folder, which has a name that no path shows."""
-    above = []
+    above: list[Any] = []
+    parent: Any
     while (parent := things[thing].get("parent")) in things and things[parent].get("parent") is not None:
         above.append(parent)
         thing = parent
