@@ -24,9 +24,8 @@ from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.stub import SessionStub
 from tests.support.places import MARKER, TIMESTAMP, Place
-from tests.support.processes import wait_until
 from tests.support.vms import Vms, remove_disks
-from tests.vsphere.conftest import TIMEOUT, MakeSite, Served, Site, end_sessions
+from tests.vsphere.conftest import MakeSite, Served, Site, end_sessions
 
 DAY = 86_400
 WEB = "VM web (disk [one] web/web.vmdk)"
@@ -243,7 +242,6 @@ def plant(served: Served) -> Place:
     for image_id in ("a", "b"):
         place.plant(image_id)
         os.utime(place.file(image_id, TIMESTAMP), (time.time() - DAY,) * 2)
-    wait_until(lambda: {image.ref.image_id for image in served.client.images("one")} == {"a", "b"}, "they are listed")
     return place
 
 
@@ -291,7 +289,7 @@ def test_an_image_that_a_vm_needs_is_kept_by_all_that_would_free_it(serve: Calla
 
 @pytest.mark.parametrize("how", ["killed", "hanging"])
 def test_while_the_server_does_not_answer_nothing_is_unused(serve: Callable[..., Served], how: str) -> None:
-    served = serve(timeout=TIMEOUT)
+    served = serve(timeout=1)
     place = plant(served)
     served.client.delete("one/a")
     place.file("b", MARKER).write_text(str(int(time.time())))
@@ -311,7 +309,7 @@ def test_while_the_server_does_not_answer_nothing_is_unused(serve: Callable[...,
             start = time.monotonic()
             with pytest.raises(errors.DatastoreUnavailable, match="server sim: cannot"):
                 call()
-            assert time.monotonic() - start < 3 * TIMEOUT + 5
+            assert time.monotonic() - start < 8
         (user,) = served.client.image("one/b", with_vms=True).users
         assert user.startswith("unknown, server sim: cannot")
     assert place.snapshot() == before
