@@ -205,7 +205,7 @@ class SidecarClient:
     def image(self, ref: ImageRef | str, *, with_vms: bool = False) -> Image:
         """One image, read from its datastore, with its metadata and its users; raises ImageNotFound.
 
-        `with_vms`: the users are also the VMs that need it, running or not, for which every VM's directory is read.
+        `with_vms`: the users are also the VMs that need it, running or not, for which all VMs are read.
         """
         request = wire.GetImageRequest(ref=as_ref(ref), with_vms=with_vms)
         return self._caller.unary(self._caller.images.GetImage, request).image

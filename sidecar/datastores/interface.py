@@ -68,6 +68,44 @@ class DiskCopier(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class DiskPlace:
+    """Where a file of a VM's disk is: a path from the root of each of these datastores, by their names on this host."""
+
+    datastores: tuple[str, ...]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDisk:
+    """A disk of a VM: what its server calls it, and where its own file and all its parents are."""
+
+    name: str
+    places: tuple[DiskPlace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownVm:
+    """A VM that a server knows; `unknown`: why it is not known what its disks are, else empty."""
+
+    name: str
+    disks: tuple[KnownDisk, ...]
+    unknown: str
+
+
+class VmServer(Protocol):
+    """A server that knows VMs, running or not; equal to itself for all datastores that are its own."""
+
+    @property
+    def name(self) -> str: ...
+
+    def vms(self, datastores: Sequence["Datastore"]) -> list[KnownVm]:
+        """Its VMs that have files on these, or may have; some requests to the server, however many there are.
+
+        An ImagesError when it does not tell all of them: one that is not told may use any image.
+        """
+
+
 class OpenDirectory(Protocol):
     """A directory that is held while it is read: every answer is of that one, whatever comes to its path meanwhile."""
 
@@ -153,6 +191,7 @@ class Datastore(Protocol):
     name: str
     type: str
     root_path: str
+    """Its directory on this host; empty when there is none: then its server alone knows its VMs."""
     shared: bool
     """Other hosts may change it too."""
     volume: str
@@ -231,6 +270,9 @@ class Datastore(Protocol):
 
     def disk_copier(self, source: "Datastore") -> DiskCopier | None:
         """What copies disks with one flat extent from there to here; None: their files are cloned, as all others."""
+
+    def vm_server(self) -> VmServer | None:
+        """Who knows the VMs of the datastore, besides what their files there tell; None when nobody does."""
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         """Takes the datastore's lock of that path, waiting up to `timeout` seconds; LockTimeout names who holds it.

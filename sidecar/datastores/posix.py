@@ -25,6 +25,7 @@ from sidecar.datastores.interface import (
     Entry,
     OpenDirectory,
     ReadableFile,
+    VmServer,
     WritableFile,
 )
 from sidecar.datastores.posix_files import (
@@ -283,6 +284,9 @@ class PosixDatastore:
         return here.reflink and here.device == there.device
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
+        return None
+
+    def vm_server(self) -> VmServer | None:
         return None
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:

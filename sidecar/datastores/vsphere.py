@@ -1,4 +1,4 @@
-"""A datastore of a vSphere server that this host sees as a directory, too: disks are copied by the server.
+"""A datastore of a vSphere server that this host sees as a directory, too: it copies disks, and knows its VMs.
 
 What else is done with it is done through the directory. It is another way to the same files, and the only one with
 locks that every host knows.
@@ -9,9 +9,10 @@ import logging
 import time
 import uuid
 
-from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.interface import Datastore, DiskCopier, Transfer, VmServer
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.server_copy import server_copier
+from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.writers import Writers
 from sidecar.errors import DatastoreUnavailable
 from sidecar.locks.files import LockKind
@@ -44,6 +45,9 @@ class VsphereDatastore(PosixDatastore):
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return self.disk_copier(other) is None and super().shares_extents_with(other)
+
+    def vm_server(self) -> VmServer:
+        return ServerVms(self.address.connection)
 
     def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
         """DatastoreUnavailable unless what the server has there is this directory, and not another of such names.

@@ -23,9 +23,11 @@ from sidecar.datastores.interface import (
     OpenDirectory,
     ReadableFile,
     Transfer,
+    VmServer,
     WritableFile,
 )
 from sidecar.datastores.server_copy import server_copier
+from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
 from sidecar.errors import DatastoreUnavailable, ImageInUse, InvalidRequest, OperationCancelled
 from sidecar.locks.directories import DirectoryLocks
@@ -218,6 +220,9 @@ class VsphereApiDatastore:
 
     def disk_copier(self, source: Datastore) -> DiskCopier | None:
         return server_copier(source, self)
+
+    def vm_server(self) -> VmServer:
+        return ServerVms(self.address.connection)
 
     def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
         """The server is asked for it in any case."""

@@ -10,7 +10,7 @@ from functools import cache, partial
 from sidecar.errors import DatastoreUnavailable, ImageInUse
 from sidecar.images.image import ImageKey
 from sidecar.images.store import ImageStore
-from sidecar.images.usage_paths import Places
+from sidecar.images.usage_paths import Places, find_places
 from sidecar.images.vm_disks import VmDisks
 from sidecar.images.vm_scan import Uses, VmSource, read_uses
 
@@ -31,7 +31,7 @@ def uses_of_vm(stores: Sequence[ImageStore], store: ImageStore, vm_directory: st
     `stores`: every datastore of this host, in which those images may be. UseUnknown, DatastoreDenied or
     DatastoreUnavailable, with the VM and the file, when anything of it cannot be read.
     """
-    return _uses(_places(stores), store, vm_directory)
+    return _uses(find_places(stores), store, vm_directory)
 
 
 def uses_of_image(
@@ -41,7 +41,7 @@ def uses_of_image(
 
     Raises as `uses_of_vm`: one VM that cannot be read may be another user. `check` and `locked`: as of `read_uses`.
     """
-    places = cache(partial(_places, stores))  # once for all VMs, as it reads all mounts
+    places = cache(partial(find_places, stores))  # once for all VMs, as it reads all mounts
     source = VmSource(vm_directories, lambda stores, store, vm_directory: _uses(places(), store, vm_directory))
     return read_uses(source, stores, check, locked=locked).get(key, ())
 
@@ -62,13 +62,3 @@ def require_no_vm(store: ImageStore, key: ImageKey, check: Callable[[], None]) -
 def _uses(places: Places, store: ImageStore, vm_directory: str) -> Uses:
     name, found = VmDisks(places, store, vm_directory).images()
     return {key: [f"VM {name} (disk {disk})" for disk in disks] for key, disks in found.items()}
-
-
-def _places(stores: Sequence[ImageStore]) -> Places:
-    try:
-        return Places(stores)
-    except OSError as error:
-        raise DatastoreUnavailable(
-            f"{error.filename} cannot be looked at: {error.strerror}; VMs may use images there, so none can be purged: "
-            "make that datastore available again, or take it out of the configuration"
-        ) from error

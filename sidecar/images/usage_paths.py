@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sidecar.datastores.interface import Datastore
 from sidecar.datastores.mounts import Mount, mount_of, mounts
+from sidecar.errors import DatastoreUnavailable
 from sidecar.images.image import ImageKey
 from sidecar.images.names import is_image_id
 from sidecar.images.store import ImageStore
@@ -20,6 +21,8 @@ from sidecar.images.store import ImageStore
 VOLUMES = "/vmfs/volumes"
 
 _MOST_LINKS = 40  # as the kernel
+# The directories of VSAN: a path there may have one in place of the name of what it is for.
+_VSAN_OBJECT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/([^/]+)\.vmdk", re.ASCII | re.IGNORECASE)
 _BRACKETED = re.compile(r"\[([^\]/]+)\][ ]*(.*)", re.DOTALL)
 
 
@@ -36,8 +39,19 @@ class Located:
 
 def roots_of(datastore: Datastore) -> tuple[str, ...]:
     """The paths under which VMs may know a datastore's root, beside what links and bind mounts make of them."""
-    own = (datastore.root_path,) if datastore.root_path else ()
-    return (*own, f"{VOLUMES}/{datastore.name}", f"{VOLUMES}/{datastore.volume}")
+    here = (datastore.root_path,) if datastore.root_path else ()
+    return (*here, f"{VOLUMES}/{datastore.name}", f"{VOLUMES}/{datastore.volume}")
+
+
+def find_places(stores: Sequence[ImageStore]) -> "Places":
+    """DatastoreUnavailable when it cannot be seen where they are."""
+    try:
+        return Places(stores)
+    except OSError as error:
+        raise DatastoreUnavailable(
+            f"{error.filename} cannot be looked at: {error.strerror}; VMs may use images there, so none can be purged: "
+            "make that datastore available again, or take it out of the configuration"
+        ) from error
 
 
 class Places:
@@ -55,7 +69,7 @@ class Places:
         for store in stores:
             self._roots += [(f"{root.rstrip('/')}/", store) for root in roots_of(store.datastore)]
             if not store.datastore.root_path:
-                continue  # known to its server alone
+                continue
             os.stat(store.datastore.root_path)
             root = self._resolve(store.datastore.root_path)
             self._roots.append((f"{root.rstrip('/')}/", store))
@@ -67,6 +81,16 @@ class Places:
         resolved = self._resolve(path)
         keys = {*self._keys(resolved), *self._keys(os.path.normpath(path))}
         return Located("" if self._image_mount_of(resolved) else self._at_root(resolved), tuple(sorted(keys, key=str)))
+
+    def images_at(self, datastore: str, path: str) -> tuple[ImageKey, ...]:
+        """The images that a path from the root of a datastore names, there or not. OSError as of `locate`."""
+        store = self._stores[datastore]
+        keys = set(self.locate(f"{_root(store)}/{path}").keys)
+        if image_id := _image_id(store, path):
+            keys.add(store.key(image_id))
+        elif (match := _VSAN_OBJECT.fullmatch(path)) and is_image_id(match[1]):
+            keys.add(store.key(match[1]))  # maybe a VM's own disk of that name: in doubt it is in use
+        return tuple(sorted(keys, key=str))
 
     def readings(self, name: str, directory: str) -> list[str]:
         """The absolute paths that a name in a file of that directory may mean.
@@ -81,7 +105,7 @@ class Places:
         volume, _, rest = path.removeprefix(f"{VOLUMES}/").partition("/")
         if volume in self._volumes or os.path.lexists(f"{VOLUMES}/{volume}"):
             return [path]
-        return [path, *(f"{store.datastore.root_path}/{rest}" for store in self._stores.values())]
+        return [path, *(f"{_root(store)}/{rest}" for store in self._stores.values())]
 
     def is_mount(self, path: str) -> bool:
         """Whether a mount of images is there: what is in it is located, never read."""
@@ -115,7 +139,7 @@ class Places:
         """The path on this host: /vmfs/volumes/<name> where there is none is the datastore's root."""
         if path.startswith(f"{VOLUMES}/") and not os.path.lexists(path):
             for store, relative in self._places(path):
-                return f"{store.datastore.root_path}/{relative}"
+                return f"{_root(store)}/{relative}"
         return path
 
     def _image_mount_of(self, path: str) -> Mount | None:
@@ -146,6 +170,11 @@ class Places:
             done = "/" if target.startswith("/") else os.path.dirname(done)
             left.extend(target.split("/")[::-1])
         return done
+
+
+def _root(store: ImageStore) -> str:
+    """Where its paths begin; for a datastore that is not on this host, where a host of its server has it."""
+    return store.datastore.root_path or f"{VOLUMES}/{store.datastore.name}"
 
 
 def _image_id(store: ImageStore, relative: str) -> str | None:

@@ -1,10 +1,15 @@
-"""Which images the VMs use: all VMs of all datastores, read one by one. One that cannot be read may use anything."""
+"""Which images the VMs use: those that servers know, and all VMs of all datastores, read one by one.
+
+One that cannot be read may use anything. A VM that is found in both ways is read twice: its server may know it by other
+files than those that lie there, and the other way round.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from sidecar.images.image import ImageKey
+from sidecar.images.known_vms import read_known, servers_of
 from sidecar.images.store import ImageStore
 from sidecar.images.vm_disks import printable
 from sidecar.images.vm_look import VmLook
@@ -53,22 +58,38 @@ def read_uses(
     minutes; when `locked`, so that others wait for an image's lock, when all VMs are not.
 
     It ends when every VM that there is has been read: one that moves from a datastore to another meanwhile, and was in
-    neither when that was listed, is found when they are listed again.
+    neither when that was listed, is found when they are listed again. A server knows it all the while.
     """
     steps = steps or VmSteps()
     used: dict[ImageKey, list[str]] = {}
     read: set[tuple[ImageStore, str]] = set()
+    # The VMs of a datastore without a directory here are known by its server alone.
+    listed = [store for store in stores if store.datastore.root_path]
+    known = 0
     with VmLook(stores, check, locked=locked) as look:
-        while new := [vm for store in stores for vm in _list(look, source, store) if vm not in read]:
-            steps.expect(len(read) + len(new))
+        # Once, and first: a server that is away ends a scan before it has taken hours.
+        for server, store in servers_of(stores).items():
+            vms = look.at(store, f"what server {server.name} tells of its VMs", partial(read_known, stores, server))
+            known += len(vms)
+            steps.expect(known)
+            for name, found in vms:
+                steps.begin(f"{server.name}/{name}")
+                _add(used, found)
+                steps.end()
+        while new := [vm for store in listed for vm in _list(look, source, store) if vm not in read]:
+            steps.expect(known + len(read) + len(new))
             for store, directory in new:
                 steps.begin(f"{store.datastore.name}/{printable(directory)}")
-                found = look.at(store, f"VM {printable(directory)}", partial(source.uses, stores, store, directory))
-                for key, uses in found.items():
-                    used.setdefault(key, []).extend(uses)
+                uses = look.at(store, f"VM {printable(directory)}", partial(source.uses, stores, store, directory))
+                _add(used, uses)
                 read.add((store, directory))
                 steps.end()
     return used
+
+
+def _add(used: dict[ImageKey, list[str]], found: Uses) -> None:
+    for key, uses in found.items():
+        used.setdefault(key, []).extend(uses)
 
 
 def _list(look: VmLook, source: VmSource, store: ImageStore) -> list[tuple[ImageStore, str]]:

@@ -1,5 +1,6 @@
 """Whole disks, a descriptor with its extents, copied by the server that has the datastores."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyVmomi import vim
@@ -7,7 +8,7 @@ from pyVmomi import vim
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.faults import printable
-from sidecar.vsphere.inventory import ServerDatastore, find_datastores
+from sidecar.vsphere.inventory import ServerDatastore, choose_datastore, find_datastores
 from sidecar.vsphere.tasks import ServerTask
 
 # Those of the API, by what descriptors call them, which have others, too.
@@ -25,6 +26,10 @@ class DatastoreAddress:
     def find(self) -> ServerDatastore:
         """The datastore as it is now: its name may have changed. DatastoreUnavailable when it cannot be used."""
         return find_all(self)[0]
+
+    def among(self, known: Sequence[ServerDatastore]) -> ServerDatastore:
+        """The datastore among those that the server was found to have; DatastoreUnavailable when it is not there."""
+        return choose_datastore(self.connection.server.name, known, self.datastore, self.datacenter)
 
 
 def find_all(*addresses: DatastoreAddress) -> list[ServerDatastore]:

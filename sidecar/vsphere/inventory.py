@@ -1,7 +1,7 @@
 """Finding a datastore in a server's inventory, by its name or by its path there."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,13 @@ def find_datastore(connection: Connection, datastore: str, datacenter: str | Non
 def find_datastores(connection: Connection, wanted: Iterable[tuple[str, str | None]]) -> list[ServerDatastore]:
     """`find_datastore` for each, by one look at the inventory."""
     known = connection.call("read the inventory", _datastores, repeatable=True)
-    return [_choose(known, connection.server.name, *names) for names in wanted]
+    return [choose_datastore(connection.server.name, known, *names) for names in wanted]
 
 
-def _choose(known: list[ServerDatastore], server: str, datastore: str, datacenter: str | None) -> ServerDatastore:
+def choose_datastore(
+    server: str, known: Sequence[ServerDatastore], datastore: str, datacenter: str | None
+) -> ServerDatastore:
+    """As `find_datastore`, among those that are known of the server."""
     found = [
         each
         for each in known
@@ -75,7 +78,7 @@ def _choose(known: list[ServerDatastore], server: str, datastore: str, datacente
     )
 
 
-def _listed(datastores: list[ServerDatastore]) -> str:
+def _listed(datastores: Sequence[ServerDatastore]) -> str:
     return ", ".join(printable(path) for path in sorted(each.path for each in datastores)[:10])
 
 
@@ -99,13 +102,22 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
                 ],
             )
         ],
-        propSet=[
-            _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
-            _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
-        ],
+        propSet=datastore_properties(),
     )
-    things = dict(properties.retrieve(content, wanted))
+    return datastores_in(properties.readable(properties.retrieve(content, wanted)))
+
+
+def datastore_properties() -> list[_Collector.PropertySpec]:
+    """What `datastores_in` needs of the objects."""
+    return [
+        _Collector.PropertySpec(type=vim.Folder, pathSet=["name", "parent"]),
+        _Collector.PropertySpec(type=vim.Datacenter, pathSet=["name", "parent"]),
+        _Collector.PropertySpec(type=vim.Datastore, pathSet=["name", "parent", "summary"]),
+    ]
+
+
+def datastores_in(things: Mapping[ManagedObject, Mapping[str, Any]]) -> list[ServerDatastore]:
+    """The datastores among objects that were read, with what is above them."""
     found = []
     for thing, values in things.items():
         if not isinstance(thing, vim.Datastore):
@@ -136,9 +148,10 @@ def _datastores(content: vim.ServiceInstanceContent) -> list[ServerDatastore]:
     return found
 
 
-def _ancestors(thing: ManagedObject, things: dict[ManagedObject, dict[str, Any]]) -> list[ManagedObject]:
+def _ancestors(thing: ManagedObject, things: Mapping[ManagedObject, Mapping[str, Any]]) -> list[ManagedObject]:
     """The nearest first, without the root folder, which has a name that no path shows."""
-    above = []
+    above: list[Any] = []
+    parent: Any
     while (parent := things[thing].get("parent")) in things and things[parent].get("parent") is not None:
         above.append(parent)
         thing = parent

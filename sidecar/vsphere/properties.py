@@ -1,7 +1,8 @@
 """Reading properties of a server's objects, many with one request."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pyVmomi import vim, vmodl
@@ -10,6 +11,15 @@ from pyVmomi.VmomiSupport import ManagedObject
 _Collector = vmodl.query.PropertyCollector
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object with its properties, without those that are not set; `missing`: why each other one cannot be told."""
+
+    obj: ManagedObject
+    values: Mapping[str, Any]
+    missing: Mapping[str, Exception]
 
 
 def read(content: vim.ServiceInstanceContent, thing: ManagedObject, names: Sequence[str]) -> dict[str, Any]:
@@ -25,19 +35,30 @@ def read(content: vim.ServiceInstanceContent, thing: ManagedObject, names: Seque
     raise vmodl.fault.ManagedObjectNotFound(obj=thing)
 
 
-def retrieve(
-    content: vim.ServiceInstanceContent, wanted: _Collector.FilterSpec
-) -> list[tuple[ManagedObject, dict[str, Any]]]:
-    """Every object that `wanted` selects and that can be read, with its properties; raises the server's faults."""
-    readable = []
-    for found in _retrieve(content, wanted):
-        if found.missingSet:
+def retrieve(content: vim.ServiceInstanceContent, wanted: _Collector.FilterSpec) -> list[Found]:
+    """Every object that `wanted` selects, once, also what cannot be read; raises the server's faults."""
+    found = (
+        Found(
+            item.obj,
+            {each.name: each.val for each in item.propSet},
+            {each.path: each.fault for each in item.missingSet},
+        )
+        for item in _retrieve(content, wanted)
+    )
+    return list({each.obj: each for each in found}.values())
+
+
+def readable(found: Sequence[Found]) -> dict[ManagedObject, Mapping[str, Any]]:
+    """The properties of the objects that can be read."""
+    kept = {}
+    for each in found:
+        if each.missing:
             # Hidden from the account, or of a host that is away: no reason to know nothing of the others.
-            missing = found.missingSet[0]
-            _log.info("left out object=%s property=%s fault=%s", found.obj, missing.path, type(missing.fault).__name__)
+            path, fault = next(iter(each.missing.items()))
+            _log.info("left out object=%s property=%s fault=%s", each.obj, path, type(fault).__name__)
         else:
-            readable.append((found.obj, {each.name: each.val for each in found.propSet}))
-    return readable
+            kept[each.obj] = each.values
+    return kept
 
 
 def _retrieve(content: vim.ServiceInstanceContent, wanted: _Collector.FilterSpec) -> Iterator[_Collector.ObjectContent]:

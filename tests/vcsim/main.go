@@ -61,6 +61,7 @@ func main() {
 	model.DelayConfig.MethodDelay = milliseconds(delays)
 	check(model.Create())
 	manageDisks(*copySeconds)
+	tellSnapshots()
 
 	user, password, _ := strings.Cut(*login, ":")
 	model.Service.TLS = identity(*certificate)

@@ -1,4 +1,4 @@
-"""Fixtures: a simulated vCenter and a simulated single host, and connections to them."""
+"""Fixtures: a simulated vCenter and a single host, connections to them, and sidecars with their datastores."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 from pyVmomi import vim
 
+from sidecar.client import SidecarClient
+from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection, Server
 from sidecar.vsphere.credentials import from_file
 from sidecar.vsphere.disks import DatastoreAddress
-from tests.support.vcsim import Vcsim
+from tests.support.disks import import_image, make_disk
+from tests.support.places import Place
+from tests.support.processes import Sidecar, imagectl, wait_until
+from tests.support.vcsim import PASSWORD, USER, Vcsim
 
 TIMEOUT = 2.0  # where the server does not answer
 PATIENCE = 30.0  # where it does, on a busy machine too
@@ -67,6 +72,68 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
 @pytest.fixture
 def site(make_site: MakeSite, kind: str) -> Site:
     return make_site(kind=kind)
+
+
+@dataclass
+class Served:
+    """A sidecar with the datastores one and two of a server, and three on a directory of this host alone."""
+
+    site: Site
+    sidecar: Sidecar
+    client: SidecarClient
+    places: dict[str, Place]
+
+    def imagectl(self, *arguments: str, check: bool = True) -> tuple[int, str]:
+        result = imagectl(self.sidecar.address, *arguments, check=check)
+        return result.returncode, result.stderr
+
+    def import_image(self, ref: str, directory: Path, *, subformat: str = "monolithicFlat") -> Path:
+        source = make_disk(directory / "source", subformat=subformat)
+        import_image(self.client, ref, source, companions={"disk.ecv": b"{}"})
+        return source
+
+    def copies(self) -> int:
+        """How many disks the server has begun to copy."""
+
+        def count(content: vim.ServiceInstanceContent) -> int:
+            assert content.taskManager is not None
+            tasks = properties.read(content, content.taskManager, ["recentTask"]).get("recentTask", [])
+            names = [properties.read(content, task, ["info.descriptionId"])["info.descriptionId"] for task in tasks]
+            return names.count("VirtualDiskManager.copyVirtualDisk")
+
+        return self.site.connection().call("count the copies", count)
+
+    def assert_tidy(self) -> None:
+        wait_until(lambda: not any(place.leftovers() for place in self.places.values()), "nothing is left", 5)
+
+
+@pytest.fixture
+def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
+    """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim."""
+    started: list[Sidecar] = []
+
+    def start(*, layout: str = "compound", more: str = "", timeout: float = PATIENCE, **options: object) -> Served:
+        site = make_site(kind=kind, **options)
+        roots = {**site.roots, "three": tmp_path / "three"}
+        roots["three"].mkdir()
+        config = (
+            f'[vsphere.sim]\naddress = "127.0.0.1:{site.simulator.port}"\ninsecure = true\n'
+            f'credentials_file = "{site.simulator.credentials}"\ntimeout_seconds = {timeout}\n'
+        )
+        for name, root in roots.items():
+            config += f'[datastore.{name}]\npath = "{root}"\nlayout = "{layout}"\nreserve = 0\n'
+            if name in site.roots:
+                config += f'type = "vsphere"\nserver = "sim"\nlocks = "flock"\n{more}\n'
+        sidecar = stack.enter_context(Sidecar(tmp_path / "run", config=config))
+        started.append(sidecar)
+        places = {name: Place(name, layout, root) for name, root in roots.items()}
+        return Served(site, sidecar, stack.enter_context(sidecar.client()), places)
+
+    yield start
+    for sidecar in started:
+        log = sidecar.log.read_text()
+        assert USER not in log and PASSWORD not in log
+        assert "Traceback" not in log
 
 
 def end_sessions(site: Site) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pyVmomi import vim
 
-from sidecar.datastores import server_copy
+from sidecar.datastores import server_copy, vsphere
 from sidecar.datastores.vsphere import VsphereDatastore
 from sidecar.datastores.writers import Writers
 from sidecar.errors import DatastoreUnavailable, DiskFileFault
@@ -77,7 +77,7 @@ def test_only_what_is_there_is_removed(datastore: Recording, tmp_path: Path, tas
 
 def test_what_the_server_finds_in_the_way_is_told(datastore: Recording, task: Task) -> None:
     task.error = FileExistsError("server none: FileAlreadyExists [one] new/b.vmdk")
-    with pytest.raises(DiskFileFault, match="it was not there on this host before: look whether another program"):
+    with pytest.raises(DiskFileFault, match="it was not there for this host before: look whether another program"):
         copy(datastore)
 
 
@@ -108,7 +108,7 @@ def test_that_the_server_has_the_same_datastore_is_asked_once_and_again_when_it_
         asked.append(name)
         return len(asked) % 2 == 0  # an NFS client sees it late
 
-    monkeypatch.setattr(server_copy, "is_seen", is_seen)
+    monkeypatch.setattr(vsphere, "is_seen", is_seen)
     for found in (ONE, ONE, replace(ONE, url="other"), replace(ONE, datastore=vim.Datastore("datastore-2"))):
         datastore.require_same(found, "new", Progress())
     assert len(asked) == len(set(asked)) * 2 == 6
@@ -118,8 +118,8 @@ def test_that_the_server_has_the_same_datastore_is_asked_once_and_again_when_it_
 def test_another_datastore_is_not_copied_from(
     datastore: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_copy, "is_seen", lambda *arguments: False)
-    monkeypatch.setattr(server_copy, "_APPEARING_SECONDS", 0.0)
+    monkeypatch.setattr(vsphere, "is_seen", lambda *arguments: False)
+    monkeypatch.setattr(vsphere, "_APPEARING_SECONDS", 0.0)
     for _ in range(2):
         with pytest.raises(DatastoreUnavailable, match="is not where the server has its datastore; put right the path"):
             datastore.require_same(ONE, "new", Progress())

@@ -2,86 +2,19 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pyVmomi import vim
 
-from sidecar.client import SidecarClient
 from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse, NoSpace
-from sidecar.vsphere import properties
-from tests.support.disks import assert_same_disk, digest, import_image, make_disk
-from tests.support.places import TIMESTAMP, Place, flat_files
-from tests.support.processes import BIN, Mount, Sidecar, background, imagectl, loop_mount, run, wait_until
-from tests.support.vcsim import PASSWORD, USER
-from tests.vsphere.conftest import PATIENCE, TIMEOUT, MakeSite, Site
+from tests.support.disks import assert_same_disk, digest, make_disk
+from tests.support.places import TIMESTAMP, flat_files
+from tests.support.processes import BIN, Mount, background, loop_mount, run, wait_until
+from tests.vsphere.conftest import TIMEOUT, Served
 
 UNAVAILABLE = 6
-
-
-@dataclass
-class Served:
-    """A sidecar with the datastores one and two of a server, and three on a directory of this host alone."""
-
-    site: Site
-    sidecar: Sidecar
-    client: SidecarClient
-    places: dict[str, Place]
-
-    def imagectl(self, *arguments: str, check: bool = True) -> tuple[int, str]:
-        result = imagectl(self.sidecar.address, *arguments, check=check)
-        return result.returncode, result.stderr
-
-    def import_image(self, ref: str, directory: Path, *, subformat: str = "monolithicFlat") -> Path:
-        source = make_disk(directory / "source", subformat=subformat)
-        import_image(self.client, ref, source, companions={"disk.ecv": b"{}"})
-        return source
-
-    def copies(self) -> int:
-        """How many disks the server has begun to copy."""
-
-        def count(content: vim.ServiceInstanceContent) -> int:
-            assert content.taskManager is not None
-            tasks = properties.read(content, content.taskManager, ["recentTask"]).get("recentTask", [])
-            names = [properties.read(content, task, ["info.descriptionId"])["info.descriptionId"] for task in tasks]
-            return names.count("VirtualDiskManager.copyVirtualDisk")
-
-        return self.site.connection().call("count the copies", count)
-
-    def assert_tidy(self) -> None:
-        wait_until(lambda: not any(place.leftovers() for place in self.places.values()), "nothing is left", 5)
-
-
-@pytest.fixture
-def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
-    """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim."""
-    started: list[Sidecar] = []
-
-    def start(*, layout: str = "compound", more: str = "", timeout: float = PATIENCE, **options: object) -> Served:
-        site = make_site(kind=kind, **options)
-        roots = {**site.roots, "three": tmp_path / "three"}
-        roots["three"].mkdir()
-        config = (
-            f'[vsphere.sim]\naddress = "127.0.0.1:{site.simulator.port}"\ninsecure = true\n'
-            f'credentials_file = "{site.simulator.credentials}"\ntimeout_seconds = {timeout}\n'
-        )
-        for name, root in roots.items():
-            config += f'[datastore.{name}]\npath = "{root}"\nlayout = "{layout}"\nreserve = 0\n'
-            if name in site.roots:
-                config += f'type = "vsphere"\nserver = "sim"\nlocks = "flock"\n{more}\n'
-        sidecar = stack.enter_context(Sidecar(tmp_path / "run", config=config))
-        started.append(sidecar)
-        places = {name: Place(name, layout, root) for name, root in roots.items()}
-        return Served(site, sidecar, stack.enter_context(sidecar.client()), places)
-
-    yield start
-    for sidecar in started:
-        log = sidecar.log.read_text()
-        assert USER not in log and PASSWORD not in log
-        assert "Traceback" not in log
 
 
 def is_copying(served: Served) -> bool:
@@ -319,13 +252,13 @@ def test_a_vm_that_names_its_disk_as_the_server_does_keeps_the_image(
     serve: Callable[..., Served], tmp_path: Path
 ) -> None:
     """Also when another datastore has that name here."""
-    served = serve(more='datastore = "three"')
+    served = serve(more='datastore = "two"')
     served.import_image("one/a", tmp_path)
     overlay = served.places["three"].root / "vm_1" / "disk.vmdk"
     overlay.parent.mkdir()
     run("qemu-img", "create", "-q", "-f", "vmdk", "-b", served.places["one"].descriptor("a"), "-F", "vmdk", overlay)
     hint = str(served.places["one"].root).encode()
-    overlay.write_bytes(overlay.read_bytes().replace(hint, b"/vmfs/volumes/three".ljust(len(hint), b"/")))
+    overlay.write_bytes(overlay.read_bytes().replace(hint, b"/vmfs/volumes/two".ljust(len(hint), b"/")))
     with pytest.raises(ImageInUse):
         served.client.delete("one/a", force=True)
     assert (served.places["one"].directory("a") / TIMESTAMP).exists()

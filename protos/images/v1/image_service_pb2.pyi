@@ -99,7 +99,7 @@ class GetImageRequest(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     WITH_VMS_FIELD_NUMBER: _builtins.int
     with_vms: _builtins.bool
-    """Its users are also the VMs that need it, running or not. Reads the directory of every VM on every datastore."""
+    """Its users are also the VMs that need it, running or not. Reads all VMs on every datastore, and asks the servers for theirs."""
     @_builtins.property
     def ref(self) -> _types_pb2.ImageRef: ...
     def __init__(
