@@ -148,6 +148,8 @@ LockKindId = Literal["flock", "exclusive-open"]
 
 
 def _rescan(known: dict[str, Any]) -> float:
+    if known.get("type") == "vsphere" and known.get("path") is None:
+        return 60.0  # each is a task on the server, which others see
     return 2.0 if known.get("type") == "local" else 10.0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sidecar.beneath import open_beneath
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.interface import Entry, EntryKind, ReadableFile, Transfer
+from sidecar.datastores.through import copy_through
 from sidecar.datastores.transfer import data_in, punch_hole, transfer_range
 from sidecar.datastores.writers import Writers
 from sidecar.errors import InvalidRequest
@@ -106,7 +107,7 @@ class PosixWritable:
 
     def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
         if not isinstance(source, PosixReadable):
-            raise InvalidRequest(f"{self._path}: only files of datastores on this host can be cloned to this one")
+            return copy_through(source, source_offset, self, offset, length, transfer)
         done = 0
         while done < length:
             piece = min(_CLONE_PIECE, length - done)

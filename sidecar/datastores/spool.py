@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.interface import Entry, ReadableFile, Transfer
 from sidecar.datastores.posix_files import make_entry, write_all
+from sidecar.datastores.through import copy_through
 from sidecar.datastores.transfer import data_in, punch_hole
 
 _PIECE = 1 << 20
@@ -185,24 +186,7 @@ class SpooledWritable:
         self._send(self._file)
 
     def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
-        end = min(source_offset + length, source.size)
-        position = source_offset
-        for start, size in source.data_ranges(source_offset, max(end - source_offset, 0)):
-            if start > position:
-                self.make_hole(offset + position - source_offset, start - position)
-                transfer.advance(start - position)
-                position = start
-            while position < start + size:
-                data = source.read(position, min(_PIECE, start + size - position))
-                if not data:
-                    return position - source_offset
-                self.write(offset + position - source_offset, data)
-                transfer.advance(len(data))
-                position += len(data)
-        if position < end:
-            self.make_hole(offset + position - source_offset, end - position)
-            transfer.advance(end - position)
-        return max(end - source_offset, 0)
+        return copy_through(source, source_offset, self, offset, length, transfer)
 
     def close(self) -> None:
         self._file.let_go()

@@ -109,21 +109,25 @@ class Served:
 
 @pytest.fixture
 def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
-    """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim."""
+    """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim.
+
+    Without `path`, those of the server are reached by its API alone.
+    """
     started: list[Sidecar] = []
 
-    def start(*, layout: str = "compound", more: str = "", timeout: float = PATIENCE, **options: object) -> Served:
+    def start(
+        *, layout: str = "compound", more: str = "", timeout: float = PATIENCE, path: bool = True, **options: object
+    ) -> Served:
         site = make_site(kind=kind, **options)
         roots = {**site.roots, "three": tmp_path / "three"}
         roots["three"].mkdir()
-        config = (
-            f'[vsphere.sim]\naddress = "127.0.0.1:{site.simulator.port}"\ninsecure = true\n'
-            f'credentials_file = "{site.simulator.credentials}"\ntimeout_seconds = {timeout}\n'
-        )
+        config = site.simulator.configuration(timeout)
         for name, root in roots.items():
-            config += f'[datastore.{name}]\npath = "{root}"\nlayout = "{layout}"\nreserve = 0\n'
+            config += f'[datastore.{name}]\nlayout = "{layout}"\nreserve = 0\n'
+            if path or name not in site.roots:
+                config += f'path = "{root}"\nlocks = "flock"\n'
             if name in site.roots:
-                config += f'type = "vsphere"\nserver = "sim"\nlocks = "flock"\n{more}\n'
+                config += f'type = "vsphere"\nserver = "sim"\n{more}\n'
         sidecar = stack.enter_context(Sidecar(tmp_path / "run", config=config))
         started.append(sidecar)
         places = {name: Place(name, layout, root) for name, root in roots.items()}
