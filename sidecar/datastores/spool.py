@@ -2,6 +2,9 @@
 
 Such a file can be written in any order, over several calls, and be read meanwhile; when it is to be durable, it is sent
 as a whole. It has no name on this host: whatever happens to the process, it is gone with it.
+
+What is a copy of a file that the same server has is not fetched: it is noted which of its bytes are whose. A file that
+is wholly another one in the end is copied by the server; else it is filled in before anything is done with it.
 """
 
 import os
@@ -9,14 +12,33 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 from sidecar.datastores.faults import Faults
 from sidecar.datastores.interface import Entry, ReadableFile, Transfer
 from sidecar.datastores.posix_files import make_entry, write_all
 from sidecar.datastores.through import copy_through
 from sidecar.datastores.transfer import data_in, punch_hole
+from sidecar.errors import DatastoreUnavailable
 
 _PIECE = 1 << 20
+
+
+class Lent(ReadableFile, Protocol):
+    """An open file whose bytes others may count on; `place` is equal for those that are open on the same file."""
+
+    @property
+    def place(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Borrowed:
+    """A range of a file whose bytes are those of another file, at the same place there."""
+
+    offset: int
+    length: int
+    source: Lent
 
 
 class SpooledFile:
@@ -29,6 +51,8 @@ class SpooledFile:
         self.changed = True  # since it was sent
         self._users = 1
         self._counting = threading.Lock()  # guards the users
+        self._borrowing = threading.RLock()  # guards what is borrowed, and is held while that is filled in
+        self._borrowed: list[_Borrowed] = []
 
     def take(self) -> None:
         with self._counting:
@@ -39,7 +63,42 @@ class SpooledFile:
             self._users -= 1
             last = not self._users
         if last:
+            self._give_back()
             os.close(self.fd)
+
+    def borrow(self, offset: int, length: int, source: Lent) -> bool:
+        """Takes these bytes for those of the source, which is closed in the end; only behind all that is there."""
+        with self._borrowing:
+            if self.size > offset:
+                return False
+            os.ftruncate(self.fd, offset + length)
+            self._borrowed.append(_Borrowed(offset, length, source))
+            return True
+
+    def wholly_borrowed(self) -> Lent | None:
+        """The file that this one is a copy of."""
+        with self._borrowing:
+            if not self._borrowed or sum(each.length for each in self._borrowed) != self.size:
+                return None
+            source = self._borrowed[0].source
+            whole = source.size == self.size and {each.source.place for each in self._borrowed} == {source.place}
+            return source if whole else None
+
+    def fill(self) -> None:
+        """Fetches what is borrowed."""
+        with self._borrowing:
+            for each in self._borrowed:
+                for start in range(each.offset, each.offset + each.length, _PIECE):
+                    data = _read_all(each.source, start, min(start + _PIECE, each.offset + each.length))
+                    with self.faults.during("stage", self.path):
+                        write_all(self.fd, data, start)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with self._borrowing:
+            borrowed, self._borrowed = self._borrowed, []
+        for each in borrowed:
+            each.source.close()
 
     @property
     def size(self) -> int:
@@ -56,8 +115,33 @@ class SpooledFile:
             offset += len(piece)
 
     def read(self, offset: int, length: int) -> bytes:
+        with self._borrowing:
+            with self.faults.during("read what is staged of", self.path):
+                data = bytearray(os.pread(self.fd, length, offset))
+            for each in self._borrowed:
+                start, end = max(offset, each.offset), min(offset + len(data), each.offset + each.length)
+                if start < end:
+                    data[start - offset : end - offset] = _read_all(each.source, start, end)
+            return bytes(data)
+
+    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        with self._borrowing:
+            if self._borrowed:
+                length = min(length, self.size - offset)
+                return [(offset, length)] if length > 0 else []
         with self.faults.during("read what is staged of", self.path):
-            return os.pread(self.fd, length, offset)
+            return data_in(self.fd, offset, length)
+
+
+def _read_all(source: ReadableFile, start: int, end: int) -> bytes:
+    parts: list[bytes] = []
+    while start < end:
+        part = source.read(start, end - start)
+        if not part:
+            raise DatastoreUnavailable(f"what is staged is a copy of a file that has ended at {start}; stage it anew")
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
 
 
 class Spool:
@@ -151,19 +235,26 @@ class SpooledReadable:
         return self._file.read(offset, length)
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        with self._file.faults.during("read what is staged of", self._file.path):
-            return data_in(self._file.fd, offset, length)
+        return self._file.data_ranges(offset, length)
 
     def close(self) -> None:
         self._file.let_go()
 
 
 class SpooledWritable:
-    """A file that is being staged, open for writing. `send` puts it onto its datastore."""
+    """A file that is being staged, open for writing. `send` puts it onto its datastore.
 
-    def __init__(self, file: SpooledFile, send: Callable[[SpooledFile], None]) -> None:
+    `lend` opens once more a file that the same server has; None for any other.
+    """
+
+    def __init__(
+        self,
+        file: SpooledFile,
+        send: Callable[[SpooledFile], None],
+        lend: Callable[[ReadableFile], Lent | None],
+    ) -> None:
         """Takes over the caller's hold of it."""
-        self._file, self._send = file, send
+        self._file, self._send, self._lend = file, send, lend
 
     def write(self, offset: int, data: bytes) -> None:
         with self._changing():
@@ -176,8 +267,9 @@ class SpooledWritable:
             punch_hole(self._file.fd, offset, length)
 
     def resize(self, size: int) -> None:
-        with self._changing():
-            os.ftruncate(self._file.fd, size)
+        if size != self.size():
+            with self._changing():
+                os.ftruncate(self._file.fd, size)
 
     def size(self) -> int:
         return self._file.size
@@ -186,6 +278,13 @@ class SpooledWritable:
         self._send(self._file)
 
     def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
+        length = max(min(length, source.size - source_offset), 0)
+        if length and source_offset == offset and (lent := self._lend(source)) is not None:
+            self._file.changed = True
+            if self._file.borrow(offset, length, lent):
+                transfer.advance(length)
+                return length
+            lent.close()
         return copy_through(source, source_offset, self, offset, length, transfer)
 
     def close(self) -> None:
@@ -193,6 +292,7 @@ class SpooledWritable:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
+        self._file.fill()
         self._file.changed = True
         with self._file.faults.during("stage", self._file.path):
             yield

@@ -29,11 +29,11 @@ from sidecar.datastores.interface import (
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
-from sidecar.errors import DatastoreUnavailable, ImageInUse, InvalidRequest, OperationCancelled
+from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse, InvalidRequest, OperationCancelled
 from sidecar.locks.directories import DirectoryLocks
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
-from sidecar.vsphere.disks import DatastoreAddress
+from sidecar.vsphere.disks import DatastoreAddress, copy_task
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
 from sidecar.vsphere.inventory import ServerDatastore
@@ -56,9 +56,9 @@ class VsphereApiDatastore:
         self.name = name
         self.address = address
         self.volume = address.datastore.rpartition("/")[2]
-        self._known = KnownDatastore(address)
-        self._files = ServerFiles(address.connection, self._known)
-        self._folder = Folder(address.connection, self._known)
+        self.known = KnownDatastore(address)
+        self._files = ServerFiles(address.connection, self.known)
+        self._folder = Folder(address.connection, self.known)
         self._spool = Spool(name)
         self._locks = DirectoryLocks(_LockDirectories(self._files, self._folder), name, wait=self._wait_for_lock)
         self._interrupted = threading.Event()
@@ -206,14 +206,14 @@ class VsphereApiDatastore:
             entry = _entry(self._files.entry(path))
             if entry.kind is not EntryKind.FILE:
                 raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            return _ApiReadable(self._folder, path, entry, lambda: self._closed(path))
+            return _ApiReadable(self, path, entry)
         except BaseException:
-            self._closed(path)
+            self.closed(path)
             raise
 
     def open_writable(self, path: str) -> WritableFile:
         known = self._spool.take(path)
-        return SpooledWritable(known or self._spool.make(path, self._content(path)), self._send)
+        return SpooledWritable(known or self._spool.make(path, self._content(path)), self._send, self._lend)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return False
@@ -261,7 +261,16 @@ class VsphereApiDatastore:
     def _own_use(self) -> str:
         return f"{process_name()} (pid {os.getpid()})"
 
-    def _closed(self, path: str) -> None:
+    def read_again(self, file: "_ApiReadable") -> "_ApiReadable":
+        """The same open file once more, without asking the server."""
+        with self._use:
+            self._open[file.path] += 1
+        return _ApiReadable(self, file.path, file.entry)
+
+    def download(self, path: str, offset: int) -> Download:
+        return self._folder.open(path, offset)
+
+    def closed(self, path: str) -> None:
         with self._use:
             self._open[path] -= 1
             if not self._open[path]:
@@ -271,10 +280,10 @@ class VsphereApiDatastore:
         return None
 
     def capacity(self) -> Capacity:
-        return Capacity(*self._known.capacity())
+        return Capacity(*self.known.capacity())
 
     def check(self) -> None:
-        self._known.refresh()
+        self.known.refresh()
         self._locks.let_go_of_left()
 
     def require_in_place(self) -> None:
@@ -322,14 +331,49 @@ class VsphereApiDatastore:
         self._folder.write(path, len(content), lambda: [content])
 
     def _send(self, file: SpooledFile) -> None:
-        if file.changed:
-            self._require_directory(file.path.rpartition("/")[0])
-            file.changed = False
-            try:
+        if not file.changed:
+            return
+        self._require_directory(file.path.rpartition("/")[0])
+        file.changed = False
+        try:
+            source = file.wholly_borrowed()
+            if isinstance(source, _ApiReadable):
+                self._copy_on_server(source, file)
+            else:
+                file.fill()
                 self._folder.write(file.path, file.size, file.pieces)
-            except BaseException:
-                file.changed = True
-                raise
+        except BaseException:
+            file.changed = True
+            raise
+
+    def _lend(self, source: ReadableFile) -> "_ApiReadable | None":
+        if isinstance(source, _ApiReadable) and source.datastore.address.connection is self.address.connection:
+            return source.datastore.read_again(source)
+        return None
+
+    def _copy_on_server(self, source: "_ApiReadable", file: SpooledFile) -> None:
+        """Has the server copy a file; the data of a disk is copied with its descriptor, which is put right then."""
+        descriptor = _descriptor_of(file.path)
+        with self._spool.using(descriptor) as spooled:
+            if spooled and (source_descriptor := _descriptor_of(source.path)):
+                self._copy_disk(source.datastore, source_descriptor, descriptor, file.size)
+                spooled.changed = True
+                self._send(spooled)
+            else:
+                self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
+        arrived = self._folder.size(file.path)
+        if arrived != file.size:
+            raise DiskFileFault(f"{self.name}: {file.path} has {arrived} bytes, and {source.path} {file.size}")
+
+    def _copy_disk(self, source: "VsphereApiDatastore", source_path: str, path: str, size: int) -> None:
+        for name in (path, f"{path.removesuffix('.vmdk')}-flat.vmdk"):
+            with suppress(FileNotFoundError):
+                self._files.remove(name)
+        here, there = source.known(), self.known()
+        copy_task(self.address.connection, here, source_path, there, path, size=size).run(self._require_not_ended)
+
+    def _require_not_ended(self, percent: int) -> None:
+        self._wait_for_lock(0)
 
 
 class _Listed:
@@ -368,9 +412,11 @@ class _ApiReadable:
 
     inode = 0
 
-    def __init__(self, folder: Folder, path: str, entry: Entry, closed: Callable[[], None]) -> None:
-        self._folder, self._path, self._closed = folder, path, closed
+    def __init__(self, datastore: VsphereApiDatastore, path: str, entry: Entry) -> None:
+        """The datastore has counted it as open."""
+        self.datastore, self.path, self.entry = datastore, path, entry
         self.modified_ns, self.size = entry.modified_ns, entry.size
+        self.place = datastore.name, path, entry.modified_ns, entry.size
         self._download: Download | None = None
         self._position = 0  # where the last read ended
 
@@ -380,9 +426,9 @@ class _ApiReadable:
             return b""
         if offset != self._position or not offset:
             self._end_download()
-            data = self._folder.read(self._path, offset, length)
+            data = self.datastore.read_range(self.path, offset, length)
         else:
-            self._download = self._download or self._folder.open(self._path, offset)
+            self._download = self._download or self.datastore.download(self.path, offset)
             data = self._download.read(length)
         self._position = offset + len(data)
         return data
@@ -394,7 +440,7 @@ class _ApiReadable:
 
     def close(self) -> None:
         self._end_download()
-        self._closed()
+        self.datastore.closed(self.path)
 
     def _end_download(self) -> None:
         download, self._download = self._download, None
@@ -427,6 +473,11 @@ class _LockDirectories:
     def remove_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._files.remove(path)
+
+
+def _descriptor_of(path: str) -> str:
+    """Of the disk whose data is at the path, by the names that ESX gives both; empty for any other file."""
+    return f"{path.removesuffix('-flat.vmdk')}.vmdk" if path.endswith("-flat.vmdk") else ""
 
 
 def _entry(file: ServerFile) -> Entry:

@@ -11,7 +11,7 @@ from sidecar.vsphere import properties
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import datastore_path
 from sidecar.vsphere.inventory import ServerDatastore
-from sidecar.vsphere.tasks import run_task
+from sidecar.vsphere.tasks import Follow, run_task
 
 _Browser = vim.host.DatastoreBrowser
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -88,14 +88,17 @@ class ServerFiles:
 
         run_task(self._connection, f"move {names[0]} to {names[1]}", start)
 
-    def copy(self, source: str, destination: str, follow: Callable[[int], None]) -> None:
-        """Copies a file, in place of one that is there; after an error parts may be. `follow` as in `run_task`."""
+    def copy(self, source: ServerDatastore, source_path: str, path: str, follow: Follow) -> None:
+        """Copies a file, also from another datastore of the server, in place of one that is there.
+
+        After an error parts of it may be there. `follow` as in `ServerTask.run`.
+        """
         found = self._find()
-        names = datastore_path(found, source), datastore_path(found, destination)
+        names = datastore_path(source, source_path), datastore_path(found, path)
 
         def start(content: vim.ServiceInstanceContent) -> vim.Task:
             task: vim.Task = _manager(content).CopyDatastoreFile_Task(
-                names[0], found.datacenter, names[1], found.datacenter, True
+                names[0], source.datacenter, names[1], found.datacenter, True
             )
             return task
 

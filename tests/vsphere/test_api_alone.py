@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ def test_the_life_of_an_image_at_the_shell(serve: Serve, tmp_path: Path, stack: 
     run("sync", mount / "one" / "a")
     assert sorted(path.name for path in (mount / "one" / "a").iterdir()) == ["a-flat.vmdk", "a.ecv", "a.vmdk"]
     run("cp", "-r", mount / "one" / "a", mount / "two" / "b")
+    wait_until(served.places["two"].descriptor("b").exists, "it is published")
     assert served.copies() == 1
     assert_same_disk(source, mount / "two" / "b" / "b.vmdk")
     assert_same_disk(source, served.places["two"].descriptor("b"))
@@ -284,8 +284,9 @@ def test_an_interrupted_copy_is_cancelled_on_the_server(serve: Serve, tmp_path: 
 def test_nothing_on_this_host_is_left_of_what_was_staged(serve: Serve, tmp_path: Path) -> None:
     served = serve(path=False)
     served.import_image("one/a", tmp_path)
-    open_files = subprocess.run(["ls", "-l", f"/proc/{served.sidecar.pid}/fd"], capture_output=True, check=True).stdout
-    assert not [line for line in open_files.decode().splitlines() if "(deleted)" in line]
+    descriptors = Path(f"/proc/{served.sidecar.pid}/fd")
+    open_files = [os.readlink(path) for path in descriptors.iterdir() if path.is_symlink()]
+    assert [path for path in open_files if path.startswith("/var/tmp/")] == []
 
 
 def test_what_is_no_image_of_ours_is_refused(serve: Serve, tmp_path: Path) -> None:
