@@ -34,6 +34,7 @@ from sidecar.locks.directories import DirectoryLocks
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
 from sidecar.vsphere.disks import DatastoreAddress, copy_task
+from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
 from sidecar.vsphere.inventory import ServerDatastore
@@ -323,6 +324,8 @@ class VsphereApiDatastore:
             entry = self._files.entry(path)
             if entry.is_directory:
                 raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+            if not entry.size:
+                return
             with closing(self._folder.open(path, 0)) as download:
                 while piece := download.read(_WHOLE):
                     yield piece
@@ -428,10 +431,19 @@ class _ApiReadable:
             self._end_download()
             data = self.datastore.read_range(self.path, offset, length)
         else:
-            self._download = self._download or self.datastore.download(self.path, offset)
-            data = self._download.read(length)
+            data = self._read_on(offset, length)
         self._position = offset + len(data)
         return data
+
+    def _read_on(self, offset: int, length: int) -> bytes:
+        if self._download is not None:
+            try:
+                return self._download.read(length)
+            except ServerUnreachable:
+                # Servers, and what is between, end what is read slowly.
+                self._end_download()
+        self._download = self.datastore.download(self.path, offset)
+        return self._download.read(length)
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
         """All of it: what is a hole is not told."""

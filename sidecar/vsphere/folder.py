@@ -1,6 +1,7 @@
 """The bytes of a datastore's files, read and written over HTTPS at the server's /folder address."""
 
 import http.client
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import quote, urlencode
@@ -9,6 +10,7 @@ from pyVmomi import vim
 
 from sidecar.errors import DatastoreDenied, DatastoreUnavailable, InvalidRequest, NoSpace
 from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.disks import datastore_path
 from sidecar.vsphere.faults import translated
 from sidecar.vsphere.inventory import ServerDatastore
 
@@ -16,16 +18,38 @@ _BEYOND_THE_END = http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
 _SPOIL_BYTES = 1 << 16  # of an answer that nobody wants: read, to keep the connection for the next call
 
 
+class _Answer:
+    """What came for a request. Each read of it has a whole timeout: all of a file may take hours."""
+
+    def __init__(self, answer: http.client.HTTPResponse, extend: Callable[[], None]) -> None:
+        self._answer, self._extend = answer, extend
+        self.status = answer.status
+        self.size = int(answer.headers.get("Content-Length") or 0)
+
+    def read(self, length: int) -> bytes:
+        """Up to `length` bytes; http.client takes a connection that was lost for the end of what it was to bring."""
+        self._extend()
+        told = self._answer.length
+        data = self._answer.read(length)
+        if told is not None and len(data) < min(length, told):
+            raise http.client.IncompleteRead(data, told - len(data))
+        return data
+
+    def skip(self, length: int) -> None:
+        while length > 0 and (skipped := len(self.read(min(length, _SPOIL_BYTES)))):
+            length -= skipped
+
+
 class Download:
     """The bytes of a file from some offset on, as they come."""
 
-    def __init__(self, server: str, path: str, answer: http.client.HTTPResponse, done: Callable[[], None]) -> None:
+    def __init__(self, server: str, path: str, answer: _Answer, done: Callable[[], None]) -> None:
         self._server, self._path, self._answer, self._done = server, path, answer, done
 
     def read(self, length: int) -> bytes:
         """Up to so many bytes, fewer only at the end of the file; ImagesError."""
         with translated(self._server, f"read {self._path}"):
-            return _read(self._answer, length)
+            return self._answer.read(length)
 
     def close(self) -> None:
         self._done()
@@ -42,8 +66,8 @@ class Folder:
 
         def ask(content: vim.ServiceInstanceContent) -> int:
             with self._answer(content, "HEAD", path) as answer:
-                answer.read()
-                return int(answer.headers.get("Content-Length") or 0)
+                answer.read(_SPOIL_BYTES)
+                return answer.size
 
         return self._connection.call(f"look at {path}", ask, repeatable=True)
 
@@ -58,8 +82,8 @@ class Folder:
                     answer.read(_SPOIL_BYTES)
                     return b""
                 if answer.status == http.HTTPStatus.OK:  # all of it, as some send a range that is all
-                    _skip(answer, offset)
-                return _read(answer, length)
+                    answer.skip(offset)
+                return answer.read(length)
 
         return self._connection.call(f"read {path}", get, repeatable=True)
 
@@ -69,8 +93,13 @@ class Folder:
         def get(content: vim.ServiceInstanceContent) -> Download:
             with ExitStack() as stack:
                 answer = stack.enter_context(self._answer(content, "GET", path, {"Range": f"bytes={offset}-"}))
+                if answer.status == _BEYOND_THE_END:
+                    raise DatastoreUnavailable(
+                        f"server {self._connection.server.name}: {path} has ended before {offset}: it was replaced; "
+                        "try again"
+                    )
                 if answer.status == http.HTTPStatus.OK:
-                    _skip(answer, offset)
+                    answer.skip(offset)
                 return Download(self._connection.server.name, path, answer, stack.pop_all().close)
 
         return self._connection.call(f"read {path}", get, repeatable=True)
@@ -103,16 +132,25 @@ class Folder:
         path: str,
         headers: dict[str, str] | None = None,
         body: Iterable[bytes] | None = None,
-    ) -> Iterator[http.client.HTTPResponse]:
-        """The answer to one request. The connection goes back to the others when all of it was read."""
+    ) -> Iterator[_Answer]:
+        """The answer to one request. The connection goes back to the others when all of it was read.
+
+        Each piece of the body that is sent has a whole timeout, and so has the answer.
+        """
+        address = self._address(path)
         stub = content.propertyCollector._GetStub()
         connection = stub.GetConnection()
+
+        def extend() -> None:
+            connection.bound(time.monotonic() + stub.timeout)
+
         keep = False
         try:
-            connection.request(method, self._address(path), body, {"Cookie": stub.cookie, **(headers or {})})
+            pieces = None if body is None else _each_in_time(body, extend)
+            connection.request(method, address, pieces, {"Cookie": stub.cookie, **(headers or {})})
             answer: http.client.HTTPResponse = connection.getresponse()
             self._require_good(answer, path)
-            yield answer
+            yield _Answer(answer, extend)
             keep = answer.isclosed()
         finally:
             if keep:
@@ -122,6 +160,7 @@ class Folder:
 
     def _address(self, path: str) -> str:
         found = self._find()
+        datastore_path(found, path)  # that it is one within the datastore
         place = urlencode({"dcPath": found.datacenter_path, "dsName": found.name}, quote_via=quote)
         return f"/folder/{quote(path)}?{place}"
 
@@ -144,15 +183,8 @@ class Folder:
         raise DatastoreUnavailable(f"{where}; look at the datastore, and at the server's log")
 
 
-def _read(answer: http.client.HTTPResponse, length: int) -> bytes:
-    """Up to `length` bytes; http.client takes a connection that was lost for the end of what it was to bring."""
-    told = answer.length
-    data = answer.read(length)
-    if told is not None and len(data) < min(length, told):
-        raise http.client.IncompleteRead(data, told - len(data))
-    return data
-
-
-def _skip(answer: http.client.HTTPResponse, length: int) -> None:
-    while length > 0 and (skipped := len(_read(answer, min(length, _SPOIL_BYTES)))):
-        length -= skipped
+def _each_in_time(pieces: Iterable[bytes], extend: Callable[[], None]) -> Iterator[bytes]:
+    for piece in pieces:
+        extend()  # to send it, however long it took to make
+        yield piece
+    extend()
