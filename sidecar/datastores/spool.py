@@ -48,11 +48,46 @@ class SpooledFile:
         self.path = path
         self.fd = fd
         self.faults = faults
-        self.changed = True  # since it was sent
+        self.on_server = False  # something of it may be, under that path
         self._users = 1
         self._counting = threading.Lock()  # guards the users
-        self._borrowing = threading.RLock()  # guards what is borrowed, and is held while that is filled in
+        self._content = threading.RLock()  # guards what follows, and is held while it changes
         self._borrowed: list[_Borrowed] = []
+        self._changes, self._sent = 1, 0  # how many there were, and how many of them the server has
+        self._sending = threading.Lock()
+
+    @property
+    def changed(self) -> bool:
+        """Since it was sent."""
+        return self._changes != self._sent
+
+    def note_change(self) -> None:
+        with self._content:
+            self._changes += 1
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """For a change of its bytes, which are all here."""
+        with self._content:
+            self.fill()
+            try:
+                yield
+            finally:
+                # Not before it: who sends the file at the same time may have read what was there till then.
+                self._changes += 1
+
+    @contextmanager
+    def sending(self) -> Iterator[bool]:
+        """For sending it, one at a time; gives whether that is needed. It is sent when the block ends without an error;
+        what changes meanwhile is to be sent again."""
+        with self._sending:
+            changes = self._changes
+            if changes == self._sent:
+                yield False
+                return
+            self.on_server = True
+            yield True
+            self._sent = changes
 
     def take(self) -> None:
         with self._counting:
@@ -68,16 +103,17 @@ class SpooledFile:
 
     def borrow(self, offset: int, length: int, source: Lent) -> bool:
         """Takes these bytes for those of the source, which is closed in the end; only behind all that is there."""
-        with self._borrowing:
+        with self._content:
             if self.size > offset:
                 return False
             os.ftruncate(self.fd, offset + length)
             self._borrowed.append(_Borrowed(offset, length, source))
+            self._changes += 1
             return True
 
     def wholly_borrowed(self) -> Lent | None:
         """The file that this one is a copy of."""
-        with self._borrowing:
+        with self._content:
             if not self._borrowed or sum(each.length for each in self._borrowed) != self.size:
                 return None
             source = self._borrowed[0].source
@@ -86,7 +122,7 @@ class SpooledFile:
 
     def fill(self) -> None:
         """Fetches what is borrowed."""
-        with self._borrowing:
+        with self._content:
             for each in self._borrowed:
                 for start in range(each.offset, each.offset + each.length, _PIECE):
                     data = _read_all(each.source, start, min(start + _PIECE, each.offset + each.length))
@@ -95,7 +131,7 @@ class SpooledFile:
             self._give_back()
 
     def _give_back(self) -> None:
-        with self._borrowing:
+        with self._content:
             borrowed, self._borrowed = self._borrowed, []
         for each in borrowed:
             each.source.close()
@@ -107,15 +143,14 @@ class SpooledFile:
     def entry(self, name: str) -> Entry:
         return make_entry(name, os.fstat(self.fd))
 
-    def pieces(self) -> Iterator[bytes]:
-        """All of it, from the start."""
-        offset = 0
-        while piece := self.read(offset, _PIECE):
-            yield piece
-            offset += len(piece)
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """So many bytes from the start, whatever its size becomes meanwhile: it is sent again then."""
+        for offset in range(0, size, _PIECE):
+            length = min(_PIECE, size - offset)
+            yield self.read(offset, length).ljust(length, b"\0")
 
     def read(self, offset: int, length: int) -> bytes:
-        with self._borrowing:
+        with self._content:
             with self.faults.during("read what is staged of", self.path):
                 data = bytearray(os.pread(self.fd, length, offset))
             for each in self._borrowed:
@@ -125,7 +160,7 @@ class SpooledFile:
             return bytes(data)
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        with self._borrowing:
+        with self._content:
             if self._borrowed:
                 length = min(length, self.size - offset)
                 return [(offset, length)] if length > 0 else []
@@ -177,13 +212,17 @@ class Spool:
                 file.take()
             return file
 
-    def make(self, path: str, content: Iterable[bytes]) -> SpooledFile:
-        """The file of that path, with that content when it is not here yet; it stays until it is let go of."""
+    def make(self, path: str, content: Iterable[bytes], *, on_server: bool) -> SpooledFile:
+        """The file of that path, with that content when it is not here yet; it stays until it is let go of.
+
+        `on_server`: the content is what the server has there.
+        """
         if known := self.take(path):
             return known
         with self._faults.during("stage", path):
             with tempfile.TemporaryFile(dir=self._directory) as temporary:
                 made = SpooledFile(self._faults, path, os.dup(temporary.fileno()))
+                made.on_server = on_server
             try:
                 offset = 0
                 for piece in content:
@@ -280,7 +319,6 @@ class SpooledWritable:
     def clone(self, source: ReadableFile, source_offset: int, offset: int, length: int, transfer: Transfer) -> int:
         length = max(min(length, source.size - source_offset), 0)
         if length and source_offset == offset and (lent := self._lend(source)) is not None:
-            self._file.changed = True
             if self._file.borrow(offset, length, lent):
                 transfer.advance(length)
                 return length
@@ -292,7 +330,5 @@ class SpooledWritable:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        self._file.fill()
-        self._file.changed = True
-        with self._file.faults.during("stage", self._file.path):
+        with self._file.changing(), self._file.faults.during("stage", self._file.path):
             yield

@@ -129,6 +129,7 @@ class VsphereApiDatastore:
         with self._spool.using(path) as spooled:
             if spooled:
                 os.utime(spooled.fd, ns=(modified_ns, modified_ns))
+                spooled.note_change()  # the time of what the server has is that of when it came there
                 self._send(spooled)
                 yield modified_ns
                 return
@@ -152,10 +153,14 @@ class VsphereApiDatastore:
     def rename(self, source: str, destination: str) -> None:
         stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
         with self._spool.using(source) as spooled:
-            if spooled is None or not spooled.changed:
-                self._files.move(source, destination)
-            elif not stays:
+            if spooled and spooled.changed and not stays:
                 raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
+            if spooled is None or spooled.on_server:
+                try:
+                    self._files.move(source, destination)
+                except FileNotFoundError:
+                    if spooled is None or not spooled.changed:
+                        raise
             if spooled and stays:
                 self._spool.rename(source, destination)
                 return
@@ -213,8 +218,7 @@ class VsphereApiDatastore:
             raise
 
     def open_writable(self, path: str) -> WritableFile:
-        known = self._spool.take(path)
-        return SpooledWritable(known or self._spool.make(path, self._content(path)), self._send, self._lend)
+        return SpooledWritable(self._spool.take(path) or self._spool_file(path), self._send, self._lend)
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return False
@@ -318,36 +322,36 @@ class VsphereApiDatastore:
             return entry.size
         return sum(file.size for files in self._files.tree(path).values() for file in files if not file.is_directory)
 
-    def _content(self, path: str) -> Iterator[bytes]:
-        """Of a file that is on the server; nothing when there is none."""
-        with suppress(FileNotFoundError):
+    def _spool_file(self, path: str) -> SpooledFile:
+        """The file as it is on the server; empty when there is none."""
+        try:
             entry = self._files.entry(path)
-            if entry.is_directory:
-                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            if not entry.size:
-                return
-            with closing(self._folder.open(path, 0)) as download:
-                while piece := download.read(_WHOLE):
-                    yield piece
+        except FileNotFoundError:
+            return self._spool.make(path, (), on_server=False)
+        if entry.is_directory:
+            raise InvalidRequest(f"{self.name}: {path} is not a regular file")
+        return self._spool.make(path, self._content(path) if entry.size else (), on_server=True)
+
+    def _content(self, path: str) -> Iterator[bytes]:
+        with closing(self._folder.open(path, 0)) as download:
+            while piece := download.read(_WHOLE):
+                yield piece
 
     def _put(self, path: str, content: bytes) -> None:
         self._folder.write(path, len(content), lambda: [content])
 
     def _send(self, file: SpooledFile) -> None:
-        if not file.changed:
-            return
-        self._require_directory(file.path.rpartition("/")[0])
-        file.changed = False
-        try:
+        with file.sending() as needed:
+            if not needed:
+                return
+            self._require_directory(file.path.rpartition("/")[0])
             source = file.wholly_borrowed()
             if isinstance(source, _ApiReadable):
                 self._copy_on_server(source, file)
             else:
                 file.fill()
-                self._folder.write(file.path, file.size, file.pieces)
-        except BaseException:
-            file.changed = True
-            raise
+                size = file.size
+                self._folder.write(file.path, size, lambda: file.pieces(size))
 
     def _lend(self, source: ReadableFile) -> "_ApiReadable | None":
         if isinstance(source, _ApiReadable) and source.datastore.address.connection is self.address.connection:
@@ -360,7 +364,7 @@ class VsphereApiDatastore:
         with self._spool.using(descriptor) as spooled:
             if spooled and (source_descriptor := _descriptor_of(source.path)):
                 self._copy_disk(source.datastore, source_descriptor, descriptor, file.size)
-                spooled.changed = True
+                spooled.note_change()
                 self._send(spooled)
             else:
                 self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)

@@ -1,5 +1,7 @@
 """A datastore by its server's API alone, below the images: bytes that come and go, and what is staged meanwhile."""
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -7,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.datastores import spool
+from sidecar.datastores.posix_files import write_all
+from sidecar.datastores.spool import SpooledFile
 from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.disks import DatastoreAddress
@@ -100,3 +105,84 @@ def test_what_is_read_from_behind_the_end_is_an_error_and_no_content(
     (root / "file").write_bytes(b"")
     with closing(datastore.open_writable("file")) as file:
         assert file.size() == 0
+
+
+def stage(datastore: VsphereApiDatastore, path: str, content: bytes, *, sync: bool = False) -> None:
+    with closing(datastore.open_writable(path)) as file:
+        file.write(0, content)
+        if sync:
+            file.sync()
+
+
+def test_what_is_written_while_a_file_is_sent_is_sent_again(
+    datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "d").mkdir()
+    with closing(datastore.open_writable("d/file")) as file:
+        file.write(0, 3 * PIECE)
+        pieces = SpooledFile.pieces
+
+        def written_meanwhile(spooled: SpooledFile, size: int) -> Iterator[bytes]:
+            for number, piece in enumerate(pieces(spooled, size)):
+                yield piece
+                if not number:
+                    file.write(0, b"new")
+                    file.resize(5 * len(PIECE) if size < 4 * len(PIECE) else 2 * len(PIECE))
+
+        monkeypatch.setattr(SpooledFile, "pieces", written_meanwhile)
+        file.sync()  # it becomes longer
+        file.sync()  # and shorter
+        monkeypatch.undo()
+        file.sync()
+    assert (root / "d" / "file").read_bytes() == b"new" + (2 * PIECE)[3:]
+
+
+def test_a_write_that_ends_after_a_file_was_sent_is_sent_again(
+    datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write begins before the file is sent, and its bytes are there after that."""
+    (root / "d").mkdir()
+    stage(datastore, "d/file", b"old", sync=True)
+    late = threading.Event()
+    waiting = threading.Event()
+
+    def write_late(fd: int, data: bytes, offset: int) -> None:
+        waiting.set()
+        late.wait(10)
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(spool, "write_all", write_late)
+    writer = threading.Thread(target=stage, args=(datastore, "d/file", b"new"))
+    writer.start()
+    assert waiting.wait(10)
+    sender = threading.Thread(target=datastore.sync_file, args=("d/file",))
+    sender.start()
+    sender.join(1)  # it may wait for the write
+    late.set()
+    sender.join()
+    writer.join()
+    datastore.sync_file("d/file")
+    assert (root / "d" / "file").read_bytes() == b"new"
+
+
+def test_a_file_that_changed_after_it_was_sent_leaves_nothing_under_its_old_name(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    (root / "d").mkdir()
+    stage(datastore, "d/file", b"old", sync=True)
+    stage(datastore, "d/file", b"new")
+    datastore.rename("d/file", "d/other")
+    datastore.sync_file("d/other")
+    assert datastore.names("d") == ["other"]
+    assert [path.name for path in (root / "d").iterdir()] == ["other"]
+    assert (root / "d" / "other").read_bytes() == b"new"
+
+
+def test_the_time_of_a_staged_file_is_when_it_was_set_and_not_when_it_was_sent(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    (root / "d").mkdir()
+    stage(datastore, "d/file", b"", sync=True)
+    os.utime(root / "d" / "file", (1e9, 1e9))
+    with datastore.set_modified("d/file", time.time_ns()):
+        assert (root / "d" / "file").stat().st_mtime > 1.5e9
