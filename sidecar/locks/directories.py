@@ -14,8 +14,8 @@ The rules that keep it to one holder:
 - It is taken over by renaming the file in it, from the ended holder's identity to the new one's: of two who try, one
   finds no such file. Whatever else happened to the lock meanwhile, that name was the ended holder's alone.
 - A server that was away may still do what it was asked for before. So a lock is not taken over in the moment in which
-  its holder is found to have ended, and one that could not be let go of is held until the server answers again: in both
-  cases some seconds later.
+  its holder is found to have ended; and one that could not be let go of, or under which the server did not answer, is
+  held until the server answers again: in both cases some seconds later.
 """
 
 import contextlib
@@ -138,6 +138,7 @@ class DirectoryLocks:
             # Not all at the same moment: each try is a call to the server.
             self._wait(min(delay * random.uniform(0.5, 1.0), left))
             check()
+            self.let_go_of_left()  # it may be what this waits for
             delay = min(2 * delay, LONGEST_WAIT)
 
     def _prepare(self, prepared: str, identity: str, holder: LockHolder) -> None:
@@ -243,6 +244,11 @@ class DirectoryLocks:
         with contextlib.suppress(ImagesError, OSError):  # nobody's any more, and the reaper's else
             self._directories.remove_tree(prepared)
 
+    def leave(self, path: LockPath, identity: str) -> None:
+        """Holds it until the server has done, or not, what it gave no answer to; then it is let go of."""
+        with self._guard:
+            self._left[path, identity] = None
+
     def let_go_of_left(self) -> None:
         """Lets go of what could not be let go of in time: on other hosts it may be waited for. Raises nothing."""
         with self._guard:
@@ -252,6 +258,8 @@ class DirectoryLocks:
                 there = identity in self._directories.names(path)
             except FileNotFoundError:
                 there = False
+            except DatastoreUnavailable:
+                return  # or each of them would wait for an answer
             except (ImagesError, OSError):
                 continue
             now = self._monotonic()
@@ -294,4 +302,8 @@ class _HeldDirectoryLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._held and isinstance(error, DatastoreUnavailable):
+            # What was asked for under it may be done yet, and must not be to the next holder's work.
+            self._held = False
+            self._locks.leave(self._path, self._identity)
         self.release()

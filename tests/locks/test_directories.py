@@ -300,6 +300,38 @@ def test_a_late_answer_to_a_release_takes_nobodys_lock(
             locks.acquire(LOCK, "touch a", 0)
 
 
+def test_a_lock_under_which_the_server_did_not_answer_is_held_until_it_has_settled(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    """What it was asked for may be done yet: not to what the next holder makes."""
+    with pytest.raises(DatastoreUnavailable), locks.acquire(LOCK, "purge a", 0):
+        raise DatastoreUnavailable("the server did not answer")
+    assert locks.holder(LOCK) is not None
+    with pytest.raises(LockTimeout, match="for purge a"):
+        locks.acquire(LOCK, "publish a", SETTLE_SECONDS / 2)
+    with locks.acquire(LOCK, "publish a", 30):
+        assert SETTLE_SECONDS <= clock.now < 10
+    assert list(directories.root.iterdir()) == []
+
+
+def test_many_locks_that_are_left_cost_one_wait_for_a_server_that_is_away(
+    locks: DirectoryLocks, directories: LocalDirectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [locks.acquire(f"image_{number}.ec_lock", "touch", 0) for number in range(5)]
+    directories.away = {"rename"}
+    for each in held:
+        each.release()
+    asked: list[str] = []
+
+    def names(path: str) -> list[str]:
+        asked.append(path)
+        raise DatastoreUnavailable("the server did not answer")
+
+    monkeypatch.setattr(directories, "names", names)
+    locks.let_go_of_left()
+    assert len(asked) == 1
+
+
 def test_an_identity_is_read_as_it_was_written() -> None:
     own = own_identity()
     text = own.with_token("0123456789abcdef")
