@@ -5,6 +5,7 @@ sync here but what is staged on this host. Files of an image in use are known of
 is known by the server's inventory.
 """
 
+import logging
 import os
 import threading
 import uuid
@@ -29,7 +30,14 @@ from sidecar.datastores.interface import (
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
-from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse, InvalidRequest, OperationCancelled
+from sidecar.errors import (
+    DatastoreUnavailable,
+    DiskFileFault,
+    ImageInUse,
+    ImagesError,
+    InvalidRequest,
+    OperationCancelled,
+)
 from sidecar.locks.directories import DirectoryLocks
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
@@ -42,6 +50,8 @@ from sidecar.vsphere.known import KnownDatastore
 
 _LOCK_SUFFIX = ".ec_lock"
 _WHOLE = 1 << 20  # of reads in order, each piece of what a download brings
+
+_log = logging.getLogger(__name__)
 
 
 class VsphereApiDatastore:
@@ -151,20 +161,26 @@ class VsphereApiDatastore:
             self._files.make_directory(path)
 
     def rename(self, source: str, destination: str) -> None:
+        """What is staged of a directory, or of a file that gets to another one, is given up in any case: it was sent,
+        and nobody stages more in what was to be published."""
         stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
         with self._spool.using(source) as spooled:
             if spooled and spooled.changed and not stays:
                 raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
-            if spooled is None or spooled.on_server:
-                try:
-                    self._files.move(source, destination)
-                except FileNotFoundError:
-                    if spooled is None or not spooled.changed:
-                        raise
             if spooled and stays:
+                if spooled.on_server:
+                    self._move_staged(source, destination, spooled)
                 self._spool.rename(source, destination)
                 return
         self._spool.drop(source)
+        self._move(source, destination)
+
+    def _move_staged(self, source: str, destination: str, spooled: SpooledFile) -> None:
+        try:
+            self._move(source, destination)
+        except FileNotFoundError:
+            if not spooled.changed:
+                raise
 
     def remove_file(self, path: str) -> None:
         dropped = self._spool.drop(path)
@@ -336,6 +352,24 @@ class VsphereApiDatastore:
         with closing(self._folder.open(path, 0)) as download:
             while piece := download.read(_WHOLE):
                 yield piece
+
+    def _move(self, source: str, destination: str) -> None:
+        try:
+            self._files.move(source, destination)
+        except DatastoreUnavailable as error:
+            if not self._was_moved(source, destination):
+                raise
+            _log.info("moved without an answer datastore=%s path=%s error=%s", self.name, destination, error)
+
+    def _was_moved(self, source: str, destination: str) -> bool:
+        """As far as can be told now; nothing was there before, or that would have been the answer."""
+        with suppress(ImagesError, FileNotFoundError):
+            self._files.entry(destination)
+            try:
+                self._files.entry(source)
+            except FileNotFoundError:
+                return True
+        return False
 
     def _put(self, path: str, content: bytes) -> None:
         self._folder.write(path, len(content), lambda: [content])

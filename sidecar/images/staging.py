@@ -47,6 +47,7 @@ class StagingDirectory:
         # server whose copy failed may go on with it.
         self.damage: ImagesError | None = None
         self._lock: HeldLock | None = None
+        self._began_publishing = False
         self._state = _State.HELD
         self._changing = threading.Lock()  # guards the state
         store.datastore.require_in_place()
@@ -156,6 +157,7 @@ class StagingDirectory:
             raise StagingLost(f"the staging directory {self.directory} cannot be published: {self.damage.message}")
         if not self._turn(_State.HELD, _State.PUBLISHING):
             raise StagingNotFound(f"the staging directory {self.directory} was dropped before it was published")
+        self._began_publishing = True
 
     def not_published(self) -> None:
         """Removes the directory after `begin_publishing`: some of its files may be in the image's place.
@@ -181,8 +183,11 @@ class StagingDirectory:
 
     def _remove(self) -> None:
         assert self._lock
+        store, left = self.store, self.directory
         try:
-            self.store.datastore.remove_tree(self.directory)
+            if self._began_publishing:
+                left = store.layout.withdraw(store.datastore, self.place, store.new_token()) or left
+            store.datastore.remove_tree(left)
         except BaseException:
             self._turn(_State.REMOVING, _State.LEFT)
             raise

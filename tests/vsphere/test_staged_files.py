@@ -4,17 +4,25 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from sidecar.datastores import spool
+from sidecar.datastores.interface import Datastore
 from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
 from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
+from sidecar.images.layouts import LAYOUTS
+from sidecar.images.names import TIMESTAMP
+from sidecar.images.publishing import publish
+from sidecar.images.staging import StagingDirectory
+from sidecar.images.store import ImageStore
 from sidecar.vsphere.disks import DatastoreAddress
+from sidecar.vsphere.faults import ServerUnreachable
+from sidecar.vsphere.files import ServerFiles
 from sidecar.vsphere.folder import Folder
 from tests.vsphere.conftest import PATIENCE, MakeSite, Site
 
@@ -107,7 +115,7 @@ def test_what_is_read_from_behind_the_end_is_an_error_and_no_content(
         assert file.size() == 0
 
 
-def stage(datastore: VsphereApiDatastore, path: str, content: bytes, *, sync: bool = False) -> None:
+def stage(datastore: Datastore, path: str, content: bytes, *, sync: bool = False) -> None:
     with closing(datastore.open_writable(path)) as file:
         file.write(0, content)
         if sync:
@@ -186,3 +194,79 @@ def test_the_time_of_a_staged_file_is_when_it_was_set_and_not_when_it_was_sent(
     os.utime(root / "d" / "file", (1e9, 1e9))
     with datastore.set_modified("d/file", time.time_ns()):
         assert (root / "d" / "file").stat().st_mtime > 1.5e9
+
+
+@pytest.fixture
+def store(datastore: VsphereApiDatastore) -> ImageStore:
+    store = ImageStore(datastore, LAYOUTS["compound"])
+    store.layout.prepare(datastore)
+    return store
+
+
+def staged(store: ImageStore) -> StagingDirectory:
+    staging = StagingDirectory(store, "b", "import")
+    for name in ("b.vmdk", "b-flat.vmdk"):
+        stage(store.datastore, staging.path(name), b"x")
+    return staging
+
+
+def test_an_image_whose_publishing_was_done_without_an_answer_is_published(
+    store: ImageStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = ServerFiles.move
+
+    def move_unanswered(files: ServerFiles, source: str, destination: str, *, replace: bool = False) -> None:
+        move(files, source, destination, replace=replace)
+        if destination == "image_b":
+            raise ServerUnreachable("no answer")
+
+    monkeypatch.setattr(ServerFiles, "move", move_unanswered)
+    with staged(store) as staging:
+        publish(staging)
+    assert {path.name for path in (root / "image_b").iterdir()} == {"b.vmdk", "b-flat.vmdk", TIMESTAMP}
+    assert store.datastore.lock_holder("image_b.ec_lock") is None
+
+
+def test_an_image_that_is_published_late_is_never_what_the_removal_of_its_staging_has_left(
+    store: ImageStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server gives no answer, and moves the directory when it is being removed."""
+    move, remove = ServerFiles.move, ServerFiles.remove
+    late: list[Callable[[], None]] = []
+
+    def move_late(files: ServerFiles, source: str, destination: str, *, replace: bool = False) -> None:
+        if destination == "image_b":
+            late.append(lambda: move(files, source, destination))
+            raise ServerUnreachable("no answer")
+        move(files, source, destination, replace=replace)
+
+    def remove_part(files: ServerFiles, path: str) -> None:
+        if late and not path.endswith(".ec_lock"):
+            (root / path / "b-flat.vmdk").unlink()
+            with suppress(FileNotFoundError):
+                late.pop()()
+        remove(files, path)
+
+    monkeypatch.setattr(ServerFiles, "move", move_late)
+    monkeypatch.setattr(ServerFiles, "remove", remove_part)
+    with pytest.raises(ServerUnreachable), staged(store) as staging:
+        publish(staging)
+    assert not late
+    assert not (root / "image_b").exists()
+
+
+def test_what_was_staged_is_given_up_also_when_the_server_is_away_at_the_end(
+    store: ImageStore, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = ServerFiles.move
+
+    def go_away(files: ServerFiles, source: str, destination: str, *, replace: bool = False) -> None:
+        if destination == "image_b":
+            site.simulator.kill()
+        move(files, source, destination, replace=replace)
+
+    monkeypatch.setattr(ServerFiles, "move", go_away)
+    with pytest.raises(ServerUnreachable), staged(store) as staging:
+        publish(staging)
+    open_files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [path for path in open_files if path.startswith("/var/tmp/")] == []

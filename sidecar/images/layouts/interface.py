@@ -55,8 +55,13 @@ class Layout(Protocol):
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         """Turns a staging directory, durable already, into the image, durably. Call under the image's lock.
 
-        FileExistsError when something is there; then, and after any error, there is no valid image that was not before.
+        FileExistsError when something is there; then, and after any error, there is no valid image that was not before,
+        but for one that a server made, whole, without an answer. `withdraw` keeps it from doing so later.
         """
+
+    def withdraw(self, datastore: Datastore, staging: StagingPlace, token: str) -> str | None:
+        """After a publish that failed: what is to be removed of the staging directory, so that what becomes the image
+        late, on a server that did not answer, is never a part of it. None when it is not there."""
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         """Takes the image's directory away. Call under the image's lock. Durable when it returns.

@@ -54,6 +54,15 @@ class RenamingLayout:
             move_back(datastore, destination, staging.directory)
             raise
 
+    def withdraw(self, datastore: Datastore, staging: StagingPlace, token: str) -> str | None:
+        _make(datastore, TRASH)
+        trash = f"{TRASH}/{token}"
+        try:
+            datastore.rename(staging.directory, trash)
+        except FileNotFoundError:
+            return None
+        return trash
+
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
         _make(datastore, TRASH)
         directory = self.image_directory(image_id)
