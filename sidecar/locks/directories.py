@@ -8,9 +8,9 @@ The rules that keep it to one holder:
   lock without its holder, and none can be moved onto one that is there.
 - It is let go by moving it, whole, back to the name of its own; what is left there is nobody's lock.
 - A lock is taken from its holder only when that holder is known to have ended: it is a process of this machine, and the
-  kernel says so; or this machine was started anew since; or this very process, which knows what it holds. Never because
-  of its age, and never another machine's: whether that still acts, nobody here can know. A lock whose holder cannot be
-  read is held.
+  kernel says so; or this machine was started anew since; or this very object, which knows what it holds, and not what
+  another one of its process does: one datastore may be configured twice. Never because of its age, and never another
+  machine's: whether that still acts, nobody here can know. A lock whose holder cannot be read is held.
 - It is taken over by renaming the file in it, from the ended holder's identity to the new one's: of two who try, one
   finds no such file. Whatever else happened to the lock meanwhile, that name was the ended holder's alone.
 - A server that was away may still do what it was asked for before. So a lock is not taken over in the moment in which
@@ -81,6 +81,7 @@ class DirectoryLocks:
         self._directories = directories
         self._name = name
         self._identity = identity or own_identity()
+        self._own_tokens = secrets.token_hex(4)  # how they begin
         self._monotonic, self._wait, self._now = monotonic, wait, now
         self._guard = threading.Lock()  # guards what follows
         self._live: set[str] = set()  # the identities that this process holds locks by, or tries to
@@ -93,7 +94,7 @@ class DirectoryLocks:
     ) -> HeldLock:
         """See DatastoreLocks; ImagesError where that has OSError."""
         self.let_go_of_left()
-        token = secrets.token_hex(8)
+        token = self._own_tokens + secrets.token_hex(4)
         identity = self._identity.with_token(token)
         holder = LockHolder(socket.gethostname(), os.getpid(), process_name(), operation, self._now())
         prepared = _prepared(path, token)
@@ -225,7 +226,7 @@ class DirectoryLocks:
             return False
         if holder.is_process_of(self._identity):
             with self._guard:
-                return name not in self._live
+                return holder.token.startswith(self._own_tokens) and name not in self._live
         return holder.has_ended(self._identity)
 
     def release(self, path: LockPath, prepared: str, identity: str) -> None:

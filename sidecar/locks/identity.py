@@ -7,6 +7,7 @@ and all processes of a machine have ended when it was started anew since. Of any
 import hashlib
 import os
 import re
+import secrets
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -68,6 +69,9 @@ def _own(pid: int) -> Identity:
         os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time") if os.path.exists(f"/proc/self/ns/{kind}")
     ]
     started = _started(pid)
+    if os.readlink("/proc/self") != str(pid):
+        # It is that of other namespaces, where this number is another process: nobody can be told by it.
+        spaces, started = [secrets.token_hex()], 0
     assert boot and started is not None
     return Identity(_machine(), _digest(boot), _digest(boot, *spaces), pid, started)
 

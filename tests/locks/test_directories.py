@@ -16,7 +16,7 @@ from sidecar.errors import DatastoreUnavailable, InvalidRequest, LockTimeout, Op
 from sidecar.locks.directories import SETTLE_SECONDS, DirectoryLocks
 from sidecar.locks.files import FileLocks
 from sidecar.locks.flock import Flock
-from sidecar.locks.identity import Identity, own_identity
+from sidecar.locks.identity import Identity, _own, own_identity
 
 LOCK = "image_a.ec_lock"
 
@@ -176,6 +176,17 @@ def test_the_lock_of_who_may_still_act_is_never_taken(
     assert locks.holder(LOCK) is not None
 
 
+def test_a_lock_of_the_same_process_is_taken_by_nobody_but_who_took_it(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock
+) -> None:
+    """One datastore may be configured twice, by its name and by its path in the inventory."""
+    with locks.acquire(LOCK, "publish a", 0):
+        others = make_locks(directories, clock)
+        assert others.holder(LOCK) is not None
+        with pytest.raises(LockTimeout, match="for publish a"):
+            others.acquire(LOCK, "purge a", 60)
+
+
 def test_after_a_restart_of_the_machine_its_locks_are_taken_over(directories: LocalDirectories, clock: Clock) -> None:
     own = replace(own_identity(), machine="a" * 16)
     left_by(directories, replace(own, boot="1" * 16, view="1" * 16))
@@ -330,6 +341,15 @@ def test_many_locks_that_are_left_cost_one_wait_for_a_server_that_is_away(
     monkeypatch.setattr(directories, "names", names)
     locks.let_go_of_left()
     assert len(asked) == 1
+
+
+def test_processes_are_not_told_by_the_numbers_of_another_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that has the /proc of its host: there, this number is another process."""
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "1" if path == "/proc/self" else readlink(path))
+    one, other = _own.__wrapped__(os.getpid()), _own.__wrapped__(os.getpid())
+    assert not one.is_process_of(other)
+    assert not replace(one, pid=ended().pid).has_ended(other)
 
 
 def test_an_identity_is_read_as_it_was_written() -> None:
