@@ -291,9 +291,14 @@ class Discovery:
             if self._stopping.is_set():
                 return
             self._check_when_due()
-            with self._reading(image_id), contextlib.suppress(ImageNotFound, FileNotFoundError):
-                if image_id not in self._read_since:
-                    self._catalog.put(read_opened_image(self.store.datastore, self.store.layout, image_id, listed))
+            try:
+                with self._reading(image_id), contextlib.suppress(ImageNotFound, FileNotFoundError):
+                    if image_id not in self._read_since:
+                        self._catalog.put(read_opened_image(self.store.datastore, self.store.layout, image_id, listed))
+            except ImagesError as error:
+                _log.warning("image unreadable image=%s error=%s", self.store.key(image_id), error)
+                if self.check().fault:
+                    return  # of all of them: the next scan goes on
 
     def _list_all(self) -> tuple[list[str], set[str], bool]:
         """The ids of what may be images; those that are known and not there any more; whether all could be listed."""
