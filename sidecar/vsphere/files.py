@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from pyVmomi import vim
 
@@ -62,8 +63,9 @@ class ServerFiles:
             task: vim.Task = self._browser(content, found).SearchDatastoreSubFolders_Task(name, _specification("*"))
             return task
 
-        results = run_task(self._connection, f"list all of {name.strip()}", start) or []
-        return {_relative(each.folderPath): list(_files(each)) for each in results}
+        what = f"list all of {name.strip()}"
+        results = run_task(self._connection, what, start)
+        return {_relative(each.folderPath): list(_files(each)) for each in self._told(results, what)}
 
     def make_directory(self, path: str) -> None:
         """Makes one directory, in one that is there."""
@@ -129,8 +131,16 @@ class ServerFiles:
             task: vim.Task = self._browser(content, found).SearchDatastore_Task(name, _specification(pattern))
             return task
 
-        result = run_task(self._connection, f"list {name}", start)
-        return [] if result is None else list(_files(result))
+        what = f"list {name}"
+        return list(_files(self._told(run_task(self._connection, what, start), what)))
+
+    def _told(self, result: Any, what: str) -> Any:
+        """DatastoreUnavailable without one: it is not the answer of a directory with nothing in it."""
+        if result is None:
+            raise DatastoreUnavailable(
+                f"server {self._connection.server.name}: cannot {what}: it has ended, and tells nothing; try again"
+            )
+        return result
 
 
 def browser_of(content: vim.ServiceInstanceContent, datastore: vim.Datastore) -> _Browser:
