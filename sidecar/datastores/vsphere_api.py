@@ -394,17 +394,24 @@ class VsphereApiDatastore:
 
     def _copy_on_server(self, source: "_ApiReadable", file: SpooledFile) -> None:
         """Has the server copy a file; the data of a disk is copied with its descriptor, which is put right then."""
-        descriptor = _descriptor_of(file.path)
-        with self._spool.using(descriptor) as spooled:
-            if spooled and (source_descriptor := _descriptor_of(source.path)):
-                self._copy_disk(source.datastore, source_descriptor, descriptor, file.size)
-                spooled.note_change()
-                self._send(spooled)
-            else:
-                self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
+        if not self._copied_with_descriptor(source, file):
+            self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
         arrived = self._folder.size(file.path)
         if arrived != file.size:
             raise DiskFileFault(f"{self.name}: {file.path} has {arrived} bytes, and {source.path} {file.size}")
+
+    def _copied_with_descriptor(self, source: "_ApiReadable", file: SpooledFile) -> bool:
+        descriptor, source_descriptor = _descriptor_of(file.path), _descriptor_of(source.path)
+        with self._spool.using(descriptor) as spooled:
+            if spooled is None or not source_descriptor:
+                return False
+            try:
+                self._copy_disk(source.datastore, source_descriptor, descriptor, file.size)
+            except FileNotFoundError:
+                return False  # the descriptor of that data has another name
+            spooled.note_change()
+            self._send(spooled)
+            return True
 
     def _copy_disk(self, source: "VsphereApiDatastore", source_path: str, path: str, size: int) -> None:
         for name in (path, f"{path.removesuffix('.vmdk')}-flat.vmdk"):

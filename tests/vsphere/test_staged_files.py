@@ -1,10 +1,12 @@
 """A datastore by its server's API alone, below the images: bytes that come and go, and what is staged meanwhile."""
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,24 @@ from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
 from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from sidecar.errors import DatastoreUnavailable, InvalidRequest
+from sidecar.images.catalog import Catalog
+from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.names import TIMESTAMP
+from sidecar.images.progress import Progress
 from sidecar.images.publishing import publish
+from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
+from sidecar.locks.directories import SETTLE_SECONDS
+from sidecar.locks.identity import own_identity
+from sidecar.vsphere import files
 from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFiles
 from sidecar.vsphere.folder import Folder
+from tests.support.places import Place
+from tests.support.processes import wait_until
 from tests.vsphere.conftest import PATIENCE, MakeSite, Site
 
 PIECE = bytes(range(256)) * 4096
@@ -270,3 +281,87 @@ def test_what_was_staged_is_given_up_also_when_the_server_is_away_at_the_end(
         publish(staging)
     open_files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert [path for path in open_files if path.startswith("/var/tmp/")] == []
+
+
+def test_a_directory_that_a_server_tells_nothing_of_is_not_an_empty_one(
+    datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "d" / "e").mkdir(parents=True)
+    assert datastore.names("d") == ["e"]
+    monkeypatch.setattr(files, "run_task", lambda *arguments: None)
+    for act in (datastore.names, datastore.remove_directory, lambda path: datastore.tree()):
+        with pytest.raises(DatastoreUnavailable, match="tells nothing"):
+            act("d")
+    assert (root / "d" / "e").exists()
+
+
+def test_an_image_that_cannot_be_read_hides_no_details_of_the_others(
+    datastore: VsphereApiDatastore, store: ImageStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place("one", "compound", root)
+    for image_id in ("a", "b", "c"):
+        place.plant(image_id)
+    read_range = datastore.read_range
+
+    def read(path: str, offset: int, length: int) -> bytes:
+        if path.startswith("image_a/"):
+            raise DatastoreUnavailable("it is open elsewhere")
+        return read_range(path, offset, length)
+
+    monkeypatch.setattr(datastore, "read_range", read)
+    catalog = Catalog()
+
+    def detailed() -> set[str]:
+        known = {image_id: catalog.get(store.key(image_id)) for image_id in catalog.ids("one")}
+        return {image_id for image_id, image in known.items() if image and image.details_known}
+
+    discovery = Discovery(store, catalog, rescan_seconds=0.1)
+    discovery.start()
+    try:
+        wait_until(lambda: detailed() == {"b", "c"}, "the others are read")
+        assert catalog.ids("one") == ["a", "b", "c"]
+    finally:
+        discovery.close()
+
+
+def test_locks_that_somebody_died_over_are_reaped(
+    datastore: VsphereApiDatastore, store: ImageStore, root: Path
+) -> None:
+    dead = replace(own_identity(), pid=ended_pid(), started=1)
+    for name, holder in {
+        "image_a.ec_lock": str(dead),
+        "image_b.0123456789abcdef.ec_lock": "",
+        "image_c.ec_lock": "x",
+    }.items():
+        (root / name).mkdir()
+        if holder:
+            (root / name / holder).touch()
+    with datastore.lock("image_d.ec_lock", "touch d", 0):
+        reap(store, -60)
+        time.sleep(SETTLE_SECONDS)
+        reap(store, -60)
+        assert {path.name for path in root.glob("*.ec_lock")} == {"image_c.ec_lock", "image_d.ec_lock"}
+
+
+def ended_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_data_whose_descriptor_has_another_name_is_copied_by_the_server_all_the_same(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    (root / "image_a").mkdir()
+    (root / "image_a" / "a.vmdk").write_bytes(b"descriptor")
+    (root / "image_a" / "disk-flat.vmdk").write_bytes(PIECE)
+    datastore.make_directory("d")
+    with ExitStack() as stack:
+        for source, name in {"a.vmdk": "b.vmdk", "disk-flat.vmdk": "b-flat.vmdk"}.items():
+            readable = stack.enter_context(closing(datastore.open_readable(f"image_a/{source}")))
+            writable = stack.enter_context(closing(datastore.open_writable(f"d/{name}")))
+            assert writable.clone(readable, 0, 0, readable.size, Progress()) == readable.size
+    datastore.sync_file("d/b-flat.vmdk")
+    datastore.sync_file("d/b.vmdk")
+    assert (root / "d" / "b-flat.vmdk").read_bytes() == PIECE
+    assert (root / "d" / "b.vmdk").read_bytes() == b"descriptor"
