@@ -147,6 +147,8 @@ class FileLocks:
             return None
         try:
             names = os.listdir(fd)
+            if not names and not self._is_at(path, fd):
+                return LockHolder.unknown(self._now())  # let go of since it was opened
             if len(names) != 1 or Identity.parse(names[0]) is None:
                 return None
             file = open_beneath(fd, names[0], OPEN_TO_READ)
@@ -158,6 +160,10 @@ class FileLocks:
             return LockHolder.unknown(self._now())  # just let go of
         finally:
             os.close(fd)
+
+    def _is_at(self, path: LockPath, fd: int) -> bool:
+        with parent_of(self._root_fd, path) as (directory_fd, name):
+            return os.path.samestat(os.stat(name, dir_fd=directory_fd, follow_symlinks=False), os.fstat(fd))
 
     def _write_holder(self, fd: int, holder: LockHolder) -> None:
         try:

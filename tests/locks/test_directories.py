@@ -243,6 +243,25 @@ def test_a_host_with_a_path_heeds_the_lock_of_one_without(locks: DirectoryLocks,
         os.close(fd)
 
 
+def test_a_directory_lock_that_is_let_go_of_while_a_host_with_a_path_looks_is_no_error(
+    locks: DirectoryLocks, directories: LocalDirectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = locks.acquire(LOCK, "publish a", 0)
+    listdir = os.listdir
+
+    def let_go_of_first(path: int) -> list[str]:
+        held.release()
+        return listdir(path)
+
+    fd = os.open(directories.root, os.O_RDONLY)
+    try:
+        monkeypatch.setattr("sidecar.locks.files.os.listdir", let_go_of_first)
+        with FileLocks(fd, Flock()).acquire(LOCK, "purge a", 0):
+            assert (directories.root / LOCK).is_file()
+    finally:
+        os.close(fd)
+
+
 def test_a_lock_whose_directory_is_not_there_is_told_so(locks: DirectoryLocks) -> None:
     with pytest.raises(FileNotFoundError):
         locks.acquire(f"image_a/{LOCK}", "touch a", 0)
