@@ -29,8 +29,15 @@ from sidecar.datastores.interface import (
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
-from sidecar.errors import DatastoreUnavailable, DiskFileFault, ImageInUse, InvalidRequest, OperationCancelled
-from sidecar.locks.directories import DirectoryLocks
+from sidecar.errors import (
+    DatastoreUnavailable,
+    DiskFileFault,
+    ImageInUse,
+    InvalidRequest,
+    LockTimeout,
+    OperationCancelled,
+)
+from sidecar.locks.directories import DirectoryLocks, is_made_for
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
 from sidecar.vsphere.disks import DatastoreAddress, copy_task
@@ -169,14 +176,23 @@ class VsphereApiDatastore:
                 raise
 
     def remove_directory(self, path: str) -> None:
-        """Under the lock in it: the server removes whatever is there, and who puts something there has that lock."""
-        if self._list(path):
-            raise FileExistsError(path)
-        own = f"lock{_LOCK_SUFFIX}"
-        with self.lock(f"{path}/{own}", "remove", timeout=0):
-            if any(file.name != own for file in self._list(path)):
+        """Under the lock in it: the server removes whatever is there, and who puts something there has that lock.
+
+        Those who only try to take it find that there is nothing to be locked.
+        """
+        lock = f"{path}/lock{_LOCK_SUFFIX}"
+
+        def require_empty() -> None:
+            if not all(is_made_for(lock, file.name) for file in self._list(path)):
                 raise FileExistsError(path)
-            self._files.remove(path)
+
+        require_empty()
+        try:
+            with self.lock(lock, "remove", timeout=0):
+                require_empty()
+                self._files.remove(path)
+        except LockTimeout:
+            raise FileExistsError(path) from None
 
     def remove_tree(self, path: str) -> int:
         self._spool.drop(path)
