@@ -40,7 +40,7 @@ from sidecar.errors import (
 from sidecar.locks.directories import DirectoryLocks, is_made_for
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
-from sidecar.vsphere.disks import DatastoreAddress, copy_task
+from sidecar.vsphere.disks import DatastoreAddress, copy_task, remove_disk
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
 from sidecar.vsphere.inventory import ServerDatastore
@@ -202,6 +202,12 @@ class VsphereApiDatastore:
         except FileNotFoundError:
             return 0
         return freed
+
+    def remove_disk(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # of what it names, too
+            remove_disk(self.address.connection, self.known(), path)
+        with suppress(FileNotFoundError):
+            self._files.remove(path)
 
     def sync_file(self, path: str) -> None:
         with self._spool.using(path) as spooled:
