@@ -109,7 +109,8 @@ class Served:
 
 @pytest.fixture
 def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
-    """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's, other keywords as of Vcsim.
+    """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's,
+    other keywords as of Vcsim.
 
     Without `path`, those of the server are reached by its API alone.
     """
