@@ -255,6 +255,12 @@ class Datastore(Protocol):
         Returns the allocated bytes.
         """
 
+    def remove_disk(self, path: str) -> None:
+        """Removes the disk whose descriptor is at the path, as the datastore has to be asked for that.
+
+        What the descriptor names may go with it, or stay; gone already is no error.
+        """
+
     def sync_file(self, path: str) -> None: ...
 
     def sync_directory(self, path: str) -> None: ...

@@ -242,6 +242,9 @@ class PosixDatastore:
             except FileNotFoundError:
                 return 0
 
+    def remove_disk(self, path: str) -> None:
+        self.remove_tree(path)
+
     def sync_file(self, path: str) -> None:
         with self._faults.during("write to the disk", path), self._opened(path, os.O_RDONLY) as fd:
             os.fsync(fd)

@@ -16,7 +16,7 @@ from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.writers import Writers
 from sidecar.errors import DatastoreUnavailable
 from sidecar.locks.files import LockKind
-from sidecar.vsphere.disks import DatastoreAddress
+from sidecar.vsphere.disks import DatastoreAddress, remove_disk
 from sidecar.vsphere.faults import printable
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.sight import is_seen
@@ -45,6 +45,13 @@ class VsphereDatastore(PosixDatastore):
 
     def shares_extents_with(self, other: Datastore) -> bool:
         return self.disk_copier(other) is None and super().shares_extents_with(other)
+
+    def remove_disk(self, path: str) -> None:
+        if not path.endswith(".vmdk") or path.rpartition("/")[2] not in self.names(path.rpartition("/")[0]):
+            return
+        with contextlib.suppress(FileNotFoundError):  # of what it names
+            remove_disk(self.address.connection, self.address.find(), path)
+        self.remove_tree(path)
 
     def vm_server(self) -> VmServer:
         return ServerVms(self.address.connection)

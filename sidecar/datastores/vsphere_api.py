@@ -36,12 +36,13 @@ from sidecar.errors import (
     ImageInUse,
     ImagesError,
     InvalidRequest,
+    LockTimeout,
     OperationCancelled,
 )
-from sidecar.locks.directories import DirectoryLocks
+from sidecar.locks.directories import DirectoryLocks, is_made_for
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
-from sidecar.vsphere.disks import DatastoreAddress, copy_task
+from sidecar.vsphere.disks import DatastoreAddress, copy_task, remove_disk
 from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
@@ -191,14 +192,23 @@ class VsphereApiDatastore:
                 raise
 
     def remove_directory(self, path: str) -> None:
-        """Under the lock in it: the server removes whatever is there, and who puts something there has that lock."""
-        if self._list(path):
-            raise FileExistsError(path)
-        own = f"lock{_LOCK_SUFFIX}"
-        with self.lock(f"{path}/{own}", "remove", timeout=0):
-            if any(file.name != own for file in self._list(path)):
+        """Under the lock in it: the server removes whatever is there, and who puts something there has that lock.
+
+        Those who only try to take it find that there is nothing to be locked.
+        """
+        lock = f"{path}/lock{_LOCK_SUFFIX}"
+
+        def require_empty() -> None:
+            if not all(is_made_for(lock, file.name) for file in self._list(path)):
                 raise FileExistsError(path)
-            self._files.remove(path)
+
+        require_empty()
+        try:
+            with self.lock(lock, "remove", timeout=0):
+                require_empty()
+                self._files.remove(path)
+        except LockTimeout:
+            raise FileExistsError(path) from None
 
     def remove_tree(self, path: str) -> int:
         self._spool.drop(path)
@@ -208,6 +218,12 @@ class VsphereApiDatastore:
         except FileNotFoundError:
             return 0
         return freed
+
+    def remove_disk(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # of what it names, too
+            remove_disk(self.address.connection, self.known(), path)
+        with suppress(FileNotFoundError):
+            self._files.remove(path)
 
     def sync_file(self, path: str) -> None:
         with self._spool.using(path) as spooled:

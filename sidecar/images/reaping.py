@@ -190,7 +190,8 @@ class _Reaper:
             if self._datastore.names(path):
                 self._datastore.lock(path, "reap", timeout=0).release()
             else:
-                self._datastore.remove_directory(path)
+                with contextlib.suppress(FileExistsError):  # not empty any more
+                    self._datastore.remove_directory(path)
 
     def _remove_remains(self, image_id: str, directory: str) -> None:
         """In layout vsan, of an image that a crash left half removed; else of a directory that somebody made."""

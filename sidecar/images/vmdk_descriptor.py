@@ -22,6 +22,7 @@ MAX_CAPACITY_BYTES = 64 << 40
 """A larger disk is refused. VMFS ends at 62 TiB, so nothing real is above it."""
 NO_PARENT = 0xFFFFFFFF
 
+_DELETABLE = re.compile(rb"^[ \t]*ddb\.deletable[ \t]*=.*(?:\n|\Z)", re.MULTILINE | re.IGNORECASE)
 _METADATA_SUFFIXES = (".ecv", ".manifest")
 
 _CREATE_TYPES = frozenset(
@@ -238,6 +239,11 @@ def rewrite_descriptor(raw: bytes, renames: Mapping[str, str]) -> bytes:
     rewritten = b"\n".join(lines) + bytes(len(raw) - len(without_padding(raw)))
     parse_descriptor(rewritten)
     return rewritten
+
+
+def without_deletable(raw: bytes) -> bytes:
+    """A descriptor without `ddb.deletable`, by which a server refuses to delete the disk; anything else as it is."""
+    return raw if raw.startswith(b"KDMV") else _DELETABLE.sub(b"", raw)
 
 
 def without_padding(raw: bytes) -> bytes:

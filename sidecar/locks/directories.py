@@ -22,6 +22,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import secrets
 import socket
 import threading
@@ -276,6 +277,15 @@ class DirectoryLocks:
                     self._live.discard(identity)
                     continue
             self.release(path, _prepared(path, secrets.token_hex(8)), identity)
+
+
+def is_made_for(path: LockPath, name: str) -> bool:
+    """Whether a name beside a lock is the lock's, or that of one which somebody makes to take it, or has let go of."""
+    lock = path.rpartition("/")[2]
+    return (
+        name == lock
+        or re.fullmatch(rf"{re.escape(lock.removesuffix(_SUFFIX))}\.[0-9a-f]{{16}}{_SUFFIX}", name) is not None
+    )
 
 
 def _prepared(path: LockPath, token: str) -> str:

@@ -79,6 +79,8 @@ class Connection:
                     if not may_log_in:
                         raise
                     may_log_in, expired = False, content
+                except (FileNotFoundError, FileExistsError):
+                    raise  # answers, which are OSErrors, too
                 except UNREACHABLE as error:
                     if not may_reconnect or isinstance(error, TimeoutError | NoConnectionError):
                         raise

@@ -9,7 +9,7 @@ from sidecar.errors import DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.faults import printable
 from sidecar.vsphere.inventory import ServerDatastore, choose_datastore, find_datastores
-from sidecar.vsphere.tasks import ServerTask
+from sidecar.vsphere.tasks import ServerTask, run_task
 
 # Those of the API, by what descriptors call them, which have others, too.
 _ADAPTER_TYPES = {name.lower(): name for name in ("busLogic", "ide", "lsiLogic")}
@@ -69,9 +69,7 @@ def copy_task(
     names = datastore_path(source, source_path), datastore_path(destination, path)
 
     def start(content: vim.ServiceInstanceContent) -> vim.Task:
-        manager = content.virtualDiskManager
-        if manager is None:
-            raise DatastoreUnavailable(f"server {connection.server.name} has no means to copy disks")
+        manager = _manager(connection, content)
         thin = None
         if _is_host(content):  # a vCenter takes no specification
             adapter = _ADAPTER_TYPES.get((adapter_type or "").lower(), "lsiLogic")
@@ -82,6 +80,23 @@ def copy_task(
         return task
 
     return ServerTask(connection, f"copy the disk {names[0]} to {names[1]}", start, size)
+
+
+def remove_disk(connection: Connection, datastore: ServerDatastore, path: str) -> None:
+    """Removes a disk, its data too, wherever the server has that: on VSAN it is no file. FileNotFoundError."""
+    name = datastore_path(datastore, path)
+
+    def start(content: vim.ServiceInstanceContent) -> vim.Task:
+        task: vim.Task = _manager(connection, content).DeleteVirtualDisk_Task(name, datastore.datacenter)
+        return task
+
+    run_task(connection, f"remove the disk {name}", start)
+
+
+def _manager(connection: Connection, content: vim.ServiceInstanceContent) -> vim.VirtualDiskManager:
+    if content.virtualDiskManager is None:
+        raise DatastoreUnavailable(f"server {connection.server.name} has no means to copy or remove disks")
+    return content.virtualDiskManager
 
 
 def _is_host(content: vim.ServiceInstanceContent) -> bool:

@@ -69,6 +69,8 @@ def translated(server: str, what: str) -> Iterator[None]:
         yield
     except vmodl.MethodFault as fault:
         raise error_of(fault, server, what) from fault
+    except (FileNotFoundError, FileExistsError):
+        raise
     except UNREACHABLE as error:
         raise _unreachable(error.reason if isinstance(error, NoConnectionError) else error, server, what) from error
 

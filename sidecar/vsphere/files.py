@@ -73,7 +73,11 @@ class ServerFiles:
         name = datastore_path(found, path)
 
         def make(content: vim.ServiceInstanceContent) -> None:
-            _manager(content).MakeDirectory(name, found.datacenter, False)
+            # On VSAN, one in the root is an object of its own, which only this can make.
+            if found.is_vsan and "/" not in path and content.datastoreNamespaceManager is not None:
+                content.datastoreNamespaceManager.CreateDirectory(found.datastore, path, None, None)
+            else:
+                _manager(content).MakeDirectory(name, found.datacenter, False)
 
         self._connection.call(f"make the directory {name}", make)
 

@@ -30,6 +30,7 @@ from sidecar.images.vmdk import (
     rewrite_descriptor,
     rewrite_embedded,
 )
+from sidecar.images.vmdk_descriptor import without_deletable
 
 SUBFORMATS = ("monolithicFlat", "monolithicSparse", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "streamOptimized")
 CAPACITY = 4 * 2**30 + 5 * 2**20 + 512  # three extents of 2 GiB each, and the last one ends inside a grain
@@ -645,3 +646,11 @@ def test_no_name_leads_out_of_the_directory(names: list[str], new_id: str) -> No
         disk.descriptor,
         extents=tuple(replace(extent, file_name=renames[extent.file_name or ""]) for extent in disk.descriptor.extents),
     )
+
+
+def test_the_mark_that_keeps_a_server_from_deleting_goes_and_nothing_else() -> None:
+    text = b'# Disk DescriptorFile\nCID=1\nddb.adapterType = "lsilogic"\nddb.deletable = "false"\nddb.uuid = "1"\n'
+    assert without_deletable(text) == text.replace(b'ddb.deletable = "false"\n', b"")
+    assert without_deletable(text.removesuffix(b'ddb.uuid = "1"\n')[:-1]).endswith(b'"lsilogic"\n')
+    for other in (b"", b'# ddb.deletable = "false"\n', b'KDMV\0\nddb.deletable = "false"\n', b"CID=1\n"):
+        assert without_deletable(other) == other

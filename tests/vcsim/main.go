@@ -61,6 +61,7 @@ func main() {
 	model.DelayConfig.MethodDelay = milliseconds(delays)
 	check(model.Create())
 	manageDisks(*copySeconds)
+	manageNamespaces()
 	tellSnapshots()
 
 	user, password, _ := strings.Cut(*login, ":")

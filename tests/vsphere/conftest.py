@@ -109,7 +109,8 @@ class Served:
 
 @pytest.fixture
 def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
-    """Starts both; `layout` of all datastores, `more` TOML in each of the server's, other keywords as of Vcsim.
+    """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's,
+    other keywords as of Vcsim.
 
     Without `path`, those of the server are reached by its API alone.
     """
@@ -123,14 +124,18 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
         roots["three"].mkdir()
         config = site.simulator.configuration(timeout)
         for name, root in roots.items():
-            config += f'[datastore.{name}]\nlayout = "{layout}"\nreserve = 0\n'
+            told = layout or ("" if name in site.roots else "compound")
+            config += f"[datastore.{name}]\nreserve = 0\n" + (f'layout = "{told}"\n' if told else "")
             if path or name not in site.roots:
                 config += f'path = "{root}"\nlocks = "flock"\n'
             if name in site.roots:
                 config += f'type = "vsphere"\nserver = "sim"\n{more}\n'
         sidecar = stack.enter_context(Sidecar(tmp_path / "run", config=config))
         started.append(sidecar)
-        places = {name: Place(name, layout, root) for name, root in roots.items()}
+        types = options.get("types", {})
+        assert isinstance(types, dict)
+        layouts = {name: layout or ("vsan" if types.get(name) == "vsan" else "compound") for name in roots}
+        places = {name: Place(name, layouts[name], root) for name, root in roots.items()}
         return Served(site, sidecar, stack.enter_context(sidecar.client()), places)
 
     yield start

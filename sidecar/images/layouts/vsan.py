@@ -19,6 +19,7 @@ from sidecar.images.names import (
     is_bookkeeping,
     is_lock_or_staging,
 )
+from sidecar.images.vmdk_descriptor import MAX_DESCRIPTOR_BYTES, without_deletable
 
 _LOCK = f"lock{LOCK_SUFFIX}"
 
@@ -107,9 +108,12 @@ class VsanLayout:
         names = datastore.names(directory)
         # Without the first of them the image is not valid, without the other it can be neither restored nor repaired.
         # Durable before anything else goes: or, after a power cut, it might come back without its companion files.
-        first = (TIMESTAMP, descriptor_name(image_id))
-        for name in first:
-            datastore.remove_tree(f"{directory}/{name}")
+        descriptor = descriptor_name(image_id)
+        first = (TIMESTAMP, descriptor)
+        datastore.remove_tree(f"{directory}/{TIMESTAMP}")
+        if descriptor in names:
+            _make_deletable(datastore, f"{directory}/{descriptor}")
+            datastore.remove_disk(f"{directory}/{descriptor}")
         datastore.sync_directory(directory)
         for name in sorted(names, key=_removal_rank):
             if name not in first and not is_lock_or_staging(name):
@@ -120,6 +124,14 @@ class VsanLayout:
     def tidy(self, datastore: Datastore, image_id: str) -> None:
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             datastore.remove_directory(self.image_directory(image_id))
+
+
+def _make_deletable(datastore: Datastore, descriptor: str) -> None:
+    """Takes the mark out of a descriptor by which a server refuses to remove the disk."""
+    with contextlib.suppress(FileNotFoundError, InvalidRequest):  # gone, or no file
+        raw = datastore.read_file(descriptor, MAX_DESCRIPTOR_BYTES)
+        if (without := without_deletable(raw)) != raw:
+            datastore.write_file(descriptor, without)
 
 
 def _removal_rank(name: str) -> int:

@@ -1,0 +1,60 @@
+"""Datastores that their server says are VSAN."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pyVmomi import vim
+
+from sidecar.vsphere import properties
+from tests.support.places import TIMESTAMP, flat_files
+from tests.support.processes import BIN, run, wait_until
+from tests.vsphere.conftest import Served
+
+Serve = Callable[..., Served]
+
+
+def tasks(served: Served) -> list[str]:
+    """What the server was asked for lately, the last one last."""
+
+    def read(content: vim.ServiceInstanceContent) -> list[str]:
+        assert content.taskManager is not None
+        recent = properties.read(content, content.taskManager, ["recentTask"]).get("recentTask", [])
+        return [properties.read(content, task, ["info.descriptionId"])["info.descriptionId"] for task in recent]
+
+    return served.site.connection().call("read the tasks", read)
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "alone"])
+def test_the_layout_follows_what_the_server_says_unless_it_is_told(serve: Serve, tmp_path: Path, path: bool) -> None:
+    served = serve(path=path, layout="", types={"one": "vsan", "two": "VMFS"})
+    served.import_image("one/a", tmp_path)
+    served.imagectl("cp", "one/a", "two/b")
+    said = run(BIN / "imagectl", "--sidecar", served.sidecar.address, "--output", "json", "datastores").stdout
+    assert '"layout": "vsan"' in said and '"layout": "compound"' in said
+    served.places["one"].assert_holds({"a": flat_files("a", "a.ecv")})
+    wait_until((served.places["two"].root / "deleted_images").is_dir, "two is compound")
+    assert not (served.places["one"].root / "deleted_images").exists()
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "alone"])
+def test_a_purge_has_the_server_remove_the_disk_which_it_may_then(serve: Serve, tmp_path: Path, path: bool) -> None:
+    served = serve(path=path, layout="vsan", types={"one": "vsan", "two": "vsan"})
+    served.import_image("one/a", tmp_path)
+    descriptor = served.places["one"].descriptor("a")
+    text = descriptor.read_text()
+    descriptor.write_text(text + 'ddb.deletable = "false"\n')
+    served.imagectl("rm", "one/a")
+    served.imagectl("purge", "one/a")
+    assert "VirtualDiskManager.deleteVirtualDisk" in tasks(served)
+    served.assert_tidy()
+    served.places["one"].assert_holds({})
+
+
+def test_a_disk_whose_data_is_lost_can_be_purged(serve: Serve, tmp_path: Path) -> None:
+    served = serve(path=False, layout="vsan")
+    served.import_image("one/a", tmp_path)
+    served.places["one"].file("a", "a-flat.vmdk").unlink()
+    served.places["one"].file("a", TIMESTAMP).unlink()
+    served.imagectl("rm", "--force", "one/a")
+    served.places["one"].assert_holds({})
