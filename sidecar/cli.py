@@ -38,9 +38,9 @@ def image_sidecar() -> None:
     "datastores",
     multiple=True,
     metavar="NAME=PATH[,KEY=VALUE]…",
-    help="A directory that holds images; keys: layout (compound, sharded, vsan), "
-    "type (local, nfs, vmfs, vsphere), server, reserve (64MiB). May be repeated. Replaces those of "
-    "IMAGE_SIDECAR_DATASTORES and of the file.",
+    help="A directory that holds images; keys: layout (compound, sharded, vsan), type (local, nfs, vmfs, vsphere), "
+    "server, reserve (64MiB) and the others of the file. NAME=,type=vsphere,server=… is reached by its server alone. "
+    "May be repeated. Replaces those of IMAGE_SIDECAR_DATASTORES and of the file.",
 )
 @click.option("--listen", metavar="ADDRESS", help="unix:PATH, or HOST:PORT on loopback; port 0: any that is free.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info (the default), warning or error.")

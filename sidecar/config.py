@@ -284,7 +284,7 @@ _TABLES: dict[str, type[BaseModel]] = {"limits": Limits, "maintenance": Maintena
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What the command line says; None and () where it says nothing. `datastores`: NAME=PATH[,key=value]…"""
+    """What the command line says; None and () where it says nothing. `datastores`: NAME=[PATH][,key=value]…"""
 
     listen: str | None = None
     datastores: Sequence[str] = ()
@@ -388,12 +388,12 @@ def _take_flags(settings: _Settings, flags: Flags) -> None:
 
 
 def _datastore(source: str, spec: str) -> _Given:
-    """`NAME=PATH[,key=value]…`; a path with a comma in it needs the file."""
+    """`NAME=PATH[,key=value]…`; a path with a comma in it needs the file. Without PATH: by its server alone."""
     first, *others = spec.split(",")
     name, equals, path = first.partition("=")
-    if not (name and equals and path):
+    if not (name and equals):
         raise ConfigError(f"{source}: {spec!r} is not of the form NAME=PATH[,layout=…][,type=…][,reserve=…]")
-    values: dict[str, str] = {"name": name, "path": path}
+    values = {"name": name, "path": path} if path else {"name": name}
     for other in others:
         key, equals, value = other.partition("=")
         if not equals:

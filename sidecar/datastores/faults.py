@@ -15,9 +15,17 @@ _NOT_PLAIN = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 class Faults:
     """Translates the OSErrors of one datastore. FileNotFoundError and FileExistsError pass: they are answers."""
 
-    def __init__(self, name: str, root_path: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        root_path: str,
+        *,
+        when_full: str = "purge images that are not needed, or make the datastore larger",
+    ) -> None:
+        """`when_full`: what to do then."""
         self.name = name
         self.root_path = root_path
+        self._when_full = when_full
 
     @contextmanager
     def during(self, what: str, path: str = "") -> Iterator[None]:
@@ -29,7 +37,7 @@ class Faults:
         except OSError as error:
             where = f"{self.name}: cannot {what}{' ' + path if path else ''}: {error.strerror or error}"
             if error.errno in _NO_SPACE:
-                raise NoSpace(f"{where}; purge images that are not needed, or make the datastore larger") from error
+                raise NoSpace(f"{where}; {self._when_full}") from error
             if error.errno in _DENIED:
                 raise DatastoreDenied(f"{where}; give the sidecar the right to it under {self.root_path}") from error
             if isinstance(error, PathError) or error.errno in _NOT_PLAIN:

@@ -185,7 +185,11 @@ class Spool:
     def __init__(self, datastore: str) -> None:
         # Not /tmp, which is often in memory: these are disks.
         self._directory = os.environ.get("TMPDIR") or "/var/tmp"
-        self._faults = Faults(f"{datastore}, staged on this host", self._directory)
+        self._faults = Faults(
+            f"{datastore}, staged on this host",
+            self._directory,
+            when_full=f"make space in {self._directory}, or start the sidecar with another TMPDIR",
+        )
         self._lock = threading.Lock()  # guards the files
         self._files: dict[str, SpooledFile] = {}
 

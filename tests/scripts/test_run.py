@@ -4,19 +4,19 @@ import os
 import re
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import wait_until
+from tests.support.processes import run, wait_until
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_the_tour_holds_and_leaves_nothing_running() -> None:
+def tour(*options: str) -> None:
     done = subprocess.run(
-        [str(ROOT / "scripts" / "run"), "--tour"],
+        [str(ROOT / "scripts" / "run"), *options, "--tour"],
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -29,6 +29,31 @@ def test_the_tour_holds_and_leaves_nothing_running() -> None:
     assert not os.path.ismount(ROOT / "demo" / "mnt")
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not [command for command in commands if os.fsencode(ROOT / "demo") in command]
+
+
+@pytest.mark.slow
+def test_the_tour_holds_and_leaves_nothing_running() -> None:
+    tour()
+
+
+@pytest.mark.slow
+def test_the_tour_holds_by_the_api_of_a_server_that_is_checked_and_shows_no_secret() -> None:
+    tour("--vsphere")
+    files, logs = ROOT / "demo" / "vsphere", (ROOT / "demo").glob("*.log")
+    config = tomllib.loads((files / "sidecar.toml").read_text())
+    assert config["vsphere"]["simulator"].keys() == {"address", "thumbprint", "credentials_file"}
+    assert not any("path" in datastore for datastore in config["datastore"].values())
+    secrets = [Path(config["vsphere"]["simulator"]["credentials_file"]), files / "certificate.pem"]
+    assert [secret.stat().st_mode & 0o777 for secret in secrets] == [0o600, 0o600]
+    password = secrets[0].read_text().strip().partition(":")[2]
+    assert len(password) == 32 and not any(password in log.read_text() for log in logs)
+
+
+def test_what_is_no_option_is_named_and_nothing_is_started() -> None:
+    for arguments, wrong in ((["--vpshere"], "--vpshere"), (["--tour", "two words"], r"two\\ words"), ([""], "''")):
+        done = run(ROOT / "scripts" / "run", *arguments, check=False)
+        assert done.returncode == 2 and done.stdout == ""
+        assert re.search(rf"^scripts/run: there is no option {wrong}\.\nusage: scripts/run ", done.stderr)
 
 
 @pytest.mark.slow

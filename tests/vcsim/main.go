@@ -38,6 +38,7 @@ func main() {
 	kind := flag.String("kind", "vcenter", "what it is: `vcenter or host`")
 	listen := flag.String("listen", "127.0.0.1:0", "`address:port`; port 0 takes a free one")
 	login := flag.String("login", "user:password", "the only `user:password` that it lets in")
+	credentials := flag.String("credentials", "", "`file` with that, in one line: arguments are seen by everybody")
 	certificate := flag.String("certificate", "", "`file` with its certificate, and the key; without, one that is in the code")
 	copySeconds := flag.Float64("copy-seconds", 0, "copies of disks run in the background and take so many `seconds`")
 	datacenters := flag.Int("datacenters", 1, "how many a vCenter has, each with all datastores")
@@ -64,6 +65,11 @@ func main() {
 	manageNamespaces()
 	tellSnapshots()
 
+	if *credentials != "" {
+		text, err := os.ReadFile(*credentials)
+		check(err)
+		*login = strings.TrimSuffix(string(text), "\n")
+	}
 	user, password, _ := strings.Cut(*login, ":")
 	model.Service.TLS = identity(*certificate)
 	model.Service.Listen = &url.URL{Scheme: "https", Host: *listen, User: url.UserPassword(user, password)}

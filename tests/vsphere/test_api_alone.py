@@ -258,6 +258,22 @@ def test_a_datastore_that_is_full_is_told_and_nothing_is_left(serve: Serve, tmp_
             served.sidecar.stop()
 
 
+def test_a_host_without_room_for_what_is_staged_is_told_of_and_not_the_datastore(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=1m", "none", small)
+    try:
+        monkeypatch.setenv("TMPDIR", str(small))
+        served = serve(path=False)
+        with pytest.raises(NoSpace, match=f"make space in {small}, or start the sidecar with another TMPDIR"):
+            import_image(served.client, "two/b", make_disk(tmp_path / "source"))
+        served.sidecar.stop()
+    finally:
+        run("umount", "-l", small)
+
+
 def test_wrong_credentials_are_told_where_a_datastore_is_looked_at(serve: Serve, tmp_path: Path) -> None:
     served = serve(path=False)
     served.site.simulator.credentials.write_text("nobody:wrong\n")

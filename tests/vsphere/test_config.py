@@ -31,6 +31,13 @@ def test_a_datastore_of_a_flag_may_be_of_a_server_of_the_file(tmp_path: Path) ->
     assert (config.datastores[0].server, config.datastores[0].locks) == ("vc", "flock")
 
 
+def test_without_a_path_it_is_reached_by_its_server_in_a_flag_too(tmp_path: Path) -> None:
+    config = load(tmp_path, SERVER + CREDENTIALS, "two=,type=vsphere,server=vc,datacenter=/A/DC", "three=/three")
+    two, three = config.datastores
+    assert (two.path, two.server, two.datacenter, two.layout, two.rescan_seconds) == (None, "vc", "/A/DC", None, 60)
+    assert (three.path, three.layout, three.rescan_seconds) == ("/three", "compound", 2)
+
+
 @pytest.mark.parametrize(
     ("address", "host_and_port"),
     [

@@ -153,8 +153,10 @@ class Image(_message.Message):
     USERS_FIELD_NUMBER: _builtins.int
     state: Global___ImageState.ValueType
     details_known: _builtins.bool
-    """False on datastores where attributes are slow to read (layout `vsan`) until somebody asked for this image by
-    GetImage: then the fields below, but for the tombstone and the marker, are not set.
+    """False where the image is slow to read: of layout `vsan` until somebody asked for it by GetImage, on a datastore
+    that only a server's API reaches for a moment after it was listed. Then the disk was not read: its capacity, its
+    type, the marker, what is wrong, and which files are extents are not known. Files, sizes and times may be known;
+    where there are none, they are not.
     """
     capacity_bytes: _builtins.int
     """What a guest sees as the size of the disk."""
