@@ -1,0 +1,99 @@
+"""How often a server is asked for what, counted by the server: a round trip to a real one takes many milliseconds."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.places import TIMESTAMP, Place, flat_descriptor
+from tests.support.processes import wait_until
+from tests.support.vcsim import STATUS_REQUESTS
+from tests.vsphere.conftest import Served
+
+Serve = Callable[..., Served]
+IMAGES = 1000
+DATASTORES = 2
+HANDFUL = 10  # for each of them, the login among it
+ONCE, NEVER = "rescan_seconds = 3600", "reap_interval_seconds = 0\npurge_interval_seconds = 0"
+LISTING, READING = "SearchDatastoreSubFolders_Task", "GET /folder"
+
+
+@pytest.fixture
+def kind() -> str:
+    return "vcenter"
+
+
+def plant(root: Path, layout: str = "compound", files: int = 3) -> None:
+    """So many files in each of the images, and one image on the other datastore: an empty one is looked at closely."""
+    Place("two", layout, root / "two").plant("a")
+    place = Place("one", layout, root / "one")
+    for number in range(IMAGES):
+        image_id = f"base-{number:04d}"
+        descriptor = place.descriptor(image_id)
+        descriptor.parent.mkdir(parents=True)
+        descriptor.write_text(flat_descriptor(f"{image_id}-flat.vmdk", 512))
+        place.file(image_id, f"{image_id}-flat.vmdk").write_bytes(bytes(512))
+        place.file(image_id, TIMESTAMP).touch()
+        for companion in range(files - 3):
+            place.file(image_id, f"{image_id}.{companion}.json").touch()
+
+
+def asked(served: Served) -> Counter[str]:
+    """But for the looks at the datastores' state, of which there are as many as time goes by."""
+    return Counter({what: n for what, n in served.site.simulator.requests().items() if what not in STATUS_REQUESTS})
+
+
+def until_listed(served: Served) -> Counter[str]:
+    expected = {"one": IMAGES, "two": 1, "three": 0}
+
+    def listed() -> bool:  # as it is known: to ask for one datastore asks the server
+        return {each.name: each.image_count for each in served.client.datastores()} == expected
+
+    wait_until(listed, "the images are listed", 60)
+    return asked(served)
+
+
+def until_read(served: Served) -> Counter[str]:
+    until_listed(served)
+    wait_until(lambda: asked(served)[READING] == IMAGES + 1, "every descriptor is read", 60)
+    wait_until(lambda: all(image.details_known for image in served.client.images()), "all details are known", 60)
+    return asked(served)
+
+
+@pytest.mark.parametrize(
+    ("layout", "files"),
+    [("compound", 3), ("sharded", 3), pytest.param("compound", 30, marks=pytest.mark.slow)],
+)
+def test_a_thousand_images_are_listed_with_a_handful_of_requests(
+    serve: Serve, tmp_path: Path, layout: str, files: int
+) -> None:
+    plant(tmp_path, layout, files)
+    served = serve(path=False, layout=layout, more=ONCE, maintenance=NEVER)
+    requests = until_listed(served)
+    # Their descriptors are read when the listing has ended, and nobody waits for that.
+    del requests[READING]
+    assert requests[LISTING] == DATASTORES
+    assert requests.total() <= HANDFUL * DATASTORES, requests
+
+
+def test_a_rescan_without_changes_reads_no_descriptor_again(serve: Serve, tmp_path: Path) -> None:
+    plant(tmp_path)
+    served = serve(path=False, more="rescan_seconds = 1", maintenance=NEVER)
+    before = until_read(served)
+    assert before[READING] == IMAGES + 1
+    often = 3 * DATASTORES
+    wait_until(lambda: asked(served)[LISTING] >= before[LISTING] + often, "all is listed again and again", 60)
+    after = asked(served)
+    assert after[READING] == before[READING]
+    assert (after - before).total() <= HANDFUL * (after[LISTING] - before[LISTING] + DATASTORES), after - before
+
+
+def test_what_is_known_is_told_without_asking_the_server(serve: Serve, tmp_path: Path) -> None:
+    plant(tmp_path)
+    served = serve(path=False, more=ONCE, maintenance=NEVER)
+    before = until_read(served)
+    assert len(list(served.client.images("one"))) == IMAGES
+    served.imagectl("ls")
+    served.imagectl("datastores")
+    assert asked(served) == before
