@@ -97,3 +97,14 @@ def test_what_is_known_is_told_without_asking_the_server(serve: Serve, tmp_path:
     served.imagectl("ls")
     served.imagectl("datastores")
     assert asked(served) == before
+
+
+@pytest.mark.slow
+def test_a_reaping_and_a_purge_look_at_no_image_that_they_have_nothing_to_do_with(serve: Serve, tmp_path: Path) -> None:
+    plant(tmp_path)
+    served = serve(path=False, more=ONCE, maintenance="reap_interval_seconds = 1\npurge_interval_seconds = 1")
+    before = until_read(served)
+    often = 3 * 2 * DATASTORES
+    wait_until(lambda: asked(served)[LISTING] >= before[LISTING] + often, "both ran again and again", 60)
+    after = asked(served)
+    assert (after - before).total() <= HANDFUL * (after[LISTING] - before[LISTING] + DATASTORES), after - before
