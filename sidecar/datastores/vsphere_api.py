@@ -128,6 +128,7 @@ class VsphereApiDatastore:
         with self._spool.using(path) as spooled:
             if spooled:
                 os.utime(spooled.fd, ns=(modified_ns, modified_ns))
+                spooled.changed = True  # where it was sent before, it has the time of that
                 self._send(spooled)
                 yield modified_ns
                 return

@@ -1,15 +1,18 @@
 """How often a server is asked for what, counted by the server: a round trip to a real one takes many milliseconds."""
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from tests.support.places import TIMESTAMP, Place, flat_descriptor
 from tests.support.processes import wait_until
 from tests.support.vcsim import STATUS_REQUESTS
-from tests.vsphere.conftest import Served
+from tests.vsphere.conftest import MakeSite, Served, Site
 
 Serve = Callable[..., Served]
 IMAGES = 1000
@@ -37,6 +40,22 @@ def plant(root: Path, layout: str = "compound", files: int = 3) -> None:
         place.file(image_id, TIMESTAMP).touch()
         for companion in range(files - 3):
             place.file(image_id, f"{image_id}.{companion}.json").touch()
+
+
+@pytest.fixture
+def one(make_site: MakeSite) -> Iterator[tuple[Site, VsphereApiDatastore]]:
+    """The datastore one, which was looked at."""
+    site = make_site()
+    datastore = VsphereApiDatastore("one", site.address(site.connection(), "one"))
+    with closing(datastore):
+        datastore.names("")
+        yield site, datastore
+
+
+def asked_for(site: Site, operation: Callable[[], object]) -> Counter[str]:
+    before = site.simulator.requests()
+    operation()
+    return site.simulator.requests() - before
 
 
 def asked(served: Served) -> Counter[str]:
@@ -108,3 +127,17 @@ def test_a_reaping_and_a_purge_look_at_no_image_that_they_have_nothing_to_do_wit
     wait_until(lambda: asked(served)[LISTING] >= before[LISTING] + often, "both ran again and again", 60)
     after = asked(served)
     assert (after - before).total() <= HANDFUL * (after[LISTING] - before[LISTING] + DATASTORES), after - before
+
+
+def test_the_time_of_a_staged_file_that_was_sent_before_is_that_of_its_last_setting(
+    one: tuple[Site, VsphereApiDatastore],
+) -> None:
+    """What is published after a long wait for a lock was used then: a scan that began meanwhile must not miss it."""
+    site, datastore = one
+    (site.roots["one"] / "a").mkdir()
+    datastore.open_writable("a/b").close()
+    datastore.sync_file("a/b")
+    os.utime(site.roots["one"] / "a" / "b", ns=(1, 1))
+    with datastore.set_modified("a/b", 2):
+        pass
+    assert (site.roots["one"] / "a" / "b").stat().st_mtime_ns > 1_000_000_000_000_000_000
