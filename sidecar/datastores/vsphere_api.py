@@ -313,10 +313,15 @@ class VsphereApiDatastore:
             raise InvalidRequest(f"{self.name}: {path} is not a directory")
 
     def _size_of(self, path: str) -> int:
-        entry = self._files.entry(path)
-        if not entry.is_directory:
+        try:
+            found = self._files.tree(path)
+        except (FileNotFoundError, DatastoreUnavailable):
+            # To a server, a file is no such directory, or an argument that it does not understand.
+            entry = self._files.entry(path)
+            if entry.is_directory:
+                raise
             return entry.size
-        return sum(file.size for files in self._files.tree(path).values() for file in files if not file.is_directory)
+        return sum(file.size for files in found.values() for file in files if not file.is_directory)
 
     def _content(self, path: str) -> Iterator[bytes]:
         """Of a file that is on the server; nothing when there is none."""
@@ -469,7 +474,8 @@ class _LockDirectories:
         return self._folder.read(path, 0, limit)
 
     def put_file(self, path: str, content: bytes) -> None:
-        self._folder.write(path, len(content), lambda: [content])
+        # Who holds the lock is in the file's name; what it holds is for reading, and may be cut off.
+        self._folder.write(path, len(content), lambda: [content], may_be_short=True)
 
     def remove_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):

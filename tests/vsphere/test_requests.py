@@ -129,6 +129,44 @@ def test_a_reaping_and_a_purge_look_at_no_image_that_they_have_nothing_to_do_wit
     assert (after - before).total() <= HANDFUL * (after[LISTING] - before[LISTING] + DATASTORES), after - before
 
 
+def test_a_lock_takes_four_requests_and_its_release_three_with_a_look_at_each_task(
+    one: tuple[Site, VsphereApiDatastore],
+) -> None:
+    site, datastore = one
+    requests = asked_for(site, lambda: datastore.lock("a.ec_lock", "test", 0).release())
+    assert requests == {
+        "MakeDirectory": 1,
+        "PUT /folder": 1,
+        "MoveDatastoreFile_Task": 2,
+        "DeleteDatastoreFile_Task": 1,
+        "RetrievePropertiesEx Task": 3,
+    }
+    assert list(site.roots["one"].iterdir()) == []
+
+
+def test_whether_all_of_a_file_arrived_is_asked_only_where_something_can_be_missing(
+    one: tuple[Site, VsphereApiDatastore],
+) -> None:
+    site, datastore = one
+    (site.roots["one"] / "a").mkdir()
+    assert asked_for(site, lambda: datastore.create_file("a/empty", 1))["HEAD /folder"] == 0
+    assert asked_for(site, lambda: datastore.write_file("a/full", b"x"))["HEAD /folder"] == 1
+
+
+def test_a_tree_is_removed_after_one_look_at_its_sizes(one: tuple[Site, VsphereApiDatastore]) -> None:
+    site, datastore = one
+    inner = site.roots["one"] / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "c").write_bytes(bytes(1000))
+    (inner.parent / "d").write_bytes(bytes(23))
+    (site.roots["one"] / "e").write_bytes(bytes(5))
+    freed = []
+    requests = asked_for(site, lambda: freed.append(datastore.remove_tree("a")))
+    assert requests == {LISTING: 1, "DeleteDatastoreFile_Task": 1, "RetrievePropertiesEx Task": 2}
+    assert [*freed, datastore.remove_tree("e"), datastore.remove_tree("f")] == [1023, 5, 0]
+    assert list(site.roots["one"].iterdir()) == []
+
+
 def test_the_time_of_a_staged_file_that_was_sent_before_is_that_of_its_last_setting(
     one: tuple[Site, VsphereApiDatastore],
 ) -> None:
