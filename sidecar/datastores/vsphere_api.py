@@ -283,9 +283,10 @@ class VsphereApiDatastore:
     def capacity(self) -> Capacity:
         return Capacity(*self.known.capacity())
 
-    def check(self) -> None:
-        self.known.refresh()
+    def check(self) -> Capacity:
+        found = self.known.refresh()
         self._locks.let_go_of_left()
+        return Capacity(found.capacity, found.free)
 
     def require_in_place(self) -> None:
         """The server finds the datastore by what it is, not by a path that something else may be mounted over."""

@@ -179,3 +179,9 @@ def test_the_time_of_a_staged_file_that_was_sent_before_is_that_of_its_last_sett
     with datastore.set_modified("a/b", 2):
         pass
     assert (site.roots["one"] / "a" / "b").stat().st_mtime_ns > 1_000_000_000_000_000_000
+
+
+def test_the_state_of_a_datastore_is_looked_at_with_two_requests(one: tuple[Site, VsphereApiDatastore]) -> None:
+    site, datastore = one
+    assert asked_for(site, datastore.check) == {"RefreshDatastore": 1, "RetrievePropertiesEx Folder": 1}
+    assert datastore.check().capacity == datastore.capacity().capacity > 0
