@@ -306,7 +306,7 @@ class Datastore(Protocol):
 
     def capacity(self) -> Capacity: ...
 
-    def check(self) -> None:
+    def check(self) -> Capacity:
         """Raises DatastoreUnavailable when the datastore cannot be used now."""
 
     def require_in_place(self) -> None:

@@ -338,10 +338,11 @@ class PosixDatastore:
             status = os.fstatvfs(self._root_fd)
             return Capacity(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
 
-    def check(self) -> None:
+    def check(self) -> Capacity:
         with self._faults.during("look at the root"):
             self._look_at_the_path()
             os.listdir(self._root_fd) if self.shared else os.fstatvfs(self._root_fd)
+        return self.capacity()
 
     def require_in_place(self) -> None:
         with self._faults.during("look at the root"):

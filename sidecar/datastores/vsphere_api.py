@@ -319,9 +319,10 @@ class VsphereApiDatastore:
     def capacity(self) -> Capacity:
         return Capacity(*self.known.capacity())
 
-    def check(self) -> None:
-        self.known.refresh()
+    def check(self) -> Capacity:
+        found = self.known.refresh()
         self._locks.let_go_of_left()
+        return Capacity(found.capacity, found.free)
 
     def require_in_place(self) -> None:
         """The server finds the datastore by what it is, not by a path that something else may be mounted over."""
@@ -349,10 +350,15 @@ class VsphereApiDatastore:
             raise InvalidRequest(f"{self.name}: {path} is not a directory")
 
     def _size_of(self, path: str) -> int:
-        entry = self._files.entry(path)
-        if not entry.is_directory:
+        try:
+            found = self._files.tree(path)
+        except (FileNotFoundError, DatastoreUnavailable):
+            # To a server, a file is no such directory, or an argument that it does not understand.
+            entry = self._files.entry(path)
+            if entry.is_directory:
+                raise
             return entry.size
-        return sum(file.size for files in self._files.tree(path).values() for file in files if not file.is_directory)
+        return sum(file.size for files in found.values() for file in files if not file.is_directory)
 
     def _spool_file(self, path: str) -> SpooledFile:
         """The file as it is on the server; empty when there is none."""
@@ -541,7 +547,8 @@ class _LockDirectories:
         return self._folder.read(path, 0, limit)
 
     def put_file(self, path: str, content: bytes) -> None:
-        self._folder.write(path, len(content), lambda: [content])
+        # Who holds the lock is in the file's name; what it holds is for reading, and may be cut off.
+        self._folder.write(path, len(content), lambda: [content], may_be_short=True)
 
     def remove_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):

@@ -169,8 +169,7 @@ class Discovery:
         """Looks at the datastore itself, and remembers what it saw."""
         datastore = self.store.datastore
         try:
-            datastore.check()
-            status = DatastoreStatus(datastore.capacity(), "", time.time_ns())
+            status = DatastoreStatus(datastore.check(), "", time.time_ns())
         except ImagesError as error:
             status = DatastoreStatus(self._status.capacity, fault_of(datastore, error), time.time_ns())
         if status.fault != self._status.fault:

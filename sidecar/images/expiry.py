@@ -72,10 +72,14 @@ def expire(
 def _tombstoned(store: ImageStore, check: Callable[[], None]) -> list[tuple[int, str]]:
     """The tombstoned images, each with when that was, the oldest first."""
     found: list[tuple[int, str]] = []
+    # Where one directory at a time is slow. What is decided by it is looked at again, under the image's lock.
+    tree = store.datastore.tree() or {}
     for image_id in image_ids(store):
         check()
         directory = store.layout.image_directory(image_id)
-        if TOMBSTONE in names_if_directory(store.datastore, directory):
+        if (listed := tree.get(directory)) is not None:
+            found += [(entry.modified_ns, image_id) for entry in listed.entries() if entry.name == TOMBSTONE]
+        elif TOMBSTONE in names_if_directory(store.datastore, directory):
             try:
                 found.append((store.datastore.entry(f"{directory}/{TOMBSTONE}").modified_ns, image_id))
             except FileNotFoundError:

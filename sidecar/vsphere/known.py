@@ -31,7 +31,14 @@ class KnownDatastore:
             return self._known
 
     def refresh(self) -> ServerDatastore:
-        """Looks for it again: it may have another name. DatastoreUnavailable when it cannot be used now."""
+        """Looks for it again: it may have another name. DatastoreUnavailable when it cannot be used now.
+
+        Its sizes are those of now.
+        """
+        known = self()
+        self.address.connection.call(
+            f"ask for the space of {known.name}", lambda content: _measure(content, known.datastore), repeatable=True
+        )
         found = self.address.find()
         with self._finding:
             self._known = found
@@ -42,9 +49,7 @@ class KnownDatastore:
         server, datastore = self.address.connection.server.name, self().datastore
 
         def ask(content: vim.ServiceInstanceContent) -> vim.Datastore.Summary | None:
-            # What servers know of it may be minutes old; where it cannot be asked for, that has to do.
-            with suppress(vmodl.MethodFault, NoVsphereAnswer):
-                vim.Datastore(datastore._GetMoId(), content.propertyCollector._GetStub()).RefreshDatastore()
+            _measure(content, datastore)
             try:
                 summary: vim.Datastore.Summary | None = properties.read(content, datastore, ("summary",)).get("summary")
             except vmodl.fault.ManagedObjectNotFound:
@@ -55,3 +60,9 @@ class KnownDatastore:
         if summary is None:
             raise DatastoreUnavailable(f"server {server} has no datastore {self().path} any more")
         return summary.capacity, summary.freeSpace
+
+
+def _measure(content: vim.ServiceInstanceContent, datastore: vim.Datastore) -> None:
+    """Has the server look at its sizes: what it knows of them may be minutes old. Where it cannot, that has to do."""
+    with suppress(vmodl.MethodFault, NoVsphereAnswer):
+        vim.Datastore(datastore._GetMoId(), content.propertyCollector._GetStub()).RefreshDatastore()

@@ -9,6 +9,7 @@ BENCHMARKS = {
     "copy": "copies of whole images, against cp on the same file system",
     "load": "touches beside running copies, and 64 clients at once",
     "mount": "the mount, against bindfs and against the datastore's own directory",
+    "vsphere": "what a vSphere server is asked for, and a plain client of its API",
 }
 
 

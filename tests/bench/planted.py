@@ -1,4 +1,4 @@
-"""Many images, as another program leaves them on a datastore: three files each, the extent all hole."""
+"""Many images, as another program leaves them on a datastore: the extent all hole."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ EXTENT_BYTES = MIB
 PREFIX = "base-image-"
 
 
-def plant(root: Path, count: int) -> None:
-    """Makes `image_NAME` directories, as fast as can be: there are as many as a large datastore has."""
+def plant(root: Path, count: int, files: int = FILES) -> None:
+    """Makes `image_NAME` directories with so many files each, as fast as can be: as many as a large datastore has."""
     for number in range(count):
         image_id = f"{PREFIX}{number:06d}"
         directory = os.path.join(root, f"image_{image_id}")
@@ -23,6 +23,8 @@ def plant(root: Path, count: int) -> None:
             _write(fd, f"{image_id}-flat.vmdk", b"", EXTENT_BYTES)
             _write(fd, f"{image_id}.vmdk", flat_descriptor(f"{image_id}-flat.vmdk", EXTENT_BYTES).encode(), 0)
             _write(fd, TIMESTAMP, b"", 0)
+            for companion in range(files - FILES):
+                _write(fd, f"{image_id}.{companion}.json", b"", 0)
         finally:
             os.close(fd)
 

@@ -1,4 +1,4 @@
-"""What was measured of contenders, and what the mount is to reach against the others."""
+"""What was measured of contenders, and what ours is to reach against the others."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ COLUMNS = ("what", "how", "median", "range", "against the peers", "targets")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A limit for what the mount has: a value, or a ratio to that of `peer`. None: only to be shown."""
+    """A limit for what ours has: a value, or a ratio to that of `peer`. None: only to be shown."""
 
     limit: float | None
     at_most: bool
@@ -44,13 +44,14 @@ class Result:
     values: Mapping[str, Sequence[float]]
     shown: Callable[[float], str]
     targets: Sequence[Target] = ()
+    ours: str = OURS
 
     def rows(self) -> list[list[str]]:
-        """A row for each contender, the verdicts in that of the mount."""
+        """A row for each contender, the verdicts in that of ours."""
         rows = []
         for how, values in self.values.items():
             against = verdicts = ""
-            if how == OURS:
+            if how == self.ours:
                 ratios = {target: self._ratio(target) for target in self.targets}
                 against = ", ".join(f"{ratio:.3g} of {target.peer}" for target, ratio in ratios.items() if target.peer)
                 verdicts = ", ".join(filter(None, (target.verdict(ratio) for target, ratio in ratios.items())))
@@ -59,7 +60,7 @@ class Result:
         return rows
 
     def _ratio(self, target: Target) -> float:
-        ours = statistics.median(self.values[OURS])
+        ours = statistics.median(self.values[self.ours])
         return ours / statistics.median(self.values[target.peer]) if target.peer else ours
 
 

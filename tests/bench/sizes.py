@@ -27,6 +27,7 @@ class Sizes:
 
 
 SMALL = Disk("small", "64 MiB dense", 64 * MIB, MIB, 64)
+TINY = Disk("tiny", "2 MiB dense", 2 * MIB, MIB, 2)
 LARGE = Disk("large", "256 MiB dense", 256 * MIB, 8 * MIB, 32)
 
 
@@ -56,3 +57,17 @@ class LoadSizes:
     def shared_bytes(self) -> int:
         """Of a file system on which copies share their extents."""
         return Sizes.file_system(images=self.images, data=2 * (self.small.size + self.large.size))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSizes:
+    """How much is asked of a server."""
+
+    images: int = 1000
+    # In each image, counted by turns.
+    files: tuple[int, int] = (3, 30)
+    # What is imported, copied and so on, and counted; and what is copied against the clock.
+    small: Disk = TINY
+    large: Disk = LARGE
+    # How often each of those is counted: the least is told, which no look at the datastores' state fell into.
+    times: int = 3

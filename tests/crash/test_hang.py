@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar import errors
+from sidecar.datastores.interface import Capacity
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.images.admission import LINE, RESERVED, Admission
 from sidecar.images.catalog import Catalog
@@ -370,8 +371,9 @@ class Hanging(PosixDatastore):
         """As the discovery tells it a while later."""
         return "it has not answered since noon" if self.asked.is_set() and not self.answers.is_set() else ""
 
-    def check(self) -> None:
+    def check(self) -> Capacity:
         self._hang()
+        return super().check()
 
     def names(self, path: str) -> list[str]:
         self._hang()

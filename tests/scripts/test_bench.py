@@ -1,4 +1,4 @@
-"""scripts/bench mount and load on sizes of a test: every part measures what it says, and nothing is left of it."""
+"""scripts/bench on sizes of a test: every part measures what it says, and nothing is left of it."""
 
 import re
 import tempfile
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import load
+from tests.bench import load, vsphere
 from tests.bench.command import MIB
 from tests.bench.crowd import Outcome, percentile
 from tests.bench.disks import Disk
 from tests.bench.mount import PARTS, measure
 from tests.bench.results import Result, Target, at_least, at_most, seconds
-from tests.bench.sizes import LoadSizes, Sizes
+from tests.bench.sizes import LoadSizes, ServerSizes, Sizes
 from tests.bench.stage import BINDFS, OURS, RAW
 from tests.support.processes import run
 
@@ -82,6 +82,20 @@ def test_a_load_shows_every_operation_and_what_the_sidecar_needs_and_leaves_noth
     assert len(re.findall("reached|missed", " ".join(state.rows[-1]))) == 3
     assert list(place.iterdir()) == []
     assert str(place) not in Path("/proc/self/mounts").read_text() + run("losetup", "--list").stdout
+
+
+@pytest.mark.slow
+def test_requests_to_a_server_are_counted_and_timed_and_nothing_is_left(place: Path) -> None:
+    report = vsphere.measure(place, ServerSizes(images=20, large=SMALL_LOAD.small, times=1), 1)
+    counted = {row[0]: int(row[1]) for row in report.rows}
+    assert counted["imagectl ls"] == 0
+    assert (
+        counted["first listing, 20 images with 3 files each"] == counted["first listing, 20 images with 30 files each"]
+    )
+    assert {"imagectl cp", "imagectl import", "imagectl touch", "cp -r through a mount"} < set(counted)
+    assert all(number > 0 for what, number in counted.items() if what != "imagectl ls")
+    assert len(re.findall("reached|missed", str(report.more[0].rows))) == 2
+    assert list(place.iterdir()) == []
 
 
 def test_a_load_fails_for_an_error_that_no_client_may_get() -> None:

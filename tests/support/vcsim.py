@@ -1,10 +1,14 @@
 """A real vSphere API server for tests, with directories of ours as its datastores. See scripts/vcsim."""
 
 import contextlib
+import json
 import os
 import select
 import signal
+import ssl
 import subprocess
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +16,8 @@ from typing import Self
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vcsim"
 USER, PASSWORD = "administrator@vsphere.local", "simulated-secret"
+# What looks at the state of a datastore, as a sidecar does now and then.
+STATUS_REQUESTS = frozenset({"RetrievePropertiesEx Folder", "RetrievePropertiesEx Datastore", "RefreshDatastore"})
 # The first start builds it, unless scripts/test has done so.
 _START_SECONDS = 110
 
@@ -73,6 +79,12 @@ class Vcsim:
             f'[vsphere.sim]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
             f'credentials_file = "{self.credentials}"\ntimeout_seconds = {timeout}\n'
         )
+
+    def requests(self) -> Counter[str]:
+        """What it was asked since its start; see tests/vcsim/requests.go."""
+        url, context = f"https://127.0.0.1:{self.port}/requests", ssl._create_unverified_context()
+        with urllib.request.urlopen(url, timeout=10, context=context) as answer:
+            return Counter(json.load(answer))
 
     def kill(self) -> None:
         """kill -9, and waits until it is gone."""

@@ -75,6 +75,7 @@ func main() {
 	model.Service.Listen = &url.URL{Scheme: "https", Host: *listen, User: url.UserPassword(user, password)}
 	server := model.Service.NewServer()
 	check(addDatastores(server.URL, datastores))
+	countRequests(server)
 	fmt.Printf("https://%s/sdk\n", server.URL.Host)
 
 	ended := make(chan os.Signal, 1)

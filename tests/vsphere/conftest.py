@@ -110,19 +110,25 @@ class Served:
 @pytest.fixture
 def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
     """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's,
-    other keywords as of Vcsim.
+    `maintenance` in the table of that name, other keywords as of Vcsim.
 
     Without `path`, those of the server are reached by its API alone.
     """
     started: list[Sidecar] = []
 
     def start(
-        *, layout: str = "compound", more: str = "", timeout: float = PATIENCE, path: bool = True, **options: object
+        *,
+        layout: str = "compound",
+        more: str = "",
+        maintenance: str = "",
+        timeout: float = PATIENCE,
+        path: bool = True,
+        **options: object,
     ) -> Served:
         site = make_site(kind=kind, **options)
         roots = {**site.roots, "three": tmp_path / "three"}
         roots["three"].mkdir()
-        config = site.simulator.configuration(timeout)
+        config = site.simulator.configuration(timeout) + f"[maintenance]\n{maintenance}\n"
         for name, root in roots.items():
             told = layout or ("" if name in site.roots else "compound")
             config += f"[datastore.{name}]\nreserve = 0\n" + (f'layout = "{told}"\n' if told else "")

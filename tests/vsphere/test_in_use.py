@@ -13,6 +13,7 @@ import pytest
 
 from sidecar import errors
 from sidecar.client import Scan
+from sidecar.datastores.interface import Capacity
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.vsphere import VsphereDatastore
 from sidecar.datastores.writers import Writers
@@ -38,7 +39,7 @@ class PathlessDatastore(VsphereDatastore):
         super().__init__(name, "/not/there", Flock(), writers, address)
         self.root_path = ""
 
-    def check(self) -> None:
+    def check(self) -> Capacity:
         raise AssertionError("there is nothing here to look at")
 
 
