@@ -2,16 +2,17 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from sidecar.errors import ImagesError, NoSpace
 from tests.support.disks import assert_same_disk, digest, import_image, make_disk
-from tests.support.places import TIMESTAMP, flat_files
+from tests.support.places import MARKER, TIMESTAMP, flat_files
 from tests.support.processes import BIN, Mount, Sidecar, background, imagectl, loop_mount, run, wait_until
 from tests.vsphere.conftest import TIMEOUT, Served, end_sessions
 
@@ -164,6 +165,58 @@ def test_a_server_that_goes_away_while_images_are_published_leaves_each_whole_or
             source.with_name("disk-flat.vmdk")
         )
         served.imagectl("validate", f"two/{name}")
+
+
+def test_a_slow_server_is_waited_for(serve: Serve, tmp_path: Path) -> None:
+    slow = ("MakeDirectory", "SearchDatastore_Task", "MoveDatastoreFile_Task", "CopyVirtualDisk_Task")
+    served = serve(path=False, delays=dict.fromkeys(slow, 150))
+    source = served.import_image("one/a", tmp_path)
+    for command in ("cp one/a two/b", "touch two/b", "rm one/a", "purge one/a", "validate two/b"):
+        served.imagectl(*command.split())
+    assert_same_disk(source, served.places["two"].descriptor("b"))
+    served.assert_tidy()
+
+
+def test_sessions_that_end_again_and_again_break_no_copy_and_no_publishing(serve: Serve, tmp_path: Path) -> None:
+    served = serve(path=False, copy_seconds=0.5)
+    source = served.import_image("one/a", tmp_path)
+    with background(
+        *("bash", "-c", 'for i in 1 2 3 4 5 6; do "$0" --sidecar "$1" cp one/a two/b$i || exit; done'),
+        *(BIN / "imagectl", served.sidecar.address),
+    ) as copies:
+        while copies.poll() is None:
+            end_sessions(served.site)
+            with suppress(subprocess.TimeoutExpired):
+                copies.wait(0.3)
+        assert copies.returncode == 0
+    assert sorted(published(served)) == [f"b{number}" for number in range(1, 7)]
+    for name in published(served):
+        assert_same_disk(source, served.places["two"].descriptor(name))
+
+
+@pytest.mark.parametrize("how", ["killed", "hanging", "logged out"])
+def test_a_scan_during_which_the_server_goes_away_marks_nothing(serve: Serve, tmp_path: Path, how: str) -> None:
+    served = serve(path=False, timeout=TIMEOUT, delays={"RetrievePropertiesEx": 300})
+    for number in range(5):
+        served.places["one"].plant(f"i{number}")
+        os.utime(served.places["one"].file(f"i{number}", TIMESTAMP), (1e9, 1e9))
+    with (
+        ExitStack() as stack,
+        background(BIN / "imagectl", "--sidecar", served.sidecar.address, "scan", "one", "--rate", "100000") as scan,
+    ):
+        wait_until(lambda: "method=StartScan" in served.sidecar.log.read_text(), "the scan has begun")
+        if how == "killed":
+            served.site.simulator.kill()
+        elif how == "hanging":
+            stack.enter_context(served.site.simulator.hanging())
+        else:
+            end_sessions(served.site)
+        said = scan.communicate(timeout=60)[1].decode()
+        if how == "logged out":
+            assert scan.returncode == 0, said
+            return
+        assert scan.returncode == UNAVAILABLE, said
+    assert list(served.places["one"].root.rglob(MARKER)) == []
 
 
 def test_a_session_that_ends_at_any_time_is_begun_anew(serve: Serve, tmp_path: Path) -> None:
