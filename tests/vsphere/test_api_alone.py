@@ -124,6 +124,11 @@ def test_a_server_that_goes_away_in_a_copy_makes_it_unavailable_in_bounded_time(
     wait_until(lambda: reaped(served, "two"), "nothing is left but images", 60)
 
 
+def stop(sidecar: Sidecar) -> None:
+    sidecar.signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, sidecar.pid, os.WSTOPPED)
+
+
 def images(served: Served, datastore: str) -> set[str]:
     return {image.ref.image_id for image in served.client.images(datastore)}
 
@@ -250,7 +255,8 @@ def test_an_image_lock_of_a_sidecar_that_was_killed_is_taken_over(serve: Serve, 
         *("bash", "-c", 'while "$0" --sidecar "$1" touch one/a; do :; done', BIN / "imagectl", served.sidecar.address)
     ):
         wait_until(lock.is_dir, "it is locked")
-        served.sidecar.signal(signal.SIGSTOP)
+        stop(served.sidecar)
+        served.copies()  # what the server was asked for before the stop, it has done now
         held = lock.is_dir()
         served.sidecar.signal(signal.SIGKILL)
         served.sidecar.kill()
@@ -280,7 +286,8 @@ def test_two_sidecars_exclude_each_other_and_name_the_holder(serve: Serve, tmp_p
         # Stopped in the midst of it, so that it holds the lock.
         for _ in range(200):
             wait_until(lock.is_dir, "it is locked")
-            served.sidecar.signal(signal.SIGSTOP)
+            stop(served.sidecar)
+            served.copies()  # what the server was asked for before the stop, it has done now
             if lock.is_dir():
                 break
             served.sidecar.signal(signal.SIGCONT)
