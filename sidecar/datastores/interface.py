@@ -286,6 +286,12 @@ class Datastore(Protocol):
         `check` is called several times a second while it waits: what that raises ends the wait, and passes.
         """
 
+    def free_lock(self, path: str) -> None:
+        """Takes away what is left of a lock that somebody died over or only began to make; LockTimeout when it is held.
+
+        What is at the path and no lock stays.
+        """
+
     def lock_holder(self, path: str) -> LockHolder | None:
         """Who holds that lock, for showing; None when nobody does, also where a dead process left its file."""
 

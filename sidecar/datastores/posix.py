@@ -23,6 +23,7 @@ from sidecar.datastores.interface import (
     Datastore,
     DiskCopier,
     Entry,
+    EntryKind,
     OpenDirectory,
     ReadableFile,
     VmServer,
@@ -295,6 +296,10 @@ class PosixDatastore:
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         with self._faults.during("lock", path):
             return self._open_root().locks.acquire(path, operation, timeout, check)
+
+    def free_lock(self, path: str) -> None:
+        if self.entry(path).kind is EntryKind.FILE:
+            self.lock(path, "reap", timeout=0).release()
 
     def lock_holder(self, path: str) -> LockHolder | None:
         with self._faults.during("ask who holds", path):

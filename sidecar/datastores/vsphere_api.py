@@ -267,6 +267,13 @@ class VsphereApiDatastore:
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:
         return self._locks.acquire(path, operation, timeout, check)
 
+    def free_lock(self, path: str) -> None:
+        if self._files.entry(path).is_directory and not self._list(path):
+            with suppress(FileExistsError):  # not empty any more
+                self.remove_directory(path)
+        else:
+            self.lock(path, "reap", timeout=0).release()
+
     def lock_holder(self, path: str) -> LockHolder | None:
         return self._locks.holder(path)
 

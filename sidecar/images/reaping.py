@@ -201,17 +201,8 @@ class _Reaper:
 
     def _free_lock(self, path: str) -> None:
         entry = self._datastore.entry(path)
-        if entry.modified_ns > self._before_ns:
-            return
-        if entry.kind is EntryKind.FILE:
-            self._datastore.lock(path, "reap", timeout=0).release()
-        elif entry.kind is EntryKind.DIRECTORY and not self._datastore.root_path:
-            # Of a datastore whose locks are directories; one without a holder in it is what somebody died over.
-            if self._datastore.names(path):
-                self._datastore.lock(path, "reap", timeout=0).release()
-            else:
-                with contextlib.suppress(FileExistsError):  # not empty any more
-                    self._datastore.remove_directory(path)
+        if entry.kind is not EntryKind.OTHER and entry.modified_ns <= self._before_ns:
+            self._datastore.free_lock(path)
 
     def _remove_remains(self, image_id: str, directory: str) -> None:
         """In layout vsan, of an image that a crash left half removed; else of a directory that somebody made."""

@@ -20,7 +20,7 @@ READING: dict[type[object], set[str]] = {
     Datastore: {
         *("reflink", "open_directory", "names", "entries", "entry", "read_file", "read_range", "look_ahead"),
         *("open_readable", "shares_extents_with", "lock_holder", "interrupt", "users", "exclude_users", "watcher"),
-        *("capacity", "check", "require_in_place", "close"),
+        *("capacity", "check", "require_in_place", "close", "tree", "vm_server"),
     },
     WritableFile: {"size", "close"},
 }

@@ -32,6 +32,7 @@ ddb.geometry.cylinders = "{cylinders}"
 ddb.geometry.heads = "16"
 ddb.geometry.sectors = "63"
 ddb.adapterType = "lsilogic"
+ddb.deletable = "true"
 """
 
 
