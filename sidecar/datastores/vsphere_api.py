@@ -341,7 +341,7 @@ class VsphereApiDatastore:
             # To a server, a file is no such directory, or an argument that it does not understand.
             if path and not self._files.entry(path).is_directory:
                 raise InvalidRequest(f"{self.name}: {path} is not a directory") from None
-            raise
+            return self._files.entries(path)  # it may be one since; else this says what is wrong
 
     def _spooled(self, directory: str) -> list[Entry]:
         found = []
@@ -548,7 +548,8 @@ class _LockDirectories:
         except DatastoreUnavailable:
             if not self._files.entry(path).is_directory:
                 raise InvalidRequest(f"{path} is not a directory") from None
-            raise
+            # The file of a host with a path, which has let go of it, and somebody has it as a directory since.
+            return [file.name for file in self._files.entries(path)]
 
     def read_file(self, path: str, limit: int) -> bytes:
         return self._folder.read(path, 0, limit)

@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Protocol, Self
 
-from sidecar.errors import DatastoreUnavailable, ImagesError, LockTimeout
+from sidecar.errors import DatastoreUnavailable, ImagesError, InvalidRequest, LockTimeout
 from sidecar.locks.identity import Identity, own_identity, process_name
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 
@@ -208,7 +208,7 @@ class DirectoryLocks:
     def _read(self, path: str) -> LockHolder:
         try:
             content = self._directories.read_file(path, MAX_HOLDER_BYTES + 1)
-        except FileNotFoundError:
+        except (FileNotFoundError, InvalidRequest):  # let go of; or another kind of lock by now
             content = b""
         return LockHolder.from_bytes(content) or LockHolder.unknown(self._now())
 

@@ -7,7 +7,7 @@ in between there is an incomplete image, which nobody uses and the next publish 
 import contextlib
 
 from sidecar.datastores.interface import Datastore
-from sidecar.errors import InvalidRequest
+from sidecar.errors import InvalidRequest, NoSpace
 from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.layouts.renaming import move_back, prefixed_image_id, prefixed_vm_directories
 from sidecar.images.names import (
@@ -128,7 +128,8 @@ class VsanLayout:
 
 def _make_deletable(datastore: Datastore, descriptor: str) -> None:
     """Takes the mark out of a descriptor by which a server refuses to remove the disk."""
-    with contextlib.suppress(FileNotFoundError, InvalidRequest):  # gone, or no file
+    # Gone, or no file; or a full datastore, which is to get room by this: then it is tried with the mark.
+    with contextlib.suppress(FileNotFoundError, InvalidRequest, NoSpace):
         raw = datastore.read_file(descriptor, MAX_DESCRIPTOR_BYTES)
         if (without := without_deletable(raw)) != raw:
             datastore.write_file(descriptor, without)
