@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +39,7 @@ def stop_in_the_middle(sidecar: Sidecar, root: Path, layout: str, image_id: str)
 
     published = image_directory(root, layout, image_id) / TIMESTAMP
     wait_until(lambda: begun() or published.exists(), "some bytes are staged")
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     if published.exists():
         return None
     (staging,) = staging_directories(root)

@@ -119,7 +119,7 @@ def test_more_changes_than_the_kernel_remembers_lose_nothing(tmp_path: Path, sta
     wait_until(lambda: ids(client) == ["first"], "the catalogue follows")
     # Stopped, it cannot read its queue: what comes in the end is lost to it for certain.
     queue = Path("/proc/sys/fs/inotify/max_queued_events").read_text().strip()
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     try:
         project = str(Path(__file__).parents[2])
         subprocess.run([sys.executable, "-c", _CHURN, str(root), layout, project, queue], check=True, timeout=60)

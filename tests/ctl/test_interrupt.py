@@ -169,7 +169,7 @@ def test_a_sidecar_that_hangs_does_not_keep_whoever_was_interrupted(
     process = start("import", slow_disk, "one/a")
     wait_until(lambda: bool(list((tmp_path / "one").glob("tmp_image_*/*-flat.vmdk"))), "data is on its way")
     stack.callback(sidecar.signal, signal.SIGCONT)
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     process.send_signal(signal.SIGINT)
     code, output, message = ended(process)
     assert (code, output) == (130, "")

@@ -112,7 +112,7 @@ def hanging(sidecar: Sidecar) -> Iterator[None]:
         tasks = Path(f"/proc/{sidecar.pid}/task").iterdir()
         return all("State:\tT" in (task / "status").read_text() for task in tasks)
 
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     try:
         wait_until(is_stopped, "every thread of the sidecar is stopped")
         yield

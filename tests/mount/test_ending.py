@@ -113,7 +113,7 @@ def test_a_mount_ends_soon_while_its_sidecar_hangs_with_a_change(change: str, tm
     try:
         stack.enter_context(background("touch", image) if change == "touch" else background("rm", image / "a.ecv"))
         wait_until(lambda: is_in_kernel_at(sidecar.pid, "mnt_want_write"), "the sidecar is at it")
-        sidecar.signal(signal.SIGSTOP)
+        sidecar.stop_now()
         assert mount.stop(15) == 0
     finally:
         sidecar.signal(signal.SIGCONT)

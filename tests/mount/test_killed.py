@@ -13,7 +13,7 @@ from subprocess import PIPE
 import pytest
 
 from tests.mount.harness import hanging, is_in_kernel_at, message_of, names
-from tests.support.processes import Mount, Sidecar, background, is_mounted, loop_mount, run, wait_until
+from tests.support.processes import Mount, Sidecar, background, is_mounted, loop_mount, run, stop_now, wait_until
 
 SOON = 5.0
 CONNECTIONS = "/sys/fs/fuse/connections"
@@ -182,7 +182,7 @@ def test_a_start_that_waits_for_a_daemon_which_is_killed_then_goes_on(
     stack.enter_context(ended_by_force(mount))
     first, again = mount.process, Mount(mount.path, sidecar.address)
     assert first is not None
-    first.send_signal(signal.SIGSTOP)
+    stop_now(first)
     starting = threading.Thread(target=lambda: stack.enter_context(again))
     starting.start()
     wait_until(lambda: again.process is not None, "it is started")

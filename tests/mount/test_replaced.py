@@ -69,7 +69,7 @@ def test_a_reader_gets_no_mixture_of_two_images(
             for reader in readers:  # what is open cannot be freed
                 paused.enter_context(reader.turn)
             # It learns of both at once, as of one image that became another.
-            other.signal(signal.SIGSTOP)
+            other.stop_now()
             paused.callback(other.signal, signal.SIGCONT)
             client.delete("one/a", force=True)
             client.copy(f"two/{name}", "one/a").wait()

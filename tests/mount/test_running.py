@@ -82,7 +82,7 @@ def test_a_second_signal_does_not_throw_away_what_is_being_published(
     run("cp", "-r", disk.parent, mount.path / "one" / "new")
     mount_process = mount.process
     assert mount_process is not None
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     begun = time.monotonic()
     try:
         wait_until(lambda: time.monotonic() - begun > 4, "the settle time is over: it is being published")

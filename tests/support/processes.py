@@ -25,6 +25,12 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 20.0) 
         time.sleep(0.01)
 
 
+def stop_now(process: "subprocess.Popen[bytes]") -> None:
+    """SIGSTOP; returns when the last of its threads has stopped: until then some may still answer."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 class Sidecar:
     """An image-sidecar of its own process. `datastores` are written as its --datastore flags are."""
 
@@ -60,6 +66,11 @@ class Sidecar:
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+
+    def stop_now(self) -> None:
+        """SIGSTOP; nothing of it runs afterwards."""
+        assert self.process is not None
+        stop_now(self.process)
 
     def kill(self) -> None:
         """kill -9, and waits until it is gone."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import select
 import signal
 import ssl
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.support.processes import stop_now
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vcsim"
 USER, PASSWORD = "administrator@vsphere.local", "simulated-secret"
@@ -97,8 +98,7 @@ class Vcsim:
     def hanging(self) -> Iterator[None]:
         """It answers nothing for the time of the block; the kernel still accepts connections for it."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # until then some of its threads may still answer
+        stop_now(self.process)
         try:
             yield
         finally:

@@ -125,7 +125,7 @@ def test_a_server_that_goes_away_in_a_copy_makes_it_unavailable_in_bounded_time(
 
 
 def stop(sidecar: Sidecar) -> None:
-    sidecar.signal(signal.SIGSTOP)
+    sidecar.stop_now()
     os.waitid(os.P_PID, sidecar.pid, os.WSTOPPED)
 
 
