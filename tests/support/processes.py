@@ -26,9 +26,25 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 20.0) 
 
 
 def stop_now(process: "subprocess.Popen[bytes]") -> None:
-    """SIGSTOP; returns when the last of its threads has stopped: until then some may still answer."""
+    """SIGSTOP; returns when none of its threads runs any more: until then some may still answer.
+
+    One that the kernel does not let go yet stops on its way back, once another has stopped.
+    """
+
+    def has_stopped() -> bool:
+        states = {_state(thread) for thread in Path(f"/proc/{process.pid}/task").iterdir()}
+        return "T" in states and states <= {"T", "D", ""}
+
     process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    wait_until(has_stopped, f"process {process.pid} stops")
+
+
+def _state(thread: Path) -> str:
+    """Its letter, as in proc(5); none when it has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 class Sidecar:
