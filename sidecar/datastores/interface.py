@@ -244,6 +244,12 @@ class Datastore(Protocol):
     def rename(self, source: str, destination: str) -> None:
         """Moves without replacing: FileExistsError when the destination is there. Durable after sync_directory."""
 
+    def move_disk(self, source: str, destination: str) -> None:
+        """`rename` of the disk whose descriptor is at `source`, as the datastore has to be asked for that.
+
+        What the descriptor names may go with it, or stay.
+        """
+
     def remove_file(self, path: str) -> None: ...
 
     def remove_directory(self, path: str) -> None:

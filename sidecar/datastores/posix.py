@@ -222,6 +222,9 @@ class PosixDatastore:
         ):
             rename_no_replace(source_parent, source_name, parent, name)
 
+    def move_disk(self, source: str, destination: str) -> None:
+        self.rename(source, destination)
+
     def remove_file(self, path: str) -> None:
         with self._faults.during("remove", path), parent_of(self._root_fd, path) as (parent, name):
             os.unlink(name, dir_fd=parent)

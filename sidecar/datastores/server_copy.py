@@ -1,21 +1,10 @@
 """Disks copied by the server that has both datastores, however this host reaches them."""
 
-from typing import Protocol, TypeGuard
-
 from sidecar.datastores.interface import Datastore, DiskCopier, Transfer
+from sidecar.datastores.on_server import OnServer, is_on_server
 from sidecar.errors import DatastoreUnavailable, DiskFileFault
-from sidecar.vsphere.disks import DatastoreAddress, copy_task, find_all, may_preallocate
-from sidecar.vsphere.inventory import ServerDatastore
+from sidecar.vsphere.disks import copy_task, find_all, may_preallocate
 from sidecar.vsphere.tasks import ServerTask
-
-
-class OnServer(Datastore, Protocol):
-    """A datastore that a server has."""
-
-    address: DatastoreAddress
-
-    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
-        """DatastoreUnavailable unless what the server has there is this datastore, to judge by a directory in it."""
 
 
 def server_copier(source: Datastore, destination: OnServer) -> DiskCopier | None:
@@ -23,10 +12,6 @@ def server_copier(source: Datastore, destination: OnServer) -> DiskCopier | None
     if is_on_server(source) and source.address.connection is destination.address.connection:
         return _ServerCopier(source, destination)
     return None
-
-
-def is_on_server(datastore: Datastore) -> TypeGuard[OnServer]:
-    return isinstance(getattr(datastore, "address", None), DatastoreAddress)
 
 
 class _ServerCopier:

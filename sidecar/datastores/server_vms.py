@@ -2,21 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from pyVmomi import vim
 
 from sidecar.datastores.interface import Datastore, DiskPlace, KnownDisk, KnownVm
+from sidecar.datastores.on_server import is_on_server
 from sidecar.vsphere.connection import Connection
-from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.vms import DiskFile, Inventory, InventoryVm, read_inventory
-
-
-@runtime_checkable
-class _Served(Protocol):
-    """A datastore of a server."""
-
-    address: DatastoreAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +40,7 @@ class _Places:
         self._all: dict[str, set[str]] = {}
         for datastore in datastores:
             names = {datastore.name, datastore.volume}
-            if isinstance(datastore, _Served) and datastore.address.connection is connection:
+            if is_on_server(datastore) and datastore.address.connection is connection:
                 found = datastore.address.among(inventory.datastores)
                 self._by_reference[found.datastore].add(datastore.name)
                 names.add(found.name)

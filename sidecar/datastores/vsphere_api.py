@@ -42,7 +42,7 @@ from sidecar.errors import (
 from sidecar.locks.directories import DirectoryLocks, is_made_for
 from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
-from sidecar.vsphere.disks import DatastoreAddress, copy_task, remove_disk
+from sidecar.vsphere.disks import DatastoreAddress, copy_task, move_disk, remove_disk
 from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Download, Folder
@@ -166,15 +166,19 @@ class VsphereApiDatastore:
         and nobody stages more in what was to be published."""
         stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
         with self._spool.using(source) as spooled:
-            if spooled and spooled.changed and not stays:
-                raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
             if spooled and stays:
                 if spooled.on_server:
                     self._move_staged(source, destination, spooled)
                 self._spool.rename(source, destination)
                 return
-        self._spool.drop(source)
+        self._give_up_staged(source, destination)
         self._move(source, destination)
+
+    def _give_up_staged(self, source: str, destination: str) -> None:
+        with self._spool.using(source) as spooled:
+            if spooled and spooled.changed:
+                raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
+        self._spool.drop(source)
 
     def _move_staged(self, source: str, destination: str, spooled: SpooledFile) -> None:
         try:
@@ -182,6 +186,17 @@ class VsphereApiDatastore:
         except FileNotFoundError:
             if not spooled.changed:
                 raise
+
+    def move_disk(self, source: str, destination: str) -> None:
+        for path in (source, _data_of(source)):
+            self._give_up_staged(path, destination)
+        found = self.known()
+        try:
+            self._move(source, destination, lambda: move_disk(self.address.connection, found, source, destination))
+        except FileNotFoundError:
+            # Of the data, too: a server may miss it where it has that of disks of its own.
+            if not self._was_moved(source, destination):
+                self._move(source, destination)
 
     def remove_file(self, path: str) -> None:
         dropped = self._spool.drop(path)
@@ -382,9 +397,9 @@ class VsphereApiDatastore:
             while piece := download.read(_WHOLE):
                 yield piece
 
-    def _move(self, source: str, destination: str) -> None:
+    def _move(self, source: str, destination: str, move: Callable[[], None] | None = None) -> None:
         try:
-            self._files.move(source, destination)
+            move() if move else self._files.move(source, destination)
         except DatastoreUnavailable as error:
             if not self._was_moved(source, destination):
                 raise
@@ -443,7 +458,7 @@ class VsphereApiDatastore:
             return True
 
     def _copy_disk(self, source: "VsphereApiDatastore", source_path: str, path: str, size: int) -> None:
-        for name in (path, f"{path.removesuffix('.vmdk')}-flat.vmdk"):
+        for name in (path, _data_of(path)):
             with suppress(FileNotFoundError):
                 self._files.remove(name)
         here, there = source.known(), self.known()
@@ -561,6 +576,11 @@ class _LockDirectories:
     def remove_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._files.remove(path)
+
+
+def _data_of(descriptor: str) -> str:
+    """Where ESX puts the data of a disk."""
+    return f"{descriptor.removesuffix('.vmdk')}-flat.vmdk"
 
 
 def _descriptor_of(path: str) -> str:

@@ -82,6 +82,22 @@ def copy_task(
     return ServerTask(connection, f"copy the disk {names[0]} to {names[1]}", start, size)
 
 
+def move_disk(connection: Connection, datastore: ServerDatastore, source_path: str, path: str) -> None:
+    """Moves a disk, its data too, within a datastore. FileNotFoundError, FileExistsError; after one parts may be there.
+
+    FileNotFoundError also when it misses the data, maybe with the descriptor moved.
+    """
+    names = datastore_path(datastore, source_path), datastore_path(datastore, path)
+
+    def start(content: vim.ServiceInstanceContent) -> vim.Task:
+        task: vim.Task = _manager(connection, content).MoveVirtualDisk_Task(
+            names[0], datastore.datacenter, names[1], datastore.datacenter, False, None
+        )
+        return task
+
+    run_task(connection, f"move the disk {names[0]} to {names[1]}", start)
+
+
 def remove_disk(connection: Connection, datastore: ServerDatastore, path: str) -> None:
     """Removes a disk, its data too, wherever the server has that: on VSAN it is no file. FileNotFoundError."""
     name = datastore_path(datastore, path)

@@ -30,7 +30,7 @@ class SessionStub(SoapStubAdapter):
         self.timeout = timeout
         self._session = ""
         self._login = threading.local()  # in the thread that logs in: its cookie, and until when
-        self._call = threading.local()  # until when
+        self._call = threading.local()  # until when, once it is about to be sent
         super().__init__(  # type: ignore[no-untyped-call]
             host=host,
             port=port,
@@ -66,7 +66,8 @@ class SessionStub(SoapStubAdapter):
             self._login.cookie = value
 
     def InvokeMethod(self, mo: Any, info: Any, args: Any, outerStub: Any = None) -> Any:  # noqa: N802, N803
-        """As pyvmomi's. What it raises is a MethodFault or one of UNREACHABLE."""
+        """As pyvmomi's. What it raises is a MethodFault or one of UNREACHABLE, or of a call that cannot be sent."""
+        self._call.until = None
         try:
             result = super().InvokeMethod(mo, info, args, outerStub)  # type: ignore[no-untyped-call]
             if info.result is not type(None):
@@ -75,6 +76,8 @@ class SessionStub(SoapStubAdapter):
         except (vmodl.MethodFault, *UNREACHABLE):
             raise
         except Exception as error:  # of the many ways to fail at an answer that is none
+            if self._call.until is None:
+                raise
             raise NoVsphereAnswer(f"{type(error).__name__}: {error}") from error
 
     def GetConnection(self) -> BoundedConnection:  # noqa: N802

@@ -124,11 +124,6 @@ def test_a_server_that_goes_away_in_a_copy_makes_it_unavailable_in_bounded_time(
     wait_until(lambda: reaped(served, "two"), "nothing is left but images", 60)
 
 
-def stop(sidecar: Sidecar) -> None:
-    sidecar.stop_now()
-    os.waitid(os.P_PID, sidecar.pid, os.WSTOPPED)
-
-
 def images(served: Served, datastore: str) -> set[str]:
     return {image.ref.image_id for image in served.client.images(datastore)}
 
@@ -139,15 +134,15 @@ def reaped(served: Served, datastore: str) -> bool:
 
 
 def published(served: Served) -> list[str]:
-    root = served.places["two"].root
-    return [path.name.removeprefix("image_") for path in root.glob("image_*") if not path.name.endswith(".ec_lock")]
+    return [path.parent.name.removeprefix("image_") for path in served.places["two"].root.glob(f"image_*/{TIMESTAMP}")]
 
 
+@pytest.mark.parametrize("layout", ["compound", "vsan"])
 @pytest.mark.parametrize("how", ["killed", "hanging"])
 def test_a_server_that_goes_away_while_images_are_published_leaves_each_whole_or_not_there(
-    serve: Serve, tmp_path: Path, how: str
+    serve: Serve, tmp_path: Path, how: str, layout: str
 ) -> None:
-    served = serve(path=False, timeout=TIMEOUT)
+    served = serve(path=False, timeout=TIMEOUT, layout=layout)
     source = served.import_image("one/a", tmp_path)
     with background(
         *("bash", "-c", 'for i in $(seq 500); do "$0" --sidecar "$1" cp one/a two/b$i || exit; done'),
@@ -164,8 +159,8 @@ def test_a_server_that_goes_away_while_images_are_published_leaves_each_whole_or
     wait_until(lambda: served.imagectl("touch", "one/a", check=False)[0] == 0, "the datastore is back")
     wait_until(lambda: reaped(served, "two"), "nothing is left but images", 60)
     assert len(published(served)) > 3
+    assert images(served, "two") == set(published(served))
     for name in published(served):
-        assert (served.places["two"].directory(name) / TIMESTAMP).exists()
         assert digest(served.places["two"].file(name, f"{name}-flat.vmdk")) == digest(
             source.with_name("disk-flat.vmdk")
         )
@@ -255,7 +250,7 @@ def test_an_image_lock_of_a_sidecar_that_was_killed_is_taken_over(serve: Serve, 
         *("bash", "-c", 'while "$0" --sidecar "$1" touch one/a; do :; done', BIN / "imagectl", served.sidecar.address)
     ):
         wait_until(lock.is_dir, "it is locked")
-        stop(served.sidecar)
+        served.sidecar.stop_now()
         served.copies()  # what the server was asked for before the stop, it has done now
         held = lock.is_dir()
         served.sidecar.signal(signal.SIGKILL)
@@ -286,7 +281,7 @@ def test_two_sidecars_exclude_each_other_and_name_the_holder(serve: Serve, tmp_p
         # Stopped in the midst of it, so that it holds the lock.
         for _ in range(200):
             wait_until(lock.is_dir, "it is locked")
-            stop(served.sidecar)
+            served.sidecar.stop_now()
             served.copies()  # what the server was asked for before the stop, it has done now
             if lock.is_dir():
                 break

@@ -167,6 +167,11 @@ def test_an_answer_of_another_shape_is_none(
         connection.call("make a folder", lambda content: content.rootFolder.CreateFolder("new"))
 
 
+def test_a_call_that_cannot_be_sent_is_not_taken_for_a_server_that_is_away(site: Site) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        site.connection().call("make a folder", lambda content: content.rootFolder.CreateFolder("\ud800"))
+
+
 @pytest.mark.parametrize("host", ["a..b", f"{'x' * 70}.example.org"])
 def test_a_name_that_no_host_can_have_is_told(site: Site, host: str) -> None:
     with pytest.raises(DatastoreUnavailable, match=r"server sim: cannot log in: .* is no address"):

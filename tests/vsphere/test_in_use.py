@@ -30,6 +30,8 @@ from tests.vsphere.conftest import MakeSite, Served, Site, end_sessions
 
 DAY = 86_400
 WEB = "VM web (disk [one] web/web.vmdk)"
+# What a host alone does not have.
+ON_A_VCENTER = pytest.mark.parametrize("kind", ["vcenter"], indirect=True)
 
 
 class PathlessDatastore(VsphereDatastore):
@@ -140,24 +142,21 @@ def test_what_only_a_snapshot_holds_counts(stores: dict[str, ImageStore], vms: V
     assert users(stores, "one/a") == []
 
 
-def test_folders_are_looked_into(stores: dict[str, ImageStore], vms: Vms, kind: str) -> None:
-    if kind == "host":
-        pytest.skip("a host has no folders of VMs")
+@ON_A_VCENTER
+def test_folders_are_looked_into(stores: dict[str, ImageStore], vms: Vms) -> None:
     vms.create("web", ("[one] web/web.vmdk", "[one] image_a/a.vmdk"), folders=("outer", "inner"))
     assert users(stores, "one/a") == [WEB]
 
 
-def test_templates_count(stores: dict[str, ImageStore], vms: Vms, kind: str) -> None:
-    if kind == "host":
-        pytest.skip("a host has no templates")
+@ON_A_VCENTER
+def test_templates_count(stores: dict[str, ImageStore], vms: Vms) -> None:
     vm = vms.create("web", ("[one] web/web.vmdk", "[one] image_a/a.vmdk"))
     vms.do(vm, lambda vm: vm.MarkAsTemplate())
     assert users(stores, "one/a") == [WEB]
 
 
-def test_the_vms_of_a_vapp_count(stores: dict[str, ImageStore], vms: Vms, kind: str) -> None:
-    if kind == "host":
-        pytest.skip("a host alone has no vApps")
+@ON_A_VCENTER
+def test_the_vms_of_a_vapp_count(stores: dict[str, ImageStore], vms: Vms) -> None:
     vms.create("web", ("[one] web/web.vmdk", "[one] image_a/a.vmdk"), vapp="app")
     assert users(stores, "one/a") == [WEB]
 

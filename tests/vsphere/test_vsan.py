@@ -7,6 +7,7 @@ import pytest
 from pyVmomi import vim
 
 from sidecar.vsphere import properties
+from tests.support.disks import assert_same_disk
 from tests.support.places import TIMESTAMP, flat_files
 from tests.support.processes import BIN, run, wait_until
 from tests.vsphere.conftest import Served
@@ -35,6 +36,26 @@ def test_the_layout_follows_what_the_server_says_unless_it_is_told(serve: Serve,
     served.places["one"].assert_holds({"a": flat_files("a", "a.ecv")})
     wait_until((served.places["two"].root / "deleted_images").is_dir, "two is compound")
     assert not (served.places["one"].root / "deleted_images").exists()
+
+
+def test_publishing_has_the_server_move_the_disk(serve: Serve, tmp_path: Path) -> None:
+    served = serve(path=False, layout="vsan", types={"one": "vsan", "two": "vsan"})
+    source = served.import_image("one/a", tmp_path)
+    served.imagectl("cp", "one/a", "two/b")
+    assert tasks(served).count("VirtualDiskManager.moveVirtualDisk") == 2
+    assert_same_disk(source, served.places["two"].descriptor("b"))
+    served.places["two"].assert_holds({"b": flat_files("b", "b.ecv")})
+    served.assert_tidy()
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "streamOptimized", "twoGbMaxExtentFlat"])
+def test_a_disk_that_the_server_moves_in_part_is_published_whole(serve: Serve, tmp_path: Path, subformat: str) -> None:
+    """It misses the data where it has it itself, and says that the disk is not there."""
+    served = serve(path=False, layout="vsan", types={"one": "vsan"})
+    source = served.import_image("one/a", tmp_path, subformat=subformat)
+    assert_same_disk(source, served.places["one"].descriptor("a"))
+    served.imagectl("validate", "one/a")
+    served.assert_tidy()
 
 
 @pytest.mark.parametrize("path", [True, False], ids=["path", "alone"])

@@ -5,6 +5,7 @@ in between there is an incomplete image, which nobody uses and the next publish 
 """
 
 import contextlib
+from collections.abc import Iterable
 
 from sidecar.datastores.interface import Datastore
 from sidecar.errors import InvalidRequest, NoSpace
@@ -81,16 +82,28 @@ class VsanLayout:
         destination = self.image_directory(image_id)
         if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
             raise FileExistsError(destination)
-        # The descriptor after what it names, and the timestamp, which makes the image valid, after everything.
-        last = (descriptor_name(image_id), TIMESTAMP)
-        names = [name for name in datastore.names(staging.directory) if not is_lock_or_staging(name)]
-        moved: list[str] = []
-        try:
-            for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
-                if name == TIMESTAMP:
-                    datastore.sync_directory(destination)
-                datastore.rename(f"{staging.directory}/{name}", f"{destination}/{name}")
+        descriptor, moved = descriptor_name(image_id), list[str]()
+
+        def left() -> list[str]:
+            return sorted(name for name in datastore.names(staging.directory) if not is_lock_or_staging(name))
+
+        def move(names: Iterable[str]) -> None:
+            for name in names:
+                to_move = datastore.move_disk if name == descriptor else datastore.rename
+                to_move(f"{staging.directory}/{name}", f"{destination}/{name}")
                 moved.append(name)
+
+        try:
+            names = left()
+            # The disk after its companions: whole and without a timestamp, it is taken for complete by a repair.
+            move(name for name in names if name != TIMESTAMP and not name.endswith(".vmdk"))
+            move([descriptor])
+            stayed = left()
+            moved += [name for name in names if name not in moved and name not in stayed]
+            move(name for name in stayed if name != TIMESTAMP)
+            datastore.sync_directory(destination)
+            # After everything what makes the image valid.
+            move([TIMESTAMP])
             datastore.sync_directory(destination)
         except BaseException:
             # Who is told that it failed must not find a valid image there, to be lost by the next power cut; nor a
