@@ -1,5 +1,6 @@
 """Fixtures: real sidecars and mounts on temporary directories."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,9 @@ from tests.support.processes import Mount, Sidecar
 # The same examples in every run, so that CI says the same twice; other ones with --hypothesis-profile=default.
 settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
+
+# Ignored where the tests run in the background of a script, and then in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LAYOUTS = ("compound", "sharded", "vsan")
 

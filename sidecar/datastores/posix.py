@@ -73,6 +73,8 @@ class _Root:
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
+    holds_open_files = True
+
     def __init__(
         self,
         name: str,

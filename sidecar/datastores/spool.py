@@ -31,6 +31,9 @@ class Lent(ReadableFile, Protocol):
     @property
     def place(self) -> object: ...
 
+    def require_same(self) -> None:
+        """Raises FileChanged when what was read of it may not be of the file that was opened."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Borrowed:
@@ -128,6 +131,8 @@ class SpooledFile:
                     data = _read_all(each.source, start, min(start + _PIECE, each.offset + each.length))
                     with self.faults.during("stage", self.path):
                         write_all(self.fd, data, start)
+            for source in {each.source.place: each.source for each in self._borrowed}.values():
+                source.require_same()
             self._give_back()
 
     def _give_back(self) -> None:

@@ -33,6 +33,7 @@ from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, Spoole
 from sidecar.errors import (
     DatastoreUnavailable,
     DiskFileFault,
+    FileChanged,
     ImageInUse,
     ImagesError,
     InvalidRequest,
@@ -50,6 +51,7 @@ from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.known import KnownDatastore
 
 _LOCK_SUFFIX = ".ec_lock"
+_TRIES = 8  # to remove a directory while others do, or use it
 _WHOLE = 1 << 20  # of reads in order, each piece of what a download brings
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class VsphereApiDatastore:
     root_path = ""
     shared = True
     reflink = False
+    holds_open_files = False
 
     def __init__(self, name: str, address: DatastoreAddress) -> None:
         """Asks nothing of the server yet: one that is away now may come back."""
@@ -217,13 +220,18 @@ class VsphereApiDatastore:
             if not all(is_made_for(lock, file.name) for file in self._list(path)):
                 raise FileExistsError(path)
 
-        require_empty()
-        try:
-            with self.lock(lock, "remove", timeout=0):
-                require_empty()
-                self._files.remove(path)
-        except LockTimeout:
-            raise FileExistsError(path) from None
+        for _ in range(_TRIES):
+            require_empty()
+            try:
+                with self.lock(lock, "remove", timeout=0):
+                    require_empty()
+                    self._files.remove(path)
+                    return
+            except LockTimeout:
+                # Who had it may have let go of it since, and left the directory, as this try to take it was in there.
+                if lock.rpartition("/")[2] in self.names(path):
+                    break
+        raise FileExistsError(path)
 
     def remove_tree(self, path: str) -> int:
         self._spool.drop(path)
@@ -259,7 +267,7 @@ class VsphereApiDatastore:
             entry = _entry(self._files.entry(path))
             if entry.kind is not EntryKind.FILE:
                 raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            return _ApiReadable(self, path, entry)
+            return ApiReadable(self, path, entry)
         except BaseException:
             self.closed(path)
             raise
@@ -320,14 +328,18 @@ class VsphereApiDatastore:
     def _own_use(self) -> str:
         return f"{process_name()} (pid {os.getpid()})"
 
-    def read_again(self, file: "_ApiReadable") -> "_ApiReadable":
+    def read_again(self, file: "ApiReadable") -> "ApiReadable":
         """The same open file once more, without asking the server."""
         with self._use:
             self._open[file.path] += 1
-        return _ApiReadable(self, file.path, file.entry)
+        return ApiReadable(self, file.path, file.entry)
 
     def download(self, path: str, offset: int) -> Download:
         return self._folder.open(path, offset)
+
+    def server_file(self, path: str) -> ServerFile:
+        """What the server has there, whatever is staged."""
+        return self._files.entry(path)
 
     def closed(self, path: str) -> None:
         with self._use:
@@ -424,27 +436,28 @@ class VsphereApiDatastore:
                 return
             self._require_directory(file.path.rpartition("/")[0])
             source = file.wholly_borrowed()
-            if isinstance(source, _ApiReadable):
+            if isinstance(source, ApiReadable):
                 self._copy_on_server(source, file)
             else:
                 file.fill()
                 size = file.size
                 self._folder.write(file.path, size, lambda: file.pieces(size))
 
-    def _lend(self, source: ReadableFile) -> "_ApiReadable | None":
-        if isinstance(source, _ApiReadable) and source.datastore.address.connection is self.address.connection:
+    def _lend(self, source: ReadableFile) -> "ApiReadable | None":
+        if isinstance(source, ApiReadable) and source.datastore.address.connection is self.address.connection:
             return source.datastore.read_again(source)
         return None
 
-    def _copy_on_server(self, source: "_ApiReadable", file: SpooledFile) -> None:
+    def _copy_on_server(self, source: "ApiReadable", file: SpooledFile) -> None:
         """Has the server copy a file; the data of a disk is copied with its descriptor, which is put right then."""
         if not self._copied_with_descriptor(source, file):
             self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
+        source.require_same()
         arrived = self._folder.size(file.path)
         if arrived != file.size:
             raise DiskFileFault(f"{self.name}: {file.path} has {arrived} bytes, and {source.path} {file.size}")
 
-    def _copied_with_descriptor(self, source: "_ApiReadable", file: SpooledFile) -> bool:
+    def _copied_with_descriptor(self, source: "ApiReadable", file: SpooledFile) -> bool:
         descriptor, source_descriptor = _descriptor_of(file.path), _descriptor_of(source.path)
         with self._spool.using(descriptor) as spooled:
             if spooled is None or not source_descriptor:
@@ -499,7 +512,7 @@ class _Listed:
         """Nothing is held."""
 
 
-class _ApiReadable:
+class ApiReadable:
     """An open file of the server: read in order, it comes with one request."""
 
     inode = 0
@@ -518,20 +531,38 @@ class _ApiReadable:
             return b""
         if offset != self._position or not offset:
             self._end_download()
-            data = self.datastore.read_range(self.path, offset, length)
+            read = self.datastore.read_range
         else:
-            data = self._read_on(offset, length)
+            read = self._read_on
+        try:
+            data = read(self.path, offset, length)
+        except FileNotFoundError as error:
+            raise self._changed() from error
         self._position = offset + len(data)
         return data
 
-    def _read_on(self, offset: int, length: int) -> bytes:
+    def require_same(self) -> None:
+        """FileChanged when what was read may not be of the file that was opened."""
+        try:
+            now = _entry(self.datastore.server_file(self.path))
+        except FileNotFoundError as error:
+            raise self._changed() from error
+        if (now.modified_ns, now.size) != (self.modified_ns, self.size):
+            raise self._changed()
+
+    def _changed(self) -> FileChanged:
+        return FileChanged(
+            f"{self.datastore.name}: {self.path} was removed or replaced while it was read; look at the image again"
+        )
+
+    def _read_on(self, path: str, offset: int, length: int) -> bytes:
         if self._download is not None:
             try:
                 return self._download.read(length)
             except ServerUnreachable:
                 # Servers, and what is between, end what is read slowly.
                 self._end_download()
-        self._download = self.datastore.download(self.path, offset)
+        self._download = self.datastore.download(path, offset)
         return self._download.read(length)
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:

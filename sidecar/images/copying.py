@@ -6,7 +6,15 @@ from types import TracebackType
 from typing import Self
 
 from sidecar.datastores.interface import Datastore, DiskCopier, ReadableFile
-from sidecar.errors import DiskFileFault, ImageIncomplete, ImagesError, InvalidDisk, InvalidRequest
+from sidecar.errors import (
+    DiskFileFault,
+    FileChanged,
+    ImageIncomplete,
+    ImageNotFound,
+    ImagesError,
+    InvalidDisk,
+    InvalidRequest,
+)
 from sidecar.images import vmdk
 from sidecar.images.image import FileKind, Image, ImageFile, reader_of
 from sidecar.images.names import descriptor_name, is_reserved, renamed_companion
@@ -32,7 +40,7 @@ class OpenImage:
             for file in before.files:
                 self._open(before, file)
             self.image = store.read_valid(image_id)
-            if list(map(_identity, self.image.files)) != list(map(_identity, before.files)):
+            if not _are_same(self.image, before):
                 raise ImageIncomplete(f"{self.image.key} was replaced while it was opened; try again")
             self.disk = self._read_disk()
         except BaseException:
@@ -61,6 +69,18 @@ class OpenImage:
     def read(self, name: str, offset: int, length: int) -> bytes:
         return self.files[name].read(offset, length)
 
+    def require_same(self) -> None:
+        """FileChanged when what was read may be of another image: where open files are known to this process alone,
+        another host may have purged the image, and made a new one."""
+        if self.store.datastore.holds_open_files:
+            return
+        try:
+            if _are_same(self.store.read(self.image.key.image_id), self.image):
+                return
+        except ImageNotFound:
+            pass
+        raise FileChanged(f"{self.image.key} was purged or replaced while it was copied; look at it again")
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
@@ -75,9 +95,13 @@ class OpenImage:
         self.close()
 
 
-def _identity(file: ImageFile) -> tuple[int, int, int]:
-    """Of what is there now: not every datastore has inodes, and none changes a file of an image."""
-    return file.inode, file.modified_ns, file.size
+def _are_same(image: Image, other: Image) -> bool:
+    """Whether they have the same files: not every datastore has inodes, and none changes a file of an image."""
+
+    def identities(image: Image) -> list[tuple[str, int, int, int]]:
+        return [(file.name, file.inode, file.modified_ns, file.size) for file in image.files]
+
+    return identities(image) == identities(other)
 
 
 def copy_image(
@@ -126,13 +150,18 @@ def clone_files(opened: OpenImage, staging: StagingDirectory, progress: Progress
     disk = opened.disk
     copier = _disk_copier(opened, staging.store)
     if copier is not None:
-        _copy_whole_disk(copier, opened, staging, renames, progress)
+        try:
+            _copy_whole_disk(copier, opened, staging, renames, progress)
+        except DiskFileFault:
+            opened.require_same()  # or that is why
+            raise
         files = [file for file in files if file.name not in disk.file_names]
     for file in files:
         _clone_file(opened, file.name, staging, renames[file.name], progress)
     if copier is None:
         raw = opened.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
         rewrite_staged_descriptor(staging, disk, renames, raw)
+    opened.require_same()
 
 
 def _new_names(opened: OpenImage, files: Iterable[ImageFile], image_id: str) -> dict[str, str]:

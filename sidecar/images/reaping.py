@@ -105,8 +105,9 @@ class _Reaper:
             if self._look(place, held=True)[1] > self._before_ns:
                 return
             self._free_staged(place)
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            self._datastore.remove_directory(place.directory)  # the lock file was in it
+        if place.locked_inside:
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                self._datastore.remove_directory(place.directory)
         if place.image_id:
             self._store.layout.tidy(self._datastore, place.image_id)
         if kind:
@@ -114,8 +115,8 @@ class _Reaper:
 
     def _free_staged(self, place: StagingPlace) -> None:
         """All of it, but for its lock where that is inside: who came for it after it was unlinked would make another
-        one in the directory, and believe that the directory is his."""
-        if not place.lock.startswith(f"{place.directory}/"):
+        one in the directory, and believe that the directory is his. Elsewhere, who has the lock next makes his own."""
+        if not place.locked_inside:
             self._free(place.directory)
             return
         for entry in self._datastore.entries(place.directory):

@@ -65,12 +65,11 @@ class StagingDirectory:
     def _make(self, operation: str) -> None:
         """After an error there is neither the directory nor the lock."""
         store = self.store
-        lock_inside = self.place.lock.startswith(f"{self.place.directory}/")
         try:
-            if lock_inside:
+            if self.place.locked_inside:
                 store.datastore.make_directory(self.place.directory, parents=True)
             self._lock = store.datastore.lock(self.place.lock, f"{operation} {self.image_id}", timeout=0)
-            if not lock_inside:
+            if not self.place.locked_inside:
                 store.datastore.make_directory(self.place.directory, parents=True)
         except BaseException:
             if self._lock:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from sidecar import errors
+from sidecar.client_calls import new_request_id
 from sidecar.images.operations import Operations
 from sidecar.images.progress import Progress
 from tests.support.disks import assert_same_disk
@@ -89,8 +90,10 @@ def test_a_cancelled_copy_leaves_no_image_and_no_staging_directory(world: World,
 def test_a_copy_that_is_cancelled_at_any_moment_is_whole_or_nothing(world: World, destination: str) -> None:
     there = world.places[destination]
     source = world.places["one"].plant("a", size=32 * MIB, data=[(0, 32 * MIB)])
+    request_id = new_request_id()
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
-        copy = world.client.copy("one/a", f"{destination}/b")
+        # The same as the one before, which it waits for, whose call has ended earlier.
+        copy = world.client.copy("one/a", f"{destination}/b", request_id=request_id)
         timer = threading.Timer(delay, copy.cancel)
         timer.start()
         try:
@@ -103,8 +106,10 @@ def test_a_copy_that_is_cancelled_at_any_moment_is_whole_or_nothing(world: World
         if there.directory("b").exists():
             assert_same_disk(source, there.descriptor("b"))
             world.client.delete(f"{destination}/b", force=True)
+            request_id = new_request_id()
         else:
             assert cancelled
+    world.client.copy("one/a", f"{destination}/b", request_id=request_id).wait()
 
 
 def test_a_copy_goes_on_while_one_of_its_callers_still_wants_it(world: World, place: Place) -> None:

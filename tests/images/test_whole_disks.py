@@ -66,8 +66,13 @@ def test_what_comes_into_sight_late_is_waited_for(datastore: Copying, store: Ima
     place.plant("a")
     late = []
 
+    def appear(source: Path, target: Path) -> None:
+        copy_whole(source, target.with_name("copied.vmdk"))
+        target.with_name("copied-flat.vmdk").rename(target.with_name(f"{target.stem}-flat.vmdk"))
+        target.with_name("copied.vmdk").rename(target)
+
     def copy_files(source: Path, target: Path) -> None:
-        late.append(threading.Timer(0.5, copy_whole, (source, target)))
+        late.append(threading.Timer(0.5, appear, (source, target)))
         late[0].start()
 
     datastore.copy_files = copy_files

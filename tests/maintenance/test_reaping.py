@@ -1,9 +1,10 @@
 """Reap: what nobody makes any more goes, and what somebody makes stays, however old it is."""
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sidecar.errors import DatastoreUnavailable, OperationCancelled
 from sidecar.images.deletion import purge_image
 from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
+from sidecar.locks.interface import HeldLock
 from tests.maintenance.conftest import DAY, Site
 from tests.support.places import MARKER, TIMESTAMP, flat_files
 
@@ -138,6 +140,30 @@ def test_who_begins_in_a_directory_that_is_being_reaped_keeps_it(
     reap(site.store, 0)
     assert path.is_dir()
     assert list(path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_who_waits_for_the_lock_of_a_reaper_keeps_the_directory_that_he_makes(
+    make_site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By coarse clocks, or those of two hosts, what was just made is older than the beginning of a reaping."""
+    site = make_site(name)
+    place, datastore = site.store.layout.staging_place("new", "begun"), site.store.datastore
+    lock, directory = site.place.root / place.lock, site.place.root / place.directory
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()
+    real = datastore.lock
+
+    @contextlib.contextmanager
+    def lock_for_the_next_one(path: str, operation: str, timeout: float) -> Iterator[HeldLock]:
+        with real(path, operation, timeout) as held:
+            yield held
+        if path == place.lock:
+            directory.mkdir()
+
+    monkeypatch.setattr(datastore, "lock", lock_for_the_next_one)
+    assert reap(site.store, 0).staging == []
+    assert directory.is_dir()
 
 
 def test_a_lock_that_is_held_stays_where_it_is(site: Site) -> None:

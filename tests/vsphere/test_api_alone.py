@@ -1,6 +1,7 @@
 """Images on datastores that this host does not see: everything is asked of the server, which may fail at any time."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,12 +13,12 @@ import pytest
 
 from sidecar.errors import ImagesError, NoSpace
 from tests.support.disks import assert_same_disk, digest, import_image, make_disk
-from tests.support.places import MARKER, TIMESTAMP, flat_files
+from tests.support.places import MARKER, MIB, TIMESTAMP, flat_files
 from tests.support.processes import BIN, Mount, Sidecar, background, imagectl, loop_mount, run, wait_until
 from tests.vsphere.conftest import TIMEOUT, Served, end_sessions
 
 Serve = Callable[..., Served]
-UNAVAILABLE = 6
+CHANGED, UNAVAILABLE = 5, 6
 
 
 def is_copying(served: Served) -> bool:
@@ -133,6 +134,23 @@ def reaped(served: Served, datastore: str) -> bool:
     return not served.places[datastore].leftovers()
 
 
+@pytest.mark.parametrize("size", [2 * MIB, 8 * MIB], ids=["another size", "the same size"])
+def test_a_copy_of_an_image_that_another_host_replaces_meanwhile_is_not_made(
+    serve: Serve, tmp_path: Path, size: int
+) -> None:
+    """It does not know who has it open here; the server copies what is there when it comes to it."""
+    served = serve(path=False, copy_seconds=3)
+    served.import_image("one/a", tmp_path)
+    with background(BIN / "imagectl", "--sidecar", served.sidecar.address, "cp", "one/a", "two/b") as copy:
+        wait_until(lambda: is_copying(served), "the server copies")
+        shutil.rmtree(served.places["one"].directory("a"))
+        served.places["one"].plant("a", size=size, companions={"a.ecv": b"{}"})
+        said = copy.communicate(timeout=60)[1].decode()
+        assert copy.returncode == CHANGED, said
+        assert "replaced while it was" in said
+    served.places["two"].assert_holds({})
+
+
 def published(served: Served) -> list[str]:
     return [path.parent.name.removeprefix("image_") for path in served.places["two"].root.glob(f"image_*/{TIMESTAMP}")]
 
@@ -142,7 +160,7 @@ def published(served: Served) -> list[str]:
 def test_a_server_that_goes_away_while_images_are_published_leaves_each_whole_or_not_there(
     serve: Serve, tmp_path: Path, how: str, layout: str
 ) -> None:
-    served = serve(path=False, timeout=TIMEOUT, layout=layout)
+    served = serve(path=False, timeout=TIMEOUT, layout=layout, more="rescan_seconds = 0.5")
     source = served.import_image("one/a", tmp_path)
     with background(
         *("bash", "-c", 'for i in $(seq 500); do "$0" --sidecar "$1" cp one/a two/b$i || exit; done'),
@@ -159,7 +177,7 @@ def test_a_server_that_goes_away_while_images_are_published_leaves_each_whole_or
     wait_until(lambda: served.imagectl("touch", "one/a", check=False)[0] == 0, "the datastore is back")
     wait_until(lambda: reaped(served, "two"), "nothing is left but images", 60)
     assert len(published(served)) > 3
-    assert images(served, "two") == set(published(served))
+    wait_until(lambda: images(served, "two") == set(published(served)), "nothing else looks like an image")
     for name in published(served):
         assert digest(served.places["two"].file(name, f"{name}-flat.vmdk")) == digest(
             source.with_name("disk-flat.vmdk")

@@ -15,8 +15,8 @@ from sidecar.datastores import spool
 from sidecar.datastores.interface import Datastore
 from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
-from sidecar.datastores.vsphere_api import VsphereApiDatastore
-from sidecar.errors import DatastoreUnavailable, InvalidRequest
+from sidecar.datastores.vsphere_api import ApiReadable, VsphereApiDatastore
+from sidecar.errors import DatastoreUnavailable, FileChanged, InvalidRequest, LockTimeout
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
@@ -28,6 +28,7 @@ from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
 from sidecar.locks.directories import SETTLE_SECONDS
 from sidecar.locks.identity import own_identity
+from sidecar.locks.interface import HeldLock
 from sidecar.vsphere import files
 from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.faults import ServerUnreachable
@@ -343,6 +344,33 @@ def test_locks_that_somebody_died_over_are_reaped(
         assert {path.name for path in root.glob("*.ec_lock")} == {"image_c.ec_lock", "image_d.ec_lock"}
 
 
+def test_a_directory_is_removed_though_its_lock_was_held_and_let_go_of_in_the_moment_of_trying(
+    datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who let go of it may have left the directory, as there was something in it: the lock that this try prepared."""
+    (root / "d").mkdir()
+    (root / "d" / "lock.ec_lock").touch()
+    real, tried = datastore.lock, []
+
+    def lock(path: str, operation: str, timeout: float) -> HeldLock:
+        tried.append(path)
+        if len(tried) == 1:
+            (root / path).unlink()
+            raise LockTimeout("held")
+        return real(path, operation, timeout)
+
+    monkeypatch.setattr(datastore, "lock", lock)
+    datastore.remove_directory("d")
+    assert not (root / "d").exists()
+
+
+def test_a_directory_whose_lock_is_held_stays(datastore: VsphereApiDatastore, root: Path) -> None:
+    (root / "d").mkdir()
+    with datastore.lock("d/lock.ec_lock", "make", 0), pytest.raises(FileExistsError):
+        datastore.remove_directory("d")
+    datastore.remove_directory("d")
+
+
 def ended_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -365,3 +393,42 @@ def test_data_whose_descriptor_has_another_name_is_copied_by_the_server_all_the_
     datastore.sync_file("d/b.vmdk")
     assert (root / "d" / "b-flat.vmdk").read_bytes() == PIECE
     assert (root / "d" / "b.vmdk").read_bytes() == b"descriptor"
+
+
+def replaced(path: Path) -> None:
+    """By another file of the same size, as by a host that purged the image and made it anew."""
+    path.unlink()
+    path.write_bytes(bytes(len(PIECE)))
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("change", [replaced, Path.unlink])
+def test_what_is_not_there_any_more_while_it_is_read_is_told_and_not_taken_for_a_defect(
+    datastore: VsphereApiDatastore, root: Path, change: Callable[[Path], None]
+) -> None:
+    (root / "file").write_bytes(PIECE)
+    file = datastore.open_readable("file")
+    assert isinstance(file, ApiReadable)
+    with closing(file):
+        file.require_same()
+        change(root / "file")
+        with pytest.raises(FileChanged, match="one: file was removed or replaced while it was read"):
+            file.read(0, 10)
+            file.require_same()
+
+
+@pytest.mark.parametrize("change", [replaced, Path.unlink])
+@pytest.mark.parametrize("whole", [True, False], ids=["by the server", "by this host"])
+def test_a_copy_of_what_another_host_took_away_is_never_complete(
+    datastore: VsphereApiDatastore, root: Path, change: Callable[[Path], None], whole: bool
+) -> None:
+    (root / "file").write_bytes(PIECE)
+    (root / "d").mkdir()
+    with (
+        closing(datastore.open_readable("file")) as source,
+        closing(datastore.open_writable("d/copy")) as copy,
+    ):
+        copy.clone(source, 0, 0, len(PIECE), Progress())
+        change(root / "file")
+        with pytest.raises((FileChanged, FileNotFoundError)):
+            copy.sync() if whole else copy.resize(len(PIECE) + 1)

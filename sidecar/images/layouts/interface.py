@@ -14,6 +14,11 @@ class StagingPlace:
     lock: str
     image_id: str = ""  # of the image in whose directory it is, where there is one
 
+    @property
+    def locked_inside(self) -> bool:
+        """The lock is in the directory."""
+        return self.lock.startswith(f"{self.directory}/")
+
 
 class Layout(Protocol):
     """One way to arrange images. Stateless; paths are relative to the datastore's root."""
