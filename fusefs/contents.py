@@ -1,17 +1,19 @@
 """The bytes of a staged file: in the staging directory itself where this host may write there, else over the wire."""
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
 from fusefs.pulse import Pulse
-from fusefs.reading import NOT_FROM_HERE, LocalReader, RemoteReader, Shared
+from fusefs.reading import NOT_FROM_HERE, LocalReader, Reader, RemoteReader, Shared
 from sidecar.client import SidecarClient, Staging
+from sidecar.errors import FileNotInImage, ImagesError
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ class Status(NamedTuple):
     inode: int = 0  # of the file in the datastore; 0: not known
 
 
+class NamesUnknownError(OSError):
+    """A change of a name was sent to the sidecar, and nobody knows whether it was made."""
+
+
 class Content(Protocol):
     """The bytes of one staged file."""
 
@@ -35,7 +41,7 @@ class Content(Protocol):
     def status(self) -> Status: ...
     def read(self, size: int, offset: int) -> bytes: ...
     def write(self, data: memoryview, offset: int) -> None: ...
-    def share(self, source: LocalReader, offset: int, length: int) -> bool:
+    def share(self, source: Reader, offset: int, length: int) -> bool:
         """Takes a range from the same place of an image's file without moving a byte; False where that cannot be."""
 
     def truncate(self, size: int) -> None: ...
@@ -54,7 +60,9 @@ class Place(Protocol):
 
     def create(self, name: str) -> Content: ...
     def remove(self, name: str) -> None: ...
-    def rename(self, old: str, new: str) -> None: ...
+    def rename(self, old: str, new: str) -> None:
+        """In place of a file that has the new name. NamesUnknownError, where an answer may be lost."""
+
     def close(self) -> None: ...
 
 
@@ -113,8 +121,8 @@ class LocalContent:
             # What is dirty begins to be written back (and stays cached): publishing then waits for the last write only.
             os.posix_fadvise(self._fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
-    def share(self, source: LocalReader, offset: int, length: int) -> bool:
-        if not self._shares:
+    def share(self, source: Reader, offset: int, length: int) -> bool:
+        if not (self._shares and isinstance(source, LocalReader)):
             return False
         self._give_back_beyond_end(offset)
         shared = source.share(self._fd, offset, length)
@@ -165,33 +173,45 @@ class LocalContent:
 
 
 class RemotePlace:
-    """A staging directory on the sidecar's host. The contract has no call that removes or renames a staged file."""
+    """A staging directory on the sidecar's host. Names are made and changed one at a time."""
 
     def __init__(self, client: SidecarClient, pulse: Pulse, staging: Staging) -> None:
         self._client = client
         self._pulse = pulse
         self._staging = staging
-        self._removed: set[str] = set()
-
-    @property
-    def left_over(self) -> set[str]:
-        """Files that were removed here and are still there."""
-        return self._removed
+        self._contents: dict[str, RemoteContent] = {}
 
     def create(self, name: str) -> Content:
         self._pulse.require()
         self._staging.write_file(name, [], size=0)
-        self._removed.discard(name)
-        return RemoteContent(self._client, self._staging, name)
+        self._contents[name] = RemoteContent(self._client, self._staging, name)
+        return self._contents[name]
 
     def remove(self, name: str) -> None:
-        self._removed.add(name)
+        self._pulse.require()
+        with _names_known(), contextlib.suppress(FileNotInImage):  # removed, and not told so
+            self._staging.remove_file(name)
+        self._contents.pop(name).renamed("")
 
     def rename(self, old: str, new: str) -> None:
-        fail(errno.EOPNOTSUPP, f"cannot rename {old} to {new}: the staging directory is on another host")
+        self._pulse.require()
+        with _names_known():
+            self._staging.rename_file(old, new)
+        if replaced := self._contents.pop(new, None):
+            replaced.renamed("")
+        self._contents[new] = self._contents.pop(old)
+        self._contents[new].renamed(new)
 
     def close(self) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _names_known() -> Iterator[None]:
+    try:
+        yield
+    except ImagesError as error:
+        raise NamesUnknownError(error.errno, error.message) from error
 
 
 class RemoteContent:
@@ -203,7 +223,15 @@ class RemoteContent:
         self._lock = threading.Lock()  # guards _size
         self._size = 0
         self._modified_ns = time.time_ns()
-        self._reader = RemoteReader(client, staging, name, lambda: self._size)
+        self._reader = RemoteReader(client, staging, self._current_name, lambda: self._size)
+
+    def renamed(self, name: str) -> None:
+        """The file has that name now; none when it was removed."""
+        self._name = name
+
+    def _current_name(self) -> str:
+        # By its name, who still has it open would get, or make, another file.
+        return self._name or fail(errno.ESTALE, "the file was removed where it is staged, on another host")
 
     def status(self) -> Status:
         return Status(self._size, self._size, self._modified_ns)
@@ -213,14 +241,14 @@ class RemoteContent:
 
     def write(self, data: memoryview, offset: int) -> None:
         with self._lock:
-            self._note_size(self._staging.write_file(self._name, [(offset, bytes(data))]).size_bytes)
+            self._note_size(self._staging.write_file(self._current_name(), [(offset, bytes(data))]).size_bytes)
 
-    def share(self, source: LocalReader, offset: int, length: int) -> bool:
-        return False  # the source is a file of this host
+    def share(self, source: Reader, offset: int, length: int) -> bool:
+        return False
 
     def truncate(self, size: int) -> None:
         with self._lock:
-            self._note_size(self._staging.write_file(self._name, [], size=size).size_bytes)
+            self._note_size(self._staging.write_file(self._current_name(), [], size=size).size_bytes)
 
     def allocate(self, offset: int, length: int) -> None:
         fail(errno.EOPNOTSUPP)
@@ -236,7 +264,7 @@ class RemoteContent:
 
     def changed_elsewhere(self) -> None:
         with self._lock:
-            self._note_size(self._staging.write_file(self._name, []).size_bytes)
+            self._note_size(self._staging.write_file(self._current_name(), []).size_bytes)
 
     def close(self) -> None:
         self._reader.close()

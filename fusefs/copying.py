@@ -12,7 +12,7 @@ from fusefs.errors import fail
 from fusefs.handles import Borrowed, Handles, ImageHandle, StagedHandle
 from fusefs.processes import thread_group
 from fusefs.provenance import Provenance, SourceFile
-from fusefs.reading import LocalReader, expected_file
+from fusefs.reading import Reader, expected_file
 from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.tree import Tree
@@ -35,7 +35,7 @@ class _Equal(NamedTuple):
     """A file that has the bytes that are written, at the same offset, and is open."""
 
     source: SourceFile
-    reader: LocalReader
+    reader: Reader
     borrowed: bool = False  # the writer does not have it open: it was found by its name
 
     def learn(self, provenance: Provenance) -> None:
@@ -138,7 +138,7 @@ class Copying:
         candidates = self._handles.images_open_in(handle.writer[1])
         candidates.sort(key=lambda candidate: candidate.source.name != handle.file.name)
         for candidate in candidates:
-            if isinstance(candidate.reader, LocalReader) and candidate.reader.equals(data, offset):
+            if candidate.reader.equals(data, offset):
                 handle.mismatches = 0
                 return _Equal(candidate.source, candidate.reader)
         if handle.borrowed is not None and handle.borrowed.reader.equals(data, offset):
@@ -157,7 +157,7 @@ class Copying:
                 reader = self._sources.open(source)
             except OSError:  # it is another file by now
                 continue
-            if isinstance(reader, LocalReader) and reader.equals(data, offset):
+            if reader.equals(data, offset):
                 handle.borrowed = Borrowed(source, reader)
                 return _Equal(source, reader, borrowed=True)
             reader.close()

@@ -120,12 +120,17 @@ class Files:
     ) -> Opened:
         key, name, state = parent.key, file.name, parent.image.state
 
-        def current() -> Generation | None:
+        def there() -> Generation | None:
+            """Also of an image that was deleted, or restored, since: it is read to its end."""
             image = self._tree.image(*key)
-            found = image.file(name) if image is not None and image.state == state else None
+            found = image.file(name) if image is not None else None
             return found.generation if found is not None else None
 
-        reader = open_image_file(self._client, parent.datastore, parent.image, file, current)
+        def current() -> Generation | None:
+            image = self._tree.image(*key)
+            return there() if image is not None and image.state == state else None
+
+        reader = open_image_file(self._client, parent.datastore, parent.image, file, there)
         source = SourceFile(*key, name, file.generation)
         process = thread_group(pid)
         try:

@@ -11,7 +11,7 @@ from fusefs.attributes import Attributes
 from fusefs.errors import fail
 from fusefs.generations import OpenFile
 from fusefs.provenance import Generation, SourceFile
-from fusefs.reading import LocalReader, Reader
+from fusefs.reading import Reader
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, Recent
 from fusefs.tree import IndexedImage
@@ -36,7 +36,7 @@ class Borrowed(NamedTuple):
     """A file of an image that another process reads, opened for what is written here."""
 
     source: SourceFile
-    reader: LocalReader
+    reader: Reader
 
 
 @dataclass(slots=True, eq=False)

@@ -12,12 +12,13 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fusefs.errors import fail
 from fusefs.provenance import Generation
 from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage
 from sidecar.client import ImageFile, ImageRef, SidecarClient, Staging
+from sidecar.errors import ImagesError
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,12 @@ class Reader(Protocol):
 
     def seek(self, offset: int, whence: int) -> int:
         """The next data or hole at or after `offset`; OSError with ENXIO when there is none."""
+
+    def equals(self, data: memoryview, offset: int) -> bool:
+        """Whether the file has these bytes there; False once it is closed, and where it cannot be read.
+
+        For requests of another open file, which are not to fail with this one.
+        """
 
     def close(self) -> None: ...
 
@@ -92,10 +99,6 @@ class LocalReader:
             return os.lseek(self._fd, offset, whence)
 
     def equals(self, data: memoryview, offset: int) -> bool:
-        """Whether the file has these bytes there; False once it is closed, and where it cannot be read.
-
-        For requests of another open file, which are not to fail with this one.
-        """
         with self._closing:
             if self._closed:
                 return False
@@ -131,6 +134,23 @@ class LocalReader:
             os.close(self._fd)
 
 
+class _Window(NamedTuple):
+    """A part of a file."""
+
+    start: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.data)
+
+    def has(self, offset: int) -> bool:
+        return self.start <= offset < self.end
+
+
+_NOTHING = _Window(0, b"")
+
+
 class RemoteReader:
     """A file read through the sidecar, a growing window ahead of a reader that goes through it in order.
 
@@ -142,7 +162,7 @@ class RemoteReader:
         self,
         client: SidecarClient,
         source: ImageRef | Staging,
-        name: str,
+        name: Callable[[], str],
         size: Callable[[], int],
         check: Callable[[], None] = lambda: None,
         generation: Generation | None = None,
@@ -153,25 +173,15 @@ class RemoteReader:
         self._size = size
         self._check = check
         self._expected = expected_file(generation) if generation is not None else None
-        self._lock = threading.Lock()  # guards the window
-        self._start = 0
-        self._window = b""
+        self._lock = threading.Lock()  # guards the windows
+        # The last one, and the one before: what a copier writes has been read some time ago.
+        self._windows = (_NOTHING, _NOTHING)
         self._length = _FIRST_WINDOW
+        self._closed = False
 
     def read(self, size: int, offset: int) -> bytes:
-        end = min(offset + size, self._size())
-        parts = []
         with self._lock:
-            self._check()
-            while offset < end:
-                if not self._start <= offset < self._start + len(self._window):
-                    self._fetch(offset, end)
-                    if not self._window:
-                        break
-                part = self._window[offset - self._start : end - self._start]
-                parts.append(part)
-                offset += len(part)
-        return b"".join(parts)
+            return self._read(offset, min(offset + size, self._size()))
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         data = self.read(len(buffer), offset)
@@ -181,28 +191,52 @@ class RemoteReader:
     def seek(self, offset: int, whence: int) -> int:
         return seek_without_holes(self._size(), offset, whence)
 
+    def equals(self, data: memoryview, offset: int) -> bool:
+        with self._lock:
+            if self._closed or offset + len(data) > self._size():
+                return False
+            try:
+                return self._read(offset, offset + len(data)) == bytes(data)
+            except (OSError, ImagesError) as error:
+                _log.warning("not compared file=%s offset=%s cause=%s", self._name(), offset, error)
+                return False
+
     def forget(self) -> None:
         """Drops what was read ahead: the file was written to."""
         with self._lock:
-            self._window = b""
+            self._windows = (_NOTHING, _NOTHING)
 
     def close(self) -> None:
         self.forget()
+        self._closed = True
 
-    def _fetch(self, offset: int, end: int) -> None:
-        in_order = offset == self._start + len(self._window)
+    def _read(self, offset: int, end: int) -> bytes:
+        self._check()
+        parts = []
+        while offset < end:
+            window = next((each for each in self._windows if each.has(offset)), None) or self._fetch(offset, end)
+            part = window.data[offset - window.start : end - window.start]
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+
+    def _fetch(self, offset: int, end: int) -> "_Window":
+        in_order = offset == self._windows[0].end
         self._length = min(self._length * 2, _LARGEST_WINDOW) if in_order else _FIRST_WINDOW
         length = min(max(self._length, end - offset), self._size() - offset)
         window = bytearray(length)
         got = 0
-        answers = self._client.read_file(self._source, self._name, offset, length, expected=self._expected)
+        answers = self._client.read_file(self._source, self._name(), offset, length, expected=self._expected)
         for answer in answers:
             at = answer.offset - offset
             window[at : at + len(answer.data)] = answer.data
             got = max(got, at + len(answer.data), at + answer.hole_bytes)
         self._check()
-        self._start = offset
-        self._window = bytes(window[:got])
+        fetched = _Window(offset, bytes(window[:got]))
+        self._windows = (fetched, self._windows[0])
+        return fetched
 
 
 # What tells that a path is another host's, or another image's by now. Whatever else keeps a file from being opened here
@@ -236,7 +270,7 @@ def open_image_file(
             fail(errno.ESTALE, f"{datastore.name}/{image.image_id}/{file.name} is not the file that was opened")
 
     ref = ImageRef(datastore=datastore.name, image_id=image.image_id)
-    return RemoteReader(client, ref, file.name, lambda: file.size, check, file.generation)
+    return RemoteReader(client, ref, lambda: file.name, lambda: file.size, check, file.generation)
 
 
 def expected_file(generation: Generation) -> ImageFile:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fusefs.attributes import Attributes, Owner
 from fusefs.claims import Claim
-from fusefs.contents import Content, Place
+from fusefs.contents import Content, NamesUnknownError, Place
 from fusefs.errors import fail
 from fusefs.processes import NOBODY, Caller
 from fusefs.provenance import Provenance
@@ -301,7 +301,8 @@ class StagedDirectory:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)
-            self.place.remove(name)
+            with self._naming_elsewhere(file):
+                self.place.remove(name)
             self._claim.removed(name, file.maker, caller)
             with self._condition:
                 self._forget(file)
@@ -324,13 +325,27 @@ class StagedDirectory:
                 if each is not None:
                     self._require_over(each, caller)
             self._claim.require_new(self, new, caller)
-            self.place.rename(old, new)
+            with self._naming_elsewhere(file, replaced):
+                self.place.rename(old, new)
             with self._condition:
                 if replaced is not None:
                     self._forget(replaced)
                 del self._files[old]
                 self._files[new] = file
                 file.name = new
+
+    @contextlib.contextmanager
+    def _naming_elsewhere(self, *files: StagedFile | None) -> Iterator[None]:
+        """For the time in which the sidecar gives these files other names: what is written by their names waits."""
+        with contextlib.ExitStack() as stack:
+            for file in files:
+                if file is not None:
+                    stack.enter_context(file.lock)
+            try:
+                yield
+            except NamesUnknownError as error:
+                self.spoil(f"nobody knows what its files are called where they are staged: {error.strerror}")
+                raise
 
     def end(self, state: State, reason: str = "") -> None:
         """It is published or gone: nothing changes any more. Handles that are open go on reading."""

@@ -255,8 +255,6 @@ class StagingArea:
             try:
                 if directory.spoiled:
                     fail(errno.EIO, f"{directory} can only be removed: {directory.spoiled}")
-                if isinstance(directory.place, RemotePlace) and directory.place.left_over:
-                    fail(errno.EOPNOTSUPP, f"{directory}: removed files are still in the staging directory")
                 for file in directory.files:
                     if file.given_up:
                         fail(errno.EIO, f"{file.name} is not complete: {file.given_up}")

@@ -87,6 +87,20 @@ class Staging:
         finally:
             call.cancel()
 
+    def rename_file(self, name: str, new_name: str) -> None:
+        """Gives a staged file another name, in place of one that has it; FileNotInImage.
+
+        Also after it was done, and the answer lost. Not to be called while somebody writes to it.
+        """
+        self._caller.unary(
+            self._caller.staging.RenameFile,
+            wire.RenameFileRequest(staging_id=self.id, name=name, new_name=new_name),
+        )
+
+    def remove_file(self, name: str) -> None:
+        """Removes a staged file; FileNotInImage, also after it was done, and the answer lost."""
+        self._caller.unary(self._caller.staging.RemoveFile, wire.RemoveFileRequest(staging_id=self.id, name=name))
+
     def clone_range(
         self,
         source_ref: ImageRef | str,

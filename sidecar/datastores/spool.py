@@ -247,6 +247,10 @@ class Spool:
             made.let_go()
         return file
 
+    def has(self, path: str) -> bool:
+        with self._lock:
+            return path in self._files
+
     def names(self, directory: str) -> set[str]:
         with self._lock:
             return {name for parent, _, name in (path.rpartition("/") for path in self._files) if parent == directory}

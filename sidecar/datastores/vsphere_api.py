@@ -170,6 +170,8 @@ class VsphereApiDatastore:
         stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
         with self._spool.using(source) as spooled:
             if spooled and stays:
+                if self._spool.has(destination):
+                    raise FileExistsError(destination)
                 if spooled.on_server:
                     self._move_staged(source, destination, spooled)
                 self._spool.rename(source, destination)

@@ -158,23 +158,26 @@ class _Reaper:
                     self._remove_temporary(image_id, directory, temporary)
                 if _is_remains(names):
                     self._remove_remains(image_id, directory)
-                elif (lock := self._lock_inside(image_id)) is not None:
-                    self._free_lock(lock)
+                    continue
+                for lock in self._locks_inside(image_id, names):
+                    with self._going_on(lock):
+                        self._free_lock(lock)
 
     def _looks_whole(self, image_id: str, names: set[str]) -> bool:
         """Whether there is nothing to mend."""
-        lock = self._lock_inside(image_id)
         return not (
             is_left_by_sweep(names, image_id)
             or any(_TEMPORARY.fullmatch(name) for name in names)
             or _is_remains(names)
-            or (lock is not None and lock.rpartition("/")[2] in names)
+            or self._locks_inside(image_id, names)
         )
 
-    def _lock_inside(self, image_id: str) -> str | None:
-        """The image's lock, where it is in the image's directory."""
-        lock = self._store.layout.image_lock(image_id)
-        return lock if lock.startswith(f"{self._store.layout.image_directory(image_id)}/") else None
+    def _locks_inside(self, image_id: str, names: set[str]) -> list[str]:
+        """Where the image's lock is in the image's directory: that, and what became of others of it."""
+        directory = self._store.layout.image_directory(image_id)
+        if not self._store.layout.image_lock(image_id).startswith(f"{directory}/"):
+            return []
+        return [f"{directory}/{name}" for name in names if name.endswith(LOCK_SUFFIX)]
 
     def _recover(self, image_id: str) -> None:
         with self._store.lock(image_id, "recover", timeout=0):

@@ -101,6 +101,22 @@ class StagingDirectory:
     def open_readable(self, name: str) -> ReadableFile:
         return self.store.datastore.open_readable(self.path(name))
 
+    def rename_file(self, name: str, new_name: str) -> None:
+        """In place of a file that has the new name; FileNotFoundError. Nobody sees the directory in between."""
+        if name == new_name:
+            self.store.datastore.entry(self.path(name))
+            return
+        try:
+            self.store.datastore.rename(self.path(name), self.path(new_name))
+        except FileExistsError:
+            self.store.datastore.entry(self.path(name))  # or there would be neither of them
+            self.remove_file(new_name)
+            self.store.datastore.rename(self.path(name), self.path(new_name))
+
+    def remove_file(self, name: str) -> None:
+        """FileNotFoundError when there is none of that name."""
+        self.store.datastore.remove_file(self.path(name))
+
     def complete(self) -> None:
         """Adds the timestamp file, and makes every file and then the directory durable.
 

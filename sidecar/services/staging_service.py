@@ -93,6 +93,19 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 target.resize(size)
             return pb.WriteFileResponse(written_bytes=written, size_bytes=target.size())
 
+    def RenameFile(self, request: pb.RenameFileRequest, context: grpc.ServicerContext) -> pb.RenameFileResponse:
+        check_file_name(request.name)
+        check_file_name(request.new_name)
+        with self._changing(request.staging_id, request.name, context) as staging:
+            staging.rename_file(request.name, request.new_name)
+        return pb.RenameFileResponse()
+
+    def RemoveFile(self, request: pb.RemoveFileRequest, context: grpc.ServicerContext) -> pb.RemoveFileResponse:
+        check_file_name(request.name)
+        with self._changing(request.staging_id, request.name, context) as staging:
+            staging.remove_file(request.name)
+        return pb.RemoveFileResponse()
+
     def ReadFile(self, request: pb.ReadFileRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadFileResponse]:
         check_file_name(request.name)
         _check_range(request.offset, request.length)
@@ -206,6 +219,19 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         """A place for a long call on the datastore of a staging directory, if there is one."""
         return store.admission.long_call(context.is_active, frees=frees) if store else nullcontext()
 
+    @contextmanager
+    def _changing(self, staging_id: str, name: str, context: grpc.ServicerContext) -> Iterator[StagingDirectory]:
+        """For a short change of the file of that name; FileNotInImage when there is none."""
+        store = self._library.sessions.store(staging_id)
+        with (
+            store.admission.call(context.is_active) if store else nullcontext(),
+            self._library.sessions.using(staging_id) as staging,
+        ):
+            try:
+                yield staging
+            except FileNotFoundError:
+                raise _not_staged(name) from None
+
     def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
         store = self._library.sessions.store(staging_id)
         return store.admission.transfer() if store else nullcontext()
@@ -233,7 +259,11 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
 def _open_staged(staging: StagingDirectory, name: str) -> ReadableFile:
     with suppress(FileNotFoundError):
         return staging.open_readable(name)
-    raise FileNotInImage(f"the staging directory has no file {name!r}")
+    raise _not_staged(name)
+
+
+def _not_staged(name: str) -> FileNotInImage:
+    return FileNotInImage(f"the staging directory has no file {name!r}")
 
 
 def _open_file(datastore: Datastore, image: Image, name: str) -> ReadableFile:

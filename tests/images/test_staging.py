@@ -173,6 +173,45 @@ def test_a_reader_asks_for_a_file_that_is_there(world: World, place: Place) -> N
         read(world, f"{place.name}/none", "none.vmdk")
 
 
+def test_staged_files_are_renamed_in_place_of_others_and_removed(world: World, place: Place, disk: Path) -> None:
+    ref = f"{place.name}/a"
+    with world.client.create_staging(ref) as staging:
+        for name in ("old.vmdk", "disk.vmdk", "notes"):
+            staging.write_file(name, [(0, b"old")])
+        for path in (disk, disk.with_name("disk-flat.vmdk")):
+            staging.write_file(f".{path.name}.Ab12Cd", [(0, path.read_bytes())])
+            staging.rename_file(f".{path.name}.Ab12Cd", path.name)
+        staging.rename_file("disk.vmdk", "disk.vmdk")
+        staging.rename_file("notes", "notes.txt")
+        staging.remove_file("old.vmdk")
+        assert read(world, staging, "notes.txt") == b"old"
+        staging.write_file("old.vmdk", [(0, b"new")])
+        assert read(world, staging, "old.vmdk") == b"new"
+        staging.remove_file("old.vmdk")
+        staging.commit()
+    place.assert_holds({"a": flat_files("a", "notes.txt")})
+    assert_same_disk(disk, place.descriptor("a"))
+
+
+def test_what_is_not_staged_is_neither_renamed_nor_removed(world: World, place: Place) -> None:
+    with world.client.create_staging(f"{place.name}/a") as staging:
+        staging.write_file("kept", [(0, b"kept")])
+        for new_name in ("other", "kept", "missing"):
+            with pytest.raises(errors.FileNotInImage, match="has no file 'missing'"):
+                staging.rename_file("missing", new_name)
+        with pytest.raises(errors.FileNotInImage, match="has no file 'missing'"):
+            staging.remove_file("missing")
+        for name, new_name in (("kept", "../a"), ("kept", TIMESTAMP), ("kept", "lock.ec_lock"), ("", "kept")):
+            with pytest.raises(errors.InvalidRequest):
+                staging.rename_file(name, new_name)
+        with pytest.raises(errors.InvalidRequest):
+            staging.remove_file("../kept")
+        assert read(world, staging, "kept") == b"kept"
+        staging.abort()
+        with pytest.raises(errors.StagingNotFound):
+            staging.remove_file("kept")
+
+
 def test_the_same_request_finds_the_same_staging_directory(world: World, place: Place, disk: Path) -> None:
     request_id = f"stage-{place.name}"
     first = world.client.create_staging(f"{place.name}/a", request_id=request_id)

@@ -34,7 +34,7 @@ from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFiles
 from sidecar.vsphere.folder import Folder
-from tests.support.places import Place
+from tests.support.places import Place, flat_files
 from tests.support.processes import wait_until
 from tests.vsphere.conftest import PATIENCE, MakeSite, Site
 
@@ -132,6 +132,19 @@ def stage(datastore: Datastore, path: str, content: bytes, *, sync: bool = False
         file.write(0, content)
         if sync:
             file.sync()
+
+
+@pytest.mark.parametrize("sent", ["neither", "source", "destination", "both"])
+def test_no_staged_file_is_renamed_over_another_one(datastore: VsphereApiDatastore, root: Path, sent: str) -> None:
+    (root / "d").mkdir()
+    stage(datastore, "d/source", b"source", sync=sent in ("source", "both"))
+    stage(datastore, "d/destination", b"destination", sync=sent in ("destination", "both"))
+    with pytest.raises(FileExistsError):
+        datastore.rename("d/source", "d/destination")
+    datastore.remove_file("d/destination")
+    datastore.rename("d/source", "d/destination")
+    datastore.sync_file("d/destination")
+    assert {path.name: path.read_bytes() for path in (root / "d").iterdir()} == {"destination": b"source"}
 
 
 def test_what_is_written_while_a_file_is_sent_is_sent_again(
@@ -342,6 +355,23 @@ def test_locks_that_somebody_died_over_are_reaped(
         time.sleep(SETTLE_SECONDS)
         reap(store, -60)
         assert {path.name for path in root.glob("*.ec_lock")} == {"image_c.ec_lock", "image_d.ec_lock"}
+
+
+def test_locks_that_somebody_died_over_within_an_image_are_reaped_and_the_image_is_not(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    """Layout vsan: also one that was let go of, and is under a name of its own."""
+    vsan = Place("one", "vsan", root)
+    vsan.plant("a")
+    dead = replace(own_identity(), pid=ended_pid(), started=1)
+    for name in ("lock.ec_lock", "lock.0123456789abcdef.ec_lock"):
+        (vsan.directory("a") / name).mkdir()
+        (vsan.directory("a") / name / str(dead)).touch()
+    store = ImageStore(datastore, LAYOUTS["vsan"])
+    reap(store, -60)
+    time.sleep(SETTLE_SECONDS)
+    reap(store, -60)
+    vsan.assert_holds({"a": flat_files("a")})
 
 
 def test_a_directory_is_removed_though_its_lock_was_held_and_let_go_of_in_the_moment_of_trying(

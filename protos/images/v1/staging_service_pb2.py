@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from protos.images.v1 import types_pb2 as images_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimages/v1/staging_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"d\n\x14\x43reateStagingRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x16\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"U\n\x15\x43reateStagingResponse\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x03\"\x8e\x01\n\x10WriteFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\nsize_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x06 \x01(\x03\x42\r\n\x0b_size_bytes\">\n\x11WriteFileResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xa9\x01\n\x0fReadFileRequest\x12\"\n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRefH\x00\x12\x14\n\nstaging_id\x18\x02 \x01(\tH\x00\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12&\n\x08\x65xpected\x18\x06 \x01(\x0b\x32\x14.images.v1.ImageFileB\x06\n\x04\x66rom\"X\n\x10ReadFileResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"\xd5\x01\n\x11\x43loneRangeRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x13\n\x0bsource_name\x18\x02 \x01(\t\x12\x15\n\rsource_offset\x18\x03 \x01(\x03\x12\x12\n\nstaging_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x0e\n\x06length\x18\x07 \x01(\x03\x12-\n\x0f\x65xpected_source\x18\x08 \x01(\x0b\x32\x14.images.v1.ImageFile\">\n\x12\x43loneRangeResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x02 \x01(\x03\"K\n\x10\x43loneDiskRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nstaging_id\x18\x02 \x01(\t\"R\n\x11\x43loneDiskResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\"\x99\x01\n\x14\x43ommitStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12(\n\x0b\x63opied_from\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xea\x01\n\x15\x43ommitStagingResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12I\n\rrenamed_files\x18\x02 \x03(\x0b\x32\x32.images.v1.CommitStagingResponse.RenamedFilesEntry\x12\x30\n\x0cpublish_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11RenamedFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\")\n\x13\x41\x62ortStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\"\x16\n\x14\x41\x62ortStagingResponse2\xaf\x04\n\x0eStagingService\x12R\n\rCreateStaging\x12\x1f.images.v1.CreateStagingRequest\x1a .images.v1.CreateStagingResponse\x12H\n\tWriteFile\x12\x1b.images.v1.WriteFileRequest\x1a\x1c.images.v1.WriteFileResponse(\x01\x12\x45\n\x08ReadFile\x12\x1a.images.v1.ReadFileRequest\x1a\x1b.images.v1.ReadFileResponse0\x01\x12I\n\nCloneRange\x12\x1c.images.v1.CloneRangeRequest\x1a\x1d.images.v1.CloneRangeResponse\x12H\n\tCloneDisk\x12\x1b.images.v1.CloneDiskRequest\x1a\x1c.images.v1.CloneDiskResponse0\x01\x12R\n\rCommitStaging\x12\x1f.images.v1.CommitStagingRequest\x1a .images.v1.CommitStagingResponse\x12O\n\x0c\x41\x62ortStaging\x12\x1e.images.v1.AbortStagingRequest\x1a\x1f.images.v1.AbortStagingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimages/v1/staging_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"d\n\x14\x43reateStagingRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x16\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"U\n\x15\x43reateStagingResponse\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x03\"\x8e\x01\n\x10WriteFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\nsize_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x06 \x01(\x03\x42\r\n\x0b_size_bytes\">\n\x11WriteFileResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"G\n\x11RenameFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08new_name\x18\x03 \x01(\t\"\x14\n\x12RenameFileResponse\"5\n\x11RemoveFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x14\n\x12RemoveFileResponse\"\xa9\x01\n\x0fReadFileRequest\x12\"\n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRefH\x00\x12\x14\n\nstaging_id\x18\x02 \x01(\tH\x00\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12&\n\x08\x65xpected\x18\x06 \x01(\x0b\x32\x14.images.v1.ImageFileB\x06\n\x04\x66rom\"X\n\x10ReadFileResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"\xd5\x01\n\x11\x43loneRangeRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x13\n\x0bsource_name\x18\x02 \x01(\t\x12\x15\n\rsource_offset\x18\x03 \x01(\x03\x12\x12\n\nstaging_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x0e\n\x06length\x18\x07 \x01(\x03\x12-\n\x0f\x65xpected_source\x18\x08 \x01(\x0b\x32\x14.images.v1.ImageFile\">\n\x12\x43loneRangeResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x02 \x01(\x03\"K\n\x10\x43loneDiskRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nstaging_id\x18\x02 \x01(\t\"R\n\x11\x43loneDiskResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\"\x99\x01\n\x14\x43ommitStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12(\n\x0b\x63opied_from\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xea\x01\n\x15\x43ommitStagingResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12I\n\rrenamed_files\x18\x02 \x03(\x0b\x32\x32.images.v1.CommitStagingResponse.RenamedFilesEntry\x12\x30\n\x0cpublish_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11RenamedFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\")\n\x13\x41\x62ortStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\"\x16\n\x14\x41\x62ortStagingResponse2\xc5\x05\n\x0eStagingService\x12R\n\rCreateStaging\x12\x1f.images.v1.CreateStagingRequest\x1a .images.v1.CreateStagingResponse\x12H\n\tWriteFile\x12\x1b.images.v1.WriteFileRequest\x1a\x1c.images.v1.WriteFileResponse(\x01\x12I\n\nRenameFile\x12\x1c.images.v1.RenameFileRequest\x1a\x1d.images.v1.RenameFileResponse\x12I\n\nRemoveFile\x12\x1c.images.v1.RemoveFileRequest\x1a\x1d.images.v1.RemoveFileResponse\x12\x45\n\x08ReadFile\x12\x1a.images.v1.ReadFileRequest\x1a\x1b.images.v1.ReadFileResponse0\x01\x12I\n\nCloneRange\x12\x1c.images.v1.CloneRangeRequest\x1a\x1d.images.v1.CloneRangeResponse\x12H\n\tCloneDisk\x12\x1b.images.v1.CloneDiskRequest\x1a\x1c.images.v1.CloneDiskResponse0\x01\x12R\n\rCommitStaging\x12\x1f.images.v1.CommitStagingRequest\x1a .images.v1.CommitStagingResponse\x12O\n\x0c\x41\x62ortStaging\x12\x1e.images.v1.AbortStagingRequest\x1a\x1f.images.v1.AbortStagingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,28 +44,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WRITEFILEREQUEST']._serialized_end=466
   _globals['_WRITEFILERESPONSE']._serialized_start=468
   _globals['_WRITEFILERESPONSE']._serialized_end=530
-  _globals['_READFILEREQUEST']._serialized_start=533
-  _globals['_READFILEREQUEST']._serialized_end=702
-  _globals['_READFILERESPONSE']._serialized_start=704
-  _globals['_READFILERESPONSE']._serialized_end=792
-  _globals['_CLONERANGEREQUEST']._serialized_start=795
-  _globals['_CLONERANGEREQUEST']._serialized_end=1008
-  _globals['_CLONERANGERESPONSE']._serialized_start=1010
-  _globals['_CLONERANGERESPONSE']._serialized_end=1072
-  _globals['_CLONEDISKREQUEST']._serialized_start=1074
-  _globals['_CLONEDISKREQUEST']._serialized_end=1149
-  _globals['_CLONEDISKRESPONSE']._serialized_start=1151
-  _globals['_CLONEDISKRESPONSE']._serialized_end=1233
-  _globals['_COMMITSTAGINGREQUEST']._serialized_start=1236
-  _globals['_COMMITSTAGINGREQUEST']._serialized_end=1389
-  _globals['_COMMITSTAGINGRESPONSE']._serialized_start=1392
-  _globals['_COMMITSTAGINGRESPONSE']._serialized_end=1626
-  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_start=1575
-  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_end=1626
-  _globals['_ABORTSTAGINGREQUEST']._serialized_start=1628
-  _globals['_ABORTSTAGINGREQUEST']._serialized_end=1669
-  _globals['_ABORTSTAGINGRESPONSE']._serialized_start=1671
-  _globals['_ABORTSTAGINGRESPONSE']._serialized_end=1693
-  _globals['_STAGINGSERVICE']._serialized_start=1696
-  _globals['_STAGINGSERVICE']._serialized_end=2255
+  _globals['_RENAMEFILEREQUEST']._serialized_start=532
+  _globals['_RENAMEFILEREQUEST']._serialized_end=603
+  _globals['_RENAMEFILERESPONSE']._serialized_start=605
+  _globals['_RENAMEFILERESPONSE']._serialized_end=625
+  _globals['_REMOVEFILEREQUEST']._serialized_start=627
+  _globals['_REMOVEFILEREQUEST']._serialized_end=680
+  _globals['_REMOVEFILERESPONSE']._serialized_start=682
+  _globals['_REMOVEFILERESPONSE']._serialized_end=702
+  _globals['_READFILEREQUEST']._serialized_start=705
+  _globals['_READFILEREQUEST']._serialized_end=874
+  _globals['_READFILERESPONSE']._serialized_start=876
+  _globals['_READFILERESPONSE']._serialized_end=964
+  _globals['_CLONERANGEREQUEST']._serialized_start=967
+  _globals['_CLONERANGEREQUEST']._serialized_end=1180
+  _globals['_CLONERANGERESPONSE']._serialized_start=1182
+  _globals['_CLONERANGERESPONSE']._serialized_end=1244
+  _globals['_CLONEDISKREQUEST']._serialized_start=1246
+  _globals['_CLONEDISKREQUEST']._serialized_end=1321
+  _globals['_CLONEDISKRESPONSE']._serialized_start=1323
+  _globals['_CLONEDISKRESPONSE']._serialized_end=1405
+  _globals['_COMMITSTAGINGREQUEST']._serialized_start=1408
+  _globals['_COMMITSTAGINGREQUEST']._serialized_end=1561
+  _globals['_COMMITSTAGINGRESPONSE']._serialized_start=1564
+  _globals['_COMMITSTAGINGRESPONSE']._serialized_end=1798
+  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_start=1747
+  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_end=1798
+  _globals['_ABORTSTAGINGREQUEST']._serialized_start=1800
+  _globals['_ABORTSTAGINGREQUEST']._serialized_end=1841
+  _globals['_ABORTSTAGINGRESPONSE']._serialized_start=1843
+  _globals['_ABORTSTAGINGRESPONSE']._serialized_end=1865
+  _globals['_STAGINGSERVICE']._serialized_start=1868
+  _globals['_STAGINGSERVICE']._serialized_end=2577
 # @@protoc_insertion_point(module_scope)

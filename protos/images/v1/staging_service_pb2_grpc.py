@@ -46,6 +46,16 @@ class StagingServiceStub:
                 request_serializer=images_dot_v1_dot_staging__service__pb2.WriteFileRequest.SerializeToString,
                 response_deserializer=images_dot_v1_dot_staging__service__pb2.WriteFileResponse.FromString,
                 _registered_method=True)
+        self.RenameFile = channel.unary_unary(
+                '/images.v1.StagingService/RenameFile',
+                request_serializer=images_dot_v1_dot_staging__service__pb2.RenameFileRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_staging__service__pb2.RenameFileResponse.FromString,
+                _registered_method=True)
+        self.RemoveFile = channel.unary_unary(
+                '/images.v1.StagingService/RemoveFile',
+                request_serializer=images_dot_v1_dot_staging__service__pb2.RemoveFileRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_staging__service__pb2.RemoveFileResponse.FromString,
+                _registered_method=True)
         self.ReadFile = channel.unary_stream(
                 '/images.v1.StagingService/ReadFile',
                 request_serializer=images_dot_v1_dot_staging__service__pb2.ReadFileRequest.SerializeToString,
@@ -87,6 +97,21 @@ class StagingServiceServicer:
 
     def WriteFile(self, request_iterator, context):
         """Writes data and holes into one staged file.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenameFile(self, request, context):
+        """Gives a staged file another name, in place of one that has it. What is written to it meanwhile, by its old name, may
+        be lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveFile(self, request, context):
+        """Removes a staged file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +170,16 @@ def add_StagingServiceServicer_to_server(servicer, server):
                     servicer.WriteFile,
                     request_deserializer=images_dot_v1_dot_staging__service__pb2.WriteFileRequest.FromString,
                     response_serializer=images_dot_v1_dot_staging__service__pb2.WriteFileResponse.SerializeToString,
+            ),
+            'RenameFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenameFile,
+                    request_deserializer=images_dot_v1_dot_staging__service__pb2.RenameFileRequest.FromString,
+                    response_serializer=images_dot_v1_dot_staging__service__pb2.RenameFileResponse.SerializeToString,
+            ),
+            'RemoveFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveFile,
+                    request_deserializer=images_dot_v1_dot_staging__service__pb2.RemoveFileRequest.FromString,
+                    response_serializer=images_dot_v1_dot_staging__service__pb2.RemoveFileResponse.SerializeToString,
             ),
             'ReadFile': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadFile,
@@ -228,6 +263,60 @@ class StagingService:
             '/images.v1.StagingService/WriteFile',
             images_dot_v1_dot_staging__service__pb2.WriteFileRequest.SerializeToString,
             images_dot_v1_dot_staging__service__pb2.WriteFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenameFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/images.v1.StagingService/RenameFile',
+            images_dot_v1_dot_staging__service__pb2.RenameFileRequest.SerializeToString,
+            images_dot_v1_dot_staging__service__pb2.RenameFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/images.v1.StagingService/RemoveFile',
+            images_dot_v1_dot_staging__service__pb2.RemoveFileRequest.SerializeToString,
+            images_dot_v1_dot_staging__service__pb2.RemoveFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

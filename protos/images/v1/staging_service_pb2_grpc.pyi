@@ -39,6 +39,12 @@ class StagingServiceStub:
     """Opens a staging directory. Repeating the call with the same request_id finds it again and renews its lease."""
     WriteFile: _grpc.StreamUnaryMultiCallable[_staging_service_pb2.WriteFileRequest, _staging_service_pb2.WriteFileResponse]
     """Writes data and holes into one staged file."""
+    RenameFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.RenameFileRequest, _staging_service_pb2.RenameFileResponse]
+    """Gives a staged file another name, in place of one that has it. What is written to it meanwhile, by its old name, may
+    be lost.
+    """
+    RemoveFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.RemoveFileRequest, _staging_service_pb2.RemoveFileResponse]
+    """Removes a staged file."""
     ReadFile: _grpc.UnaryStreamMultiCallable[_staging_service_pb2.ReadFileRequest, _staging_service_pb2.ReadFileResponse]
     """Reads data and holes of one file of an image or of a staging directory."""
     CloneRange: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]
@@ -70,6 +76,12 @@ class StagingServiceAsyncStub(StagingServiceStub):
     """Opens a staging directory. Repeating the call with the same request_id finds it again and renews its lease."""
     WriteFile: _aio.StreamUnaryMultiCallable[_staging_service_pb2.WriteFileRequest, _staging_service_pb2.WriteFileResponse]  # type: ignore[assignment]
     """Writes data and holes into one staged file."""
+    RenameFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.RenameFileRequest, _staging_service_pb2.RenameFileResponse]  # type: ignore[assignment]
+    """Gives a staged file another name, in place of one that has it. What is written to it meanwhile, by its old name, may
+    be lost.
+    """
+    RemoveFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.RemoveFileRequest, _staging_service_pb2.RemoveFileResponse]  # type: ignore[assignment]
+    """Removes a staged file."""
     ReadFile: _aio.UnaryStreamMultiCallable[_staging_service_pb2.ReadFileRequest, _staging_service_pb2.ReadFileResponse]  # type: ignore[assignment]
     """Reads data and holes of one file of an image or of a staging directory."""
     CloneRange: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]  # type: ignore[assignment]
@@ -110,6 +122,24 @@ class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_staging_service_pb2.WriteFileResponse, _abc.Awaitable[_staging_service_pb2.WriteFileResponse]]:
         """Writes data and holes into one staged file."""
+
+    @_abc_1.abstractmethod
+    def RenameFile(
+        self,
+        request: _staging_service_pb2.RenameFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_staging_service_pb2.RenameFileResponse, _abc.Awaitable[_staging_service_pb2.RenameFileResponse]]:
+        """Gives a staged file another name, in place of one that has it. What is written to it meanwhile, by its old name, may
+        be lost.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveFile(
+        self,
+        request: _staging_service_pb2.RemoveFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_staging_service_pb2.RemoveFileResponse, _abc.Awaitable[_staging_service_pb2.RemoveFileResponse]]:
+        """Removes a staged file."""
 
     @_abc_1.abstractmethod
     def ReadFile(
