@@ -6,6 +6,7 @@ they are equal that is remembered.
 """
 
 import errno
+from contextlib import closing
 from typing import NamedTuple
 
 from fusefs.errors import fail
@@ -107,13 +108,26 @@ class Copying:
         start, stop = file.provenance.equal_blocks(equal.source, begin, end, file.content.block_size)
         if stop > end and stop > file.content.status().size:
             stop -= file.content.block_size  # the file ends in its last block, where the source goes on
-        if start < stop and file.content.share(equal.reader, start, stop - start):
+        if start < stop and self._share(file, equal, start, stop - start):
             if offset < start:
                 file.content.write(data[: start - offset], offset)
             if stop < end:
                 file.content.write(data[stop - offset :], stop)
         else:
             file.content.write(data, offset)
+
+    def _share(self, file: StagedFile, equal: _Equal, offset: int, length: int) -> bool:
+        if file.content.share(equal.reader, offset, length):
+            return True
+        # By whoever read it, since the comparison: it is opened again, while it is the same file.
+        if not equal.reader.closed:
+            return False
+        try:
+            reader = self._sources.open(equal.source)
+        except OSError:
+            return False
+        with closing(reader):
+            return file.content.share(reader, offset, length)
 
     def _with_zeroes_before(self, file: StagedFile, equal: _Equal, offset: int) -> int:
         """Where what is equal begins: before the data when the source has zeroes there, which the writer skipped.

@@ -38,6 +38,8 @@ _LARGEST_WINDOW = 8 << 20
 class Reader(Protocol):
     """An open file of an image."""
 
+    closed: bool
+
     def read(self, size: int, offset: int) -> bytes:
         """Up to `size` bytes at `offset`; fewer only at the end of the file."""
 
@@ -70,7 +72,7 @@ class LocalReader:
     def __init__(self, path: str, generation: Generation) -> None:
         """Opens the file; FileNotFoundError when the path leads to another one, or to one that is being purged."""
         self._closing = threading.Lock()  # held by whoever uses the file for another one's request
-        self._closed = False
+        self.closed = False
         self._compared = bytearray()  # kept: new memory for each large request costs more than reading into it
         # O_NONBLOCK: a FIFO that took the place of the file would be waited for, by an unmount too, for ever.
         self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -93,14 +95,14 @@ class LocalReader:
 
     def seek(self, offset: int, whence: int) -> int:
         with self._closing:
-            if self._closed:
+            if self.closed:
                 fail(errno.EBADF)
             # The descriptor's own position is used by nobody.
             return os.lseek(self._fd, offset, whence)
 
     def equals(self, data: memoryview, offset: int) -> bool:
         with self._closing:
-            if self._closed:
+            if self.closed:
                 return False
             buffer = self._compared if len(self._compared) == len(data) else bytearray(len(data))
             if len(buffer) > len(self._compared):
@@ -116,7 +118,7 @@ class LocalReader:
     def share(self, target: int, offset: int, length: int) -> Shared:
         """Gives a range of the file to the same place of the open file `target`, by sharing extents: no byte moves."""
         with self._closing:
-            if self._closed:
+            if self.closed:
                 return Shared.NOT_THIS
             try:
                 fcntl.ioctl(target, _FICLONERANGE, _CLONE_RANGE.pack(self._fd, offset, length, offset))
@@ -130,7 +132,7 @@ class LocalReader:
 
     def close(self) -> None:
         with self._closing:
-            self._closed = True
+            self.closed = True
             os.close(self._fd)
 
 
@@ -177,7 +179,7 @@ class RemoteReader:
         # The last one, and the one before: what a copier writes has been read some time ago.
         self._windows = (_NOTHING, _NOTHING)
         self._length = _FIRST_WINDOW
-        self._closed = False
+        self.closed = False
 
     def read(self, size: int, offset: int) -> bytes:
         with self._lock:
@@ -193,7 +195,7 @@ class RemoteReader:
 
     def equals(self, data: memoryview, offset: int) -> bool:
         with self._lock:
-            if self._closed or offset + len(data) > self._size():
+            if self.closed or offset + len(data) > self._size():
                 return False
             try:
                 return self._read(offset, offset + len(data)) == bytes(data)
@@ -208,7 +210,7 @@ class RemoteReader:
 
     def close(self) -> None:
         self.forget()
-        self._closed = True
+        self.closed = True
 
     def _read(self, offset: int, end: int) -> bytes:
         self._check()

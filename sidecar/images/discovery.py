@@ -156,10 +156,13 @@ class Discovery:
                 detailed = changed and known is not None and known.details_known
                 try:
                     image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
+                    image = with_details(image, known)
+                    if _loses_details(image, known):
+                        image = self.store.read(image_id)
                 except ImageNotFound:
                     self._catalog.remove(key)
                 else:
-                    self._catalog.put(with_details(image, known))
+                    self._catalog.put(image)
         except ImagesError as error:
             _log.warning("image unreadable image=%s error=%s", key, error)
             return False
@@ -272,11 +275,14 @@ class Discovery:
                     image = read_listed_image(store.datastore, layout, image_id, tree[layout.image_directory(image_id)])
                     vanished.discard(image_id)
                     if image_id not in self._read_since:
-                        image = with_details(image, self._catalog.get(image.key))
-                        self._catalog.put(image)
-                        if not image.details_known:
+                        known = self._catalog.get(image.key)
+                        image = with_details(image, known)
+                        changed = _loses_details(image, known)
+                        if not changed:
+                            self._catalog.put(image)
+                        if not image.details_known and (changed or not layout.names_only):
                             undetailed[image_id] = tree[image.directory]
-        self._undetailed = {} if layout.names_only else undetailed
+        self._undetailed = undetailed
         whole = True
         for image_id in vanished:
             self._check_when_due()
@@ -409,6 +415,12 @@ class Discovery:
         collection, _, name = directory.rpartition("/")
         image_id = self.store.layout.image_id(collection, name) if name else None
         return image_id if image_id and self.store.layout.image_directory(image_id) == directory else None
+
+
+def _loses_details(image: Image, known: Image | None) -> bool:
+    """Whether it was changed, or replaced, since somebody asked for its details: who has them keeps them until there
+    are others."""
+    return known is not None and known.details_known and not image.details_known and known.state is image.state
 
 
 def fault_of(datastore: Datastore, error: ImagesError) -> str:

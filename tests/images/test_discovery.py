@@ -130,3 +130,24 @@ def test_a_datastore_that_looks_empty_because_of_its_configured_layout_is_warned
     (line,) = lines()
     assert " WARNING " in line
     assert f"layout={configured} " in line and warned in line and "see=datastore.one.layout" in line
+
+
+def test_who_has_the_details_of_an_image_that_another_host_replaces_gets_those_of_the_other(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    """Layout vsan, whose listing has names only: of the same names, or with another one."""
+    place = make_places(tmp_path)["three"]
+    place.plant("a", companions={"a.ecv": b"{}"})
+    datastore = stack.enter_context(contextlib.closing(PosixDatastore("three", str(place.root), "nfs")))
+    catalog = Catalog()
+    store = ImageStore(datastore, IMAGE_LAYOUTS["vsan"])
+    discovery = Discovery(store, catalog)
+    discovery.read("a")
+    for size, companion in ((4 << 20, "a.ecv"), (2 << 20, "a.other")):
+        place.directory("a").rename(tmp_path / f"before-{size}")  # so that its inode is not used again
+        place.plant("a", size=size, companions={companion: b"{}"})
+        discovery.refresh("a", changed=False)
+        image = catalog.get(store.key("a"))
+        assert image is not None and image.details_known
+        assert image.capacity == size
+        assert [file.name for file in image.files] == [companion, "a-flat.vmdk", "a.vmdk"]
