@@ -13,12 +13,28 @@ from fusefs.errors import fail
 from fusefs.pulse import Pulse
 from fusefs.reading import NOT_FROM_HERE, LocalReader, Reader, RemoteReader, Shared
 from sidecar.client import SidecarClient, Staging
-from sidecar.errors import FileNotInImage, ImagesError
+from sidecar.errors import (
+    DatastoreUnavailable,
+    DeadlineExceeded,
+    FileNotInImage,
+    InternalError,
+    OperationCancelled,
+    SidecarUnavailable,
+)
 
 _log = logging.getLogger(__name__)
 
 _SPACE_CHECK_BYTES = 16 << 20
 _CLOSED = -1
+# After these nobody knows: FileNotInImage is the answer to a request that is repeated, too.
+_MAY_BE_DONE = (
+    DatastoreUnavailable,
+    DeadlineExceeded,
+    FileNotInImage,
+    InternalError,
+    OperationCancelled,
+    SidecarUnavailable,
+)
 _WRITE_BACK_BYTES = 512 << 10
 
 
@@ -210,7 +226,7 @@ class RemotePlace:
 def _names_known() -> Iterator[None]:
     try:
         yield
-    except ImagesError as error:
+    except _MAY_BE_DONE as error:
         raise NamesUnknownError(error.errno, error.message) from error
 
 

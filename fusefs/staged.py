@@ -301,11 +301,11 @@ class StagedDirectory:
             file = self._files.get(name)
             if file is None:
                 fail(errno.ENOENT)
-            with self._naming_elsewhere(file):
+            with self._naming_anew(file):
                 self.place.remove(name)
-            self._claim.removed(name, file.maker, caller)
-            with self._condition:
-                self._forget(file)
+                self._claim.removed(name, file.maker, caller)
+                with self._condition:
+                    self._forget(file)
 
     def rename(self, old: str, new: str, flags: int, caller: Caller = NOBODY) -> None:
         _check_name(new)
@@ -325,18 +325,18 @@ class StagedDirectory:
                 if each is not None:
                     self._require_over(each, caller)
             self._claim.require_new(self, new, caller)
-            with self._naming_elsewhere(file, replaced):
+            with self._naming_anew(file, replaced):
                 self.place.rename(old, new)
-            with self._condition:
-                if replaced is not None:
-                    self._forget(replaced)
-                del self._files[old]
-                self._files[new] = file
-                file.name = new
+                with self._condition:
+                    if replaced is not None:
+                        self._forget(replaced)
+                    del self._files[old]
+                    self._files[new] = file
+                    file.name = new
 
     @contextlib.contextmanager
-    def _naming_elsewhere(self, *files: StagedFile | None) -> Iterator[None]:
-        """For the time in which the sidecar gives these files other names: what is written by their names waits."""
+    def _naming_anew(self, *files: StagedFile | None) -> Iterator[None]:
+        """For the time in which these files get other names, here too: what the sidecar writes by their names waits."""
         with contextlib.ExitStack() as stack:
             for file in files:
                 if file is not None:

@@ -137,6 +137,9 @@ class ReadableFile(Protocol):
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
         """The (offset, length) of what is not a hole in that range, in order; where holes cannot be told, all of it."""
 
+    def require_same(self) -> None:
+        """Raises FileChanged when what was read of it may be of another file than the one that was opened."""
+
     def close(self) -> None: ...
 
 

@@ -73,6 +73,9 @@ class PosixReadable:
         with self._faults.during("read", self._path):
             return data_in(self.fd, offset, length)
 
+    def require_same(self) -> None:
+        """What is open is that file, whatever is at its path."""
+
     def close(self) -> None:
         os.close(self.fd)
 

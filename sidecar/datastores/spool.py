@@ -31,9 +31,6 @@ class Lent(ReadableFile, Protocol):
     @property
     def place(self) -> object: ...
 
-    def require_same(self) -> None:
-        """Raises FileChanged when what was read of it may not be of the file that was opened."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Borrowed:
@@ -288,6 +285,9 @@ class SpooledReadable:
 
     def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
         return self._file.data_ranges(offset, length)
+
+    def require_same(self) -> None:
+        """Nobody else has it."""
 
     def close(self) -> None:
         self._file.let_go()

@@ -168,12 +168,14 @@ class VsphereApiDatastore:
         """What is staged of a directory, or of a file that gets to another one, is given up in any case: it was sent,
         and nobody stages more in what was to be published."""
         stays = source.rpartition("/")[0] == destination.rpartition("/")[0]
+        if stays and self._spool.has(destination):
+            raise FileExistsError(destination)
         with self._spool.using(source) as spooled:
             if spooled and stays:
-                if self._spool.has(destination):
-                    raise FileExistsError(destination)
                 if spooled.on_server:
                     self._move_staged(source, destination, spooled)
+                else:
+                    self._require_absent(destination)
                 self._spool.rename(source, destination)
                 return
         self._give_up_staged(source, destination)
@@ -184,6 +186,11 @@ class VsphereApiDatastore:
             if spooled and spooled.changed:
                 raise InvalidRequest(f"{self.name}: {source} is not complete: it cannot be moved to {destination}")
         self._spool.drop(source)
+
+    def _require_absent(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._files.entry(path)
+            raise FileExistsError(path)
 
     def _move_staged(self, source: str, destination: str, spooled: SpooledFile) -> None:
         try:
@@ -198,8 +205,8 @@ class VsphereApiDatastore:
         found = self.known()
         try:
             self._move(source, destination, lambda: move_disk(self.address.connection, found, source, destination))
-        except FileNotFoundError:
-            # Of the data, too: a server may miss it where it has that of disks of its own.
+        except (FileNotFoundError, DiskFileFault):
+            # A server may have it that a disk of this kind is none, or miss its data.
             if not self._was_moved(source, destination):
                 self._move(source, destination)
 
@@ -454,6 +461,7 @@ class VsphereApiDatastore:
         """Has the server copy a file; the data of a disk is copied with its descriptor, which is put right then."""
         if not self._copied_with_descriptor(source, file):
             self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
+        source.note_read()
         source.require_same()
         arrived = self._folder.size(file.path)
         if arrived != file.size:
@@ -525,6 +533,7 @@ class ApiReadable:
         self.modified_ns, self.size = entry.modified_ns, entry.size
         self.place = datastore.name, path, entry.modified_ns, entry.size
         self._download: Download | None = None
+        self._was_read = False
         self._position = 0  # where the last read ended
 
     def read(self, offset: int, length: int) -> bytes:
@@ -536,6 +545,7 @@ class ApiReadable:
             read = self.datastore.read_range
         else:
             read = self._read_on
+        self._was_read = True
         try:
             data = read(self.path, offset, length)
         except FileNotFoundError as error:
@@ -543,8 +553,13 @@ class ApiReadable:
         self._position = offset + len(data)
         return data
 
+    def note_read(self) -> None:
+        """Its bytes were taken by other means."""
+        self._was_read = True
+
     def require_same(self) -> None:
-        """FileChanged when what was read may not be of the file that was opened."""
+        if not self._was_read:
+            return
         try:
             now = _entry(self.datastore.server_file(self.path))
         except FileNotFoundError as error:

@@ -75,7 +75,7 @@ class OpenImage:
         if self.store.datastore.holds_open_files:
             return
         try:
-            if _are_same(self.store.read(self.image.key.image_id), self.image):
+            if _are_same(self.store.read(self.image.key.image_id), self.image, disk_only=True):
                 return
         except ImageNotFound:
             pass
@@ -95,11 +95,12 @@ class OpenImage:
         self.close()
 
 
-def _are_same(image: Image, other: Image) -> bool:
-    """Whether they have the same files: not every datastore has inodes, and none changes a file of an image."""
+def _are_same(image: Image, other: Image, *, disk_only: bool = False) -> bool:
+    """Whether they have the same files: not every datastore has inodes, and none changes a file of an image's disk."""
 
     def identities(image: Image) -> list[tuple[str, int, int, int]]:
-        return [(file.name, file.inode, file.modified_ns, file.size) for file in image.files]
+        files = (file for file in image.files if file.kind is not FileKind.COMPANION or not disk_only)
+        return [(file.name, file.inode, file.modified_ns, file.size) for file in files]
 
     return identities(image) == identities(other)
 

@@ -304,6 +304,13 @@ class Discovery:
                 _log.warning("image unreadable image=%s error=%s", self.store.key(image_id), error)
                 if self.check().fault:
                     return  # of all of them: the next scan goes on
+                self._take_undetailed(image_id, listed)
+
+    def _take_undetailed(self, image_id: str, listed: OpenDirectory) -> None:
+        """Rather than go on with what was known of another one."""
+        with self._reading(image_id), contextlib.suppress(ImageNotFound):
+            if image_id not in self._read_since:
+                self._catalog.put(read_listed_image(self.store.datastore, self.store.layout, image_id, listed))
 
     def _list_all(self) -> tuple[list[str], set[str], bool]:
         """The ids of what may be images; those that are known and not there any more; whether all could be listed."""

@@ -50,6 +50,7 @@ class StagingDirectory:
         self._began_publishing = False
         self._state = _State.HELD
         self._changing = threading.Lock()  # guards the state
+        self._naming = threading.Lock()  # a request may be repeated while its first try still runs
         store.datastore.require_in_place()
         for _ in range(_TRIES):
             try:
@@ -103,19 +104,22 @@ class StagingDirectory:
 
     def rename_file(self, name: str, new_name: str) -> None:
         """In place of a file that has the new name; FileNotFoundError. Nobody sees the directory in between."""
-        if name == new_name:
-            self.store.datastore.entry(self.path(name))
-            return
-        try:
-            self.store.datastore.rename(self.path(name), self.path(new_name))
-        except FileExistsError:
-            self.store.datastore.entry(self.path(name))  # or there would be neither of them
-            self.remove_file(new_name)
-            self.store.datastore.rename(self.path(name), self.path(new_name))
+        datastore, path, new_path = self.store.datastore, self.path(name), self.path(new_name)
+        with self._naming:
+            if name == new_name:
+                datastore.entry(path)
+                return
+            try:
+                datastore.rename(path, new_path)
+            except FileExistsError:
+                datastore.entry(path)  # or there would be neither of them
+                datastore.remove_file(new_path)
+                datastore.rename(path, new_path)
 
     def remove_file(self, name: str) -> None:
         """FileNotFoundError when there is none of that name."""
-        self.store.datastore.remove_file(self.path(name))
+        with self._naming:
+            self.store.datastore.remove_file(self.path(name))
 
     def complete(self) -> None:
         """Adds the timestamp file, and makes every file and then the directory durable.

@@ -125,6 +125,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                     position += len(data)
             if position < end:
                 yield pb.ReadFileResponse(offset=position, hole_bytes=end - position)
+            file.require_same()
 
     def CloneRange(self, request: pb.CloneRangeRequest, context: grpc.ServicerContext) -> pb.CloneRangeResponse:
         key = image_key(request.source)
@@ -157,6 +158,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 if not moved:
                     break
                 done += moved
+            source.require_same()
         return pb.CloneRangeResponse(done_bytes=done, cloned_bytes=progress.amount.cloned)
 
     def CloneDisk(self, request: pb.CloneDiskRequest, context: grpc.ServicerContext) -> Iterator[pb.CloneDiskResponse]:

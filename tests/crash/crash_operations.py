@@ -58,6 +58,10 @@ def do_copy(store: ImageStore) -> None:
 def do_import(store: ImageStore) -> None:
     with StagingDirectory(store, "target", "import") as staging:
         _stage(store, staging)
+        for name in ("new.ecv", "extra"):
+            (Path(store.datastore.root_path) / staging.path(name)).write_text("{}")
+        staging.rename_file("new.ecv", "disk.ecv")
+        staging.remove_file("extra")
         commit(staging, StagedDisk(staging))
 
 

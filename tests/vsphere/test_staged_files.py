@@ -462,3 +462,17 @@ def test_a_copy_of_what_another_host_took_away_is_never_complete(
         change(root / "file")
         with pytest.raises((FileChanged, FileNotFoundError)):
             copy.sync() if whole else copy.resize(len(PIECE) + 1)
+
+
+def test_a_file_that_only_the_server_has_is_not_renamed_over_one_that_is_only_staged(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    (root / "d").mkdir()
+    (root / "d" / "copied").write_bytes(b"copied")
+    stage(datastore, "d/staged", b"staged")
+    with pytest.raises(FileExistsError):
+        datastore.rename("d/copied", "d/staged")
+    with pytest.raises(FileExistsError):
+        datastore.rename("d/staged", "d/copied")
+    assert datastore.read_file("d/copied", 10) == b"copied"
+    assert datastore.read_file("d/staged", 10) == b"staged"

@@ -5,10 +5,10 @@ in between there is an incomplete image, which nobody uses and the next publish 
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sidecar.datastores.interface import Datastore
-from sidecar.errors import InvalidRequest, NoSpace
+from sidecar.errors import DatastoreUnavailable, InvalidRequest, NoSpace
 from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.layouts.renaming import move_back, prefixed_image_id, prefixed_vm_directories
 from sidecar.images.names import (
@@ -83,24 +83,29 @@ class VsanLayout:
         if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
             raise FileExistsError(destination)
         descriptor, moved = descriptor_name(image_id), list[str]()
+        may_be_moved_later = False
 
         def left() -> list[str]:
             return sorted(name for name in datastore.names(staging.directory) if not is_lock_or_staging(name))
 
-        def move(names: Iterable[str]) -> None:
+        def move(names: Iterable[str], how: Callable[[str, str], None] = datastore.rename) -> None:
             for name in names:
-                to_move = datastore.move_disk if name == descriptor else datastore.rename
-                to_move(f"{staging.directory}/{name}", f"{destination}/{name}")
+                how(f"{staging.directory}/{name}", f"{destination}/{name}")
                 moved.append(name)
 
         try:
             names = left()
+            disk = [name for name in names if name.endswith(".vmdk")]
             # The disk after its companions: whole and without a timestamp, it is taken for complete by a repair.
-            move(name for name in names if name != TIMESTAMP and not name.endswith(".vmdk"))
-            move([descriptor])
-            stayed = left()
-            moved += [name for name in names if name not in moved and name not in stayed]
-            move(name for name in stayed if name != TIMESTAMP)
+            move(name for name in names if name not in disk and name != TIMESTAMP)
+            if set(disk) <= {descriptor, f"{image_id}-flat.vmdk"}:
+                try:
+                    move([descriptor], datastore.move_disk)
+                except DatastoreUnavailable:
+                    may_be_moved_later = True
+                    raise
+                moved += [name for name in disk if name != descriptor and name not in left()]
+            move(sorted(set(disk).difference(moved), key=lambda name: name == descriptor))
             datastore.sync_directory(destination)
             # After everything what makes the image valid.
             move([TIMESTAMP])
@@ -108,12 +113,13 @@ class VsanLayout:
         except BaseException:
             # Who is told that it failed must not find a valid image there, to be lost by the next power cut; nor a
             # whole one without its timestamp, which the next repair would take for durable.
-            for name in reversed(moved):
+            # A disk that its server may still move finds its companions there, for the same reason.
+            for name in reversed(moved) if not may_be_moved_later else ():
                 move_back(datastore, f"{destination}/{name}", f"{staging.directory}/{name}")
             raise
 
     def withdraw(self, datastore: Datastore, staging: StagingPlace, token: str) -> str | None:
-        """One entry at most comes late, after which the others were moved back, or were all there."""
+        """What comes late is one entry, whose others were moved back, or all there; or the disk, to its companions."""
         return staging.directory
 
     def discard(self, datastore: Datastore, image_id: str, token: str) -> str | None:
