@@ -161,3 +161,24 @@ def test_what_an_undo_meets_does_not_hide_why_the_publish_failed(
         copy_image(store, "source", store, "a", Progress())
     if place.layout == "vsan":
         place.assert_holds({"source": flat_files("source"), "a": {TIMESTAMP}})  # the rest is undone all the same
+
+
+@pytest.mark.parametrize("place", ["three"], indirect=True)
+def test_a_disk_that_a_server_moves_late_finds_its_companions_there(
+    store: ImageStore, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it would be taken for a whole image that lost its timestamp only."""
+    place.plant("source", companions={"source.ecv": b"{}"})
+    moves: list[tuple[str, str]] = []
+
+    def give_no_answer(source: str, destination: str) -> None:
+        moves.append((source, destination))
+        raise DatastoreUnavailable("no answer")
+
+    monkeypatch.setattr(store.datastore, "move_disk", give_no_answer)
+    monkeypatch.setattr(StagingDirectory, "_remove", lambda staging: None)  # its server still has the disk
+    with pytest.raises(DatastoreUnavailable, match="no answer"):
+        copy_image(store, "source", store, "a", Progress())
+    assert len(moves) == 1
+    store.datastore.rename(*moves[0])
+    assert {"a.ecv", "a.vmdk"} <= {path.name for path in place.directory("a").iterdir()}
