@@ -104,7 +104,8 @@ class VsanLayout:
                 except DatastoreUnavailable:
                     may_be_moved_later = True
                     raise
-                moved += [name for name in disk if name != descriptor and name not in left()]
+                stayed = left()
+                moved += [name for name in disk if name != descriptor and name not in stayed]
             move(sorted(set(disk).difference(moved), key=lambda name: name == descriptor))
             datastore.sync_directory(destination)
             # After everything what makes the image valid.

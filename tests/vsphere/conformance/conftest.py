@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.images.conftest import CONFIG, place, scratch, world
+from tests.support.choosing import is_named, keep
 from tests.support.vcsim import Vcsim
 from tests.support.world import World, make_places, running_sidecar
 
@@ -69,10 +70,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if isinstance(item, pytest.Function) and not _runs(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    keep(config, items, _runs)
 
 
 def _runs(item: pytest.Function) -> bool:
@@ -80,9 +78,8 @@ def _runs(item: pytest.Function) -> bool:
         return True
     parameters = item.callspec.params
     variant = str(parameters.get("shared_world", ""))
-    name = item.originalname
     if variant.endswith("-path"):
-        return item.path.stem in _COPYING and NOT_BY_API.get(name) != _HOLES
+        return item.path.stem in _COPYING and NOT_BY_API.get(item.originalname) != _HOLES
     if variant == "host" and parameters.get("place", "one") != "one":
         return False
-    return name not in NOT_BY_API and not any(f"{name}[{value}]" in NOT_BY_API for value in parameters.values())
+    return not is_named(item, NOT_BY_API)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LAYOUTS
+from tests.support.choosing import is_named, keep
 from tests.support.processes import Sidecar
 from tests.support.vcsim import Vcsim
 
@@ -30,15 +31,4 @@ def sidecar(tmp_path: Path, stack: ExitStack) -> Sidecar:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if isinstance(item, pytest.Function) and not _runs(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
-def _runs(item: pytest.Function) -> bool:
-    if item.path.parent.name != "mount" or item.path.parent.parent.name != "vsphere":
-        return True
-    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    name = item.originalname
-    return name not in NOT_BY_API and not any(f"{name}[{value}]" in NOT_BY_API for value in parameters)
+    keep(config, items, lambda item: item.path.parent != Path(__file__).parent or not is_named(item, NOT_BY_API))
