@@ -147,7 +147,9 @@ class LocalContent:
 
     def truncate(self, size: int) -> None:
         self._give_back_beyond_end(size)
-        os.ftruncate(self._fd, size)
+        # Of the size that it has: XFS would write zeroes behind its end, and the last block would be shared no more.
+        if os.fstat(self._fd).st_size != size:
+            os.ftruncate(self._fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
         if self._room_for_images(self._fd) < length:

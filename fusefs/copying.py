@@ -65,6 +65,7 @@ class Copying:
     def truncate(self, directory: StagedDirectory, file: StagedFile, size: int) -> None:
         with directory.change(), file.lock:
             with file.complete_or_given_up():
+                self._complete_before_growing(file, size)
                 file.content.truncate(size)
             file.provenance.truncated(size)
             if size == 0:
@@ -104,6 +105,7 @@ class Copying:
     def _take(self, file: StagedFile, equal: _Equal, data: memoryview, offset: int) -> None:
         """Shares the whole blocks that the data makes equal to the source, and writes what is beside them."""
         end = offset + len(data)
+        self._complete_last_block(file, equal, offset)
         begin = self._with_zeroes_before(file, equal, offset)
         start, stop = file.provenance.equal_blocks(equal.source, begin, end, file.content.block_size)
         if stop > end and stop > file.content.status().size:
@@ -133,7 +135,8 @@ class Copying:
         """Where what is equal begins: before the data when the source has zeroes there, which the writer skipped.
 
         `rsync --sparse` leaves out each zero that a piece of it begins or ends with: a block with one in it would never
-        be written as a whole. Looked for beyond the end of the file only, and no further back than one block.
+        be written as a whole. Looked for beyond the end of the file only, and no further back than one block: what the
+        file ends in is `_complete_last_block`'s.
         """
         size, block = file.content.status().size, file.content.block_size
         begin = max(size, (offset - 1) // block * block)
@@ -142,6 +145,29 @@ class Copying:
         if not equal.reader.equals(memoryview(bytes(offset - begin)), begin):
             return offset
         return begin if file.provenance.skipped(begin, offset, equal.source) else offset
+
+    def _complete_before_growing(self, file: StagedFile, size: int) -> None:
+        for source in file.provenance.sources:
+            if _rest_of_last_block(file, source, size):
+                try:
+                    reader = self._sources.open(source)
+                except OSError:  # it is another file by now
+                    continue
+                with closing(reader):
+                    self._complete_last_block(file, _Equal(source, reader), size)
+
+    def _complete_last_block(self, file: StagedFile, equal: _Equal, limit: int) -> None:
+        """Shares the block that the file ends in, when the source has zeroes in its rest, which the writer skipped.
+
+        `limit`: where the file goes on, or is to end.
+        """
+        rest = _rest_of_last_block(file, equal.source, limit)
+        if not rest or not equal.reader.equals(memoryview(bytes(len(rest))), rest.start):
+            return
+        if file.provenance.skipped(rest.start, rest.stop, equal.source):
+            start, stop = file.provenance.equal_blocks(equal.source, rest.start, rest.stop, file.content.block_size)
+            if start < stop:
+                self._share(file, equal, start, stop - start)
 
     def _equal_source(self, handle: StagedHandle, data: memoryview, offset: int, pid: int) -> "_Equal | None":
         """The file of an image with the same bytes at the same offset, when the writer may have read it from there."""
@@ -181,3 +207,10 @@ class Copying:
         image = self._tree.image(source.datastore, source.image_id)
         file = image.file(source.name) if image is not None and image.is_valid else None
         return file is not None and file.generation == source.generation
+
+
+def _rest_of_last_block(file: StagedFile, source: SourceFile, limit: int) -> range:
+    """From the end of the file to that of the block it ends in, or of the source; empty when `limit` is before that."""
+    size, block = file.content.status().size, file.content.block_size
+    end = min(-(-size // block) * block, source.generation.size)
+    return range(size, end if end <= limit else size)

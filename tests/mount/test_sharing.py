@@ -1,6 +1,7 @@
 """On a reflinking file system a copy through the mount takes no space, by whatever way the tool copies."""
 
 import os
+import random
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from tests.mount.harness import COPIERS, published_as
 from tests.support.disks import MIB
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
 
+BLOCK = 4096
+
 
 @pytest.fixture
 def xfs(tmp_path: Path, stack: ExitStack) -> Path:
     """Two images. `a`: a sparse disk of 128 MiB, with 16 MiB of data in it; `dense`: 16 MiB of data."""
+    letters = random.Random(1)
     root = stack.enter_context(loop_mount(tmp_path / "xfs", 400 * MIB, ("mkfs.xfs", "-q", "-m", "reflink=1")))
     with write_image(root, "compound", "a", size=128 * MIB).open("r+b") as file:
         for offset in range(0, 128 * MIB, 16 * MIB):
             file.seek(offset + 4096)
-            file.write(os.urandom(2 * MIB))
-    write_image(root, "compound", "dense", size=16 * MIB).write_bytes(os.urandom(16 * MIB))
+            file.write(letters.randbytes(2 * MIB))
+    write_image(root, "compound", "dense", size=16 * MIB).write_bytes(letters.randbytes(16 * MIB))
     os.sync()
     return root
 
@@ -76,6 +80,40 @@ def test_a_copy_in_odd_pieces_shares_its_extents(xfs: Path, mount: Mount) -> Non
     before = free(xfs)
     in_odd_pieces(mount.path / "one" / "a", mount.path / "one" / "b")
     assert_shared(xfs, "a", before)
+
+
+@pytest.mark.parametrize(
+    "zeroes",
+    [
+        pytest.param([(BLOCK - 1, BLOCK)], id="the last byte of a block"),
+        pytest.param([(BLOCK - 1, BLOCK + 1)], id="the last byte of a block, and the first of the next"),
+        pytest.param([(1000, BLOCK)], id="all of a block but its beginning"),
+        pytest.param([(1000, BLOCK), (BLOCK, BLOCK + 3000)], id="to the next block, which begins with zeroes"),
+        pytest.param([(1000, 2000), (3000, 4000)], id="within a block"),
+        pytest.param([(0, 3000), (BLOCK, BLOCK + 1)], id="the first bytes of blocks"),
+        pytest.param([(7 * BLOCK + 3000, 8 * BLOCK)], id="the last bytes of the data, before a hole"),
+        pytest.param([(8 * BLOCK + 200, 8 * BLOCK + 512)], id="the last bytes of the file"),
+        pytest.param([(7 * BLOCK + 3000, 8 * BLOCK), (8 * BLOCK + 1, 8 * BLOCK + 512)], id="all but the file's last"),
+    ],
+)
+@pytest.mark.parametrize("image", ["holes", "no holes"])
+def test_a_copier_that_skips_zeroes_shares_the_blocks_that_they_are_in(
+    zeroes: list[tuple[int, int]], image: str, xfs: Path, mount: Mount
+) -> None:
+    """Which are in the data of nearly every disk: rsync writes neither a zero that a KiB begins with, nor its last."""
+    data = bytearray(b"x" * (8 * BLOCK + 512))
+    for start, end in zeroes:
+        data[start:end] = bytes(end - start)
+    original = write_image(xfs, "compound", "zeroes", size=128 * BLOCK + 512)
+    with original.open("r+b") as file:
+        if image == "no holes":
+            file.write(random.Random(1).randbytes(128 * BLOCK))
+        for offset in (0, 32 * BLOCK, 64 * BLOCK, 120 * BLOCK):
+            file.seek(offset)
+            file.write(data)
+    before = free(xfs)
+    run("sh", "-c", COPIERS["rsync --sparse"], mount.path / "one" / "zeroes", mount.path / "one" / "b")
+    assert_shared(xfs, "zeroes", before)
 
 
 def assert_shared(xfs: Path, image: str, free_before: int) -> None:
