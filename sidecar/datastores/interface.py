@@ -197,8 +197,6 @@ class Datastore(Protocol):
     """Its directory on this host; empty when there is none: then its server alone knows its VMs."""
     shared: bool
     """Other hosts may change it too."""
-    holds_open_files: bool
-    """What is open stays what it was, whatever comes to its path."""
     volume: str
     """What ESX calls it, below /vmfs/volumes and in brackets: VMs name their disks so."""
 

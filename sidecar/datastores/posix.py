@@ -73,8 +73,6 @@ class _Root:
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
-    holds_open_files = True
-
     def __init__(
         self,
         name: str,

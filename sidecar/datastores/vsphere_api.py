@@ -64,7 +64,6 @@ class VsphereApiDatastore:
     root_path = ""
     shared = True
     reflink = False
-    holds_open_files = False
 
     def __init__(self, name: str, address: DatastoreAddress) -> None:
         """Asks nothing of the server yet: one that is away now may come back."""

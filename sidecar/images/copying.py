@@ -8,9 +8,7 @@ from typing import Self
 from sidecar.datastores.interface import Datastore, DiskCopier, ReadableFile
 from sidecar.errors import (
     DiskFileFault,
-    FileChanged,
     ImageIncomplete,
-    ImageNotFound,
     ImagesError,
     InvalidDisk,
     InvalidRequest,
@@ -70,16 +68,10 @@ class OpenImage:
         return self.files[name].read(offset, length)
 
     def require_same(self) -> None:
-        """FileChanged when what was read may be of another image: where open files are known to this process alone,
-        another host may have purged the image, and made a new one."""
-        if self.store.datastore.holds_open_files:
-            return
-        try:
-            if _are_same(self.store.read(self.image.key.image_id), self.image, disk_only=True):
-                return
-        except ImageNotFound:
-            pass
-        raise FileChanged(f"{self.image.key} was purged or replaced while it was copied; look at it again")
+        """FileChanged when what was read of the disk may be of another image: where open files are known to this
+        process alone, another host may have purged the image, and made a new one. Nobody changes a disk in place."""
+        for name in self.disk.file_names:
+            self.files[name].require_same()
 
     def close(self) -> None:
         for file in self.files.values():
@@ -95,12 +87,11 @@ class OpenImage:
         self.close()
 
 
-def _are_same(image: Image, other: Image, *, disk_only: bool = False) -> bool:
-    """Whether they have the same files: not every datastore has inodes, and none changes a file of an image's disk."""
+def _are_same(image: Image, other: Image) -> bool:
+    """Whether they have the same files: not every datastore has inodes."""
 
     def identities(image: Image) -> list[tuple[str, int, int, int]]:
-        files = (file for file in image.files if file.kind is not FileKind.COMPANION or not disk_only)
-        return [(file.name, file.inode, file.modified_ns, file.size) for file in files]
+        return [(file.name, file.inode, file.modified_ns, file.size) for file in image.files]
 
     return identities(image) == identities(other)
 

@@ -119,7 +119,8 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 position = start
                 while position < start + length:
                     data = file.read(position, min(MESSAGE_DATA_BYTES, start + length - position))
-                    if not data:
+                    if not data:  # it was cut off
+                        file.require_same()
                         return
                     yield pb.ReadFileResponse(offset=position, data=data)
                     position += len(data)

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 
 from pyVmomi import vim
 
-from sidecar.errors import DatastoreDenied, DatastoreUnavailable, InvalidRequest, NoSpace
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, FileChanged, InvalidRequest, NoSpace
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import datastore_path
 from sidecar.vsphere.faults import translated
@@ -94,9 +94,9 @@ class Folder:
             with ExitStack() as stack:
                 answer = stack.enter_context(self._answer(content, "GET", path, {"Range": f"bytes={offset}-"}))
                 if answer.status == _BEYOND_THE_END:
-                    raise DatastoreUnavailable(
-                        f"server {self._connection.server.name}: {path} has ended before {offset}: it was replaced; "
-                        "try again"
+                    raise FileChanged(
+                        f"server {self._connection.server.name}: {path} ends before {offset} now: it was cut off or "
+                        "replaced; look at it again"
                     )
                 if answer.status == http.HTTPStatus.OK:
                     answer.skip(offset)

@@ -120,7 +120,7 @@ def test_what_is_read_from_behind_the_end_is_an_error_and_no_content(
     datastore: VsphereApiDatastore, root: Path
 ) -> None:
     (root / "file").write_bytes(b"12345")
-    with pytest.raises(DatastoreUnavailable, match="has ended before 7"):
+    with pytest.raises(FileChanged, match="file ends before 7 now: it was cut off or replaced"):
         datastore.download("file", 7)
     (root / "file").write_bytes(b"")
     with closing(datastore.open_writable("file")) as file:
