@@ -9,11 +9,11 @@ import logging
 import os
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 
+from sidecar.datastores.api_locks import LockDirectories
+from sidecar.datastores.api_readable import ApiFiles, ApiReadable, entry_of
 from sidecar.datastores.interface import (
     Capacity,
     ChangeWatcher,
@@ -27,26 +27,23 @@ from sidecar.datastores.interface import (
     VmServer,
     WritableFile,
 )
+from sidecar.datastores.open_here import OpenHere
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.spool import Spool, SpooledFile, SpooledReadable, SpooledWritable
 from sidecar.errors import (
     DatastoreUnavailable,
     DiskFileFault,
-    FileChanged,
-    ImageInUse,
     ImagesError,
     InvalidRequest,
     LockTimeout,
     OperationCancelled,
 )
 from sidecar.locks.directories import DirectoryLocks, is_made_for
-from sidecar.locks.identity import process_name
 from sidecar.locks.interface import HeldLock, LockHolder
 from sidecar.vsphere.disks import DatastoreAddress, copy_task, move_disk, remove_disk
-from sidecar.vsphere.faults import ServerUnreachable
 from sidecar.vsphere.files import ServerFile, ServerFiles
-from sidecar.vsphere.folder import Download, Folder
+from sidecar.vsphere.folder import Folder
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.known import KnownDatastore
 
@@ -74,11 +71,10 @@ class VsphereApiDatastore:
         self._files = ServerFiles(address.connection, self.known)
         self._folder = Folder(address.connection, self.known)
         self._spool = Spool(name)
-        self._locks = DirectoryLocks(_LockDirectories(self._files, self._folder), name, wait=self._wait_for_lock)
+        self._locks = DirectoryLocks(LockDirectories(self._files, self._folder), name, wait=self._wait_for_lock)
         self._interrupted = threading.Event()
-        self._use = threading.Lock()  # guards the two
-        self._open: Counter[str] = Counter()
-        self._excluded: set[str] = set()
+        self._open_here = OpenHere(name)
+        self._readable = ApiFiles(name, address.connection, self.known, self._files, self._folder, self._open_here)
 
     def close(self) -> None:
         self._spool.close()
@@ -103,7 +99,7 @@ class VsphereApiDatastore:
                 return spooled.entry(path.rpartition("/")[2])
         if not path:
             return Entry("", EntryKind.DIRECTORY, 0, 0, 0, 0, 0)
-        return _entry(self._files.entry(path))
+        return entry_of(self._files.entry(path))
 
     def read_file(self, path: str, limit: int) -> bytes:
         return self.read_range(path, 0, limit)
@@ -267,18 +263,7 @@ class VsphereApiDatastore:
     def open_readable(self, path: str) -> ReadableFile:
         if spooled := self._spool.take(path):
             return SpooledReadable(spooled)
-        with self._use:
-            if path in self._excluded:
-                raise ImageInUse(f"{self.name}: {path} is being removed")
-            self._open[path] += 1
-        try:
-            entry = _entry(self._files.entry(path))
-            if entry.kind is not EntryKind.FILE:
-                raise InvalidRequest(f"{self.name}: {path} is not a regular file")
-            return ApiReadable(self, path, entry)
-        except BaseException:
-            self.closed(path)
-            raise
+        return self._readable.open(path)
 
     def open_writable(self, path: str) -> WritableFile:
         return SpooledWritable(self._spool.take(path) or self._spool_file(path), self._send, self._lend)
@@ -316,44 +301,10 @@ class VsphereApiDatastore:
             raise OperationCancelled(f"{self.name}: no longer waiting for a lock: the sidecar is shutting down")
 
     def users(self, paths: Sequence[str], image_id: str) -> list[str]:
-        with self._use:
-            return [self._own_use] if any(self._open[path] for path in paths) else []
+        return self._open_here.users(paths)
 
-    @contextmanager
-    def exclude_users(self, paths: Sequence[str], image_id: str) -> Iterator[None]:
-        with self._use:
-            if any(self._open[path] for path in paths):
-                raise ImageInUse(self._own_use)
-            excluded = set(paths) - self._excluded
-            self._excluded |= excluded
-        try:
-            yield
-        finally:
-            with self._use:
-                self._excluded -= excluded
-
-    @cached_property
-    def _own_use(self) -> str:
-        return f"{process_name()} (pid {os.getpid()})"
-
-    def read_again(self, file: "ApiReadable") -> "ApiReadable":
-        """The same open file once more, without asking the server."""
-        with self._use:
-            self._open[file.path] += 1
-        return ApiReadable(self, file.path, file.entry)
-
-    def download(self, path: str, offset: int) -> Download:
-        return self._folder.open(path, offset)
-
-    def server_file(self, path: str) -> ServerFile:
-        """What the server has there, whatever is staged."""
-        return self._files.entry(path)
-
-    def closed(self, path: str) -> None:
-        with self._use:
-            self._open[path] -= 1
-            if not self._open[path]:
-                del self._open[path]
+    def exclude_users(self, paths: Sequence[str], image_id: str) -> AbstractContextManager[None]:
+        return self._open_here.excluded(paths)
 
     def watcher(self) -> ChangeWatcher | None:
         return None
@@ -451,40 +402,40 @@ class VsphereApiDatastore:
                 size = file.size
                 self._folder.write(file.path, size, lambda: file.pieces(size))
 
-    def _lend(self, source: ReadableFile) -> "ApiReadable | None":
-        if isinstance(source, ApiReadable) and source.datastore.address.connection is self.address.connection:
-            return source.datastore.read_again(source)
+    def _lend(self, source: ReadableFile) -> ApiReadable | None:
+        if isinstance(source, ApiReadable) and source.origin.connection is self.address.connection:
+            return source.again()
         return None
 
-    def _copy_on_server(self, source: "ApiReadable", file: SpooledFile) -> None:
+    def _copy_on_server(self, source: ApiReadable, file: SpooledFile) -> None:
         """Has the server copy a file; the data of a disk is copied with its descriptor, which is put right then."""
         if not self._copied_with_descriptor(source, file):
-            self._files.copy(source.datastore.known(), source.path, file.path, self._require_not_ended)
+            self._files.copy(source.origin.known(), source.path, file.path, self._require_not_ended)
         source.note_read()
         source.require_same()
         arrived = self._folder.size(file.path)
         if arrived != file.size:
             raise DiskFileFault(f"{self.name}: {file.path} has {arrived} bytes, and {source.path} {file.size}")
 
-    def _copied_with_descriptor(self, source: "ApiReadable", file: SpooledFile) -> bool:
+    def _copied_with_descriptor(self, source: ApiReadable, file: SpooledFile) -> bool:
         descriptor, source_descriptor = _descriptor_of(file.path), _descriptor_of(source.path)
         with self._spool.using(descriptor) as spooled:
             if spooled is None or not source_descriptor:
                 return False
             try:
-                self._copy_disk(source.datastore, source_descriptor, descriptor, file.size)
+                self._copy_disk(source.origin.known(), source_descriptor, descriptor, file.size)
             except FileNotFoundError:
                 return False  # the descriptor of that data has another name
             spooled.note_change()
             self._send(spooled)
             return True
 
-    def _copy_disk(self, source: "VsphereApiDatastore", source_path: str, path: str, size: int) -> None:
+    def _copy_disk(self, source: ServerDatastore, source_path: str, path: str, size: int) -> None:
         for name in (path, _data_of(path)):
             with suppress(FileNotFoundError):
                 self._files.remove(name)
-        here, there = source.known(), self.known()
-        copy_task(self.address.connection, here, source_path, there, path, size=size).run(self._require_not_ended)
+        task = copy_task(self.address.connection, source, source_path, self.known(), path, size=size)
+        task.run(self._require_not_ended)
 
     def _require_not_ended(self, percent: int) -> None:
         self._wait_for_lock(0)
@@ -501,7 +452,7 @@ class _Listed:
         spooled: Sequence[Entry] = (),
     ) -> None:
         self._datastore, self._path = datastore, path
-        self._entries = {entry.name: entry for entry in (*map(_entry, files), *spooled)}
+        self._entries = {entry.name: entry for entry in (*map(entry_of, files), *spooled)}
 
     def entry(self) -> Entry:
         return Entry("", EntryKind.DIRECTORY, 0, 0, 0, 0, 0)
@@ -521,110 +472,6 @@ class _Listed:
         """Nothing is held."""
 
 
-class ApiReadable:
-    """An open file of the server: read in order, it comes with one request."""
-
-    inode = 0
-
-    def __init__(self, datastore: VsphereApiDatastore, path: str, entry: Entry) -> None:
-        """The datastore has counted it as open."""
-        self.datastore, self.path, self.entry = datastore, path, entry
-        self.modified_ns, self.size = entry.modified_ns, entry.size
-        self.place = datastore.name, path, entry.modified_ns, entry.size
-        self._download: Download | None = None
-        self._was_read = False
-        self._position = 0  # where the last read ended
-
-    def read(self, offset: int, length: int) -> bytes:
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return b""
-        if offset != self._position or not offset:
-            self._end_download()
-            read = self.datastore.read_range
-        else:
-            read = self._read_on
-        self._was_read = True
-        try:
-            data = read(self.path, offset, length)
-        except FileNotFoundError as error:
-            raise self._changed() from error
-        self._position = offset + len(data)
-        return data
-
-    def note_read(self) -> None:
-        """Its bytes were taken by other means."""
-        self._was_read = True
-
-    def require_same(self) -> None:
-        if not self._was_read:
-            return
-        try:
-            now = _entry(self.datastore.server_file(self.path))
-        except FileNotFoundError as error:
-            raise self._changed() from error
-        if (now.modified_ns, now.size) != (self.modified_ns, self.size):
-            raise self._changed()
-
-    def _changed(self) -> FileChanged:
-        return FileChanged(
-            f"{self.datastore.name}: {self.path} was removed or replaced while it was read; look at the image again"
-        )
-
-    def _read_on(self, path: str, offset: int, length: int) -> bytes:
-        if self._download is not None:
-            try:
-                return self._download.read(length)
-            except ServerUnreachable:
-                # Servers, and what is between, end what is read slowly.
-                self._end_download()
-        self._download = self.datastore.download(path, offset)
-        return self._download.read(length)
-
-    def data_ranges(self, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        """All of it: what is a hole is not told."""
-        length = min(length, self.size - offset)
-        return [(offset, length)] if length > 0 else []
-
-    def close(self) -> None:
-        self._end_download()
-        self.datastore.closed(self.path)
-
-    def _end_download(self) -> None:
-        download, self._download = self._download, None
-        if download:
-            download.close()
-
-
-class _LockDirectories:
-    """What locks need of a datastore, without what is staged for it."""
-
-    def __init__(self, files: ServerFiles, folder: Folder) -> None:
-        self._files, self._folder = files, folder
-        self.make_directory = files.make_directory
-        self.rename = files.move
-
-    def names(self, path: str) -> list[str]:
-        try:
-            return [file.name for file in self._files.entries(path)]
-        except DatastoreUnavailable:
-            if not self._files.entry(path).is_directory:
-                raise InvalidRequest(f"{path} is not a directory") from None
-            # The file of a host with a path, which has let go of it, and somebody has it as a directory since.
-            return [file.name for file in self._files.entries(path)]
-
-    def read_file(self, path: str, limit: int) -> bytes:
-        return self._folder.read(path, 0, limit)
-
-    def put_file(self, path: str, content: bytes) -> None:
-        # Who holds the lock is in the file's name; what it holds is for reading, and may be cut off.
-        self._folder.write(path, len(content), lambda: [content], may_be_short=True)
-
-    def remove_tree(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            self._files.remove(path)
-
-
 def _data_of(descriptor: str) -> str:
     """Where ESX puts the data of a disk."""
     return f"{descriptor.removesuffix('.vmdk')}-flat.vmdk"
@@ -633,9 +480,3 @@ def _data_of(descriptor: str) -> str:
 def _descriptor_of(path: str) -> str:
     """Of the disk whose data is at the path, by the names that ESX gives both; empty for any other file."""
     return f"{path.removesuffix('-flat.vmdk')}.vmdk" if path.endswith("-flat.vmdk") else ""
-
-
-def _entry(file: ServerFile) -> Entry:
-    kind = EntryKind.DIRECTORY if file.is_directory else EntryKind.FILE
-    # What it has allocated is not told; its links and its inode neither.
-    return Entry(file.name, kind, file.size, file.size, file.modified_ns, file.modified_ns, 0)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from sidecar.datastores import spool
+from sidecar.datastores.api_readable import ApiReadable
 from sidecar.datastores.interface import Datastore
 from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
-from sidecar.datastores.vsphere_api import ApiReadable, VsphereApiDatastore
+from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from sidecar.errors import DatastoreUnavailable, FileChanged, InvalidRequest, LockTimeout
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
@@ -121,7 +122,7 @@ def test_what_is_read_from_behind_the_end_is_an_error_and_no_content(
 ) -> None:
     (root / "file").write_bytes(b"12345")
     with pytest.raises(FileChanged, match="file ends before 7 now: it was cut off or replaced"):
-        datastore.download("file", 7)
+        Folder(datastore.address.connection, datastore.known).open("file", 7)
     (root / "file").write_bytes(b"")
     with closing(datastore.open_writable("file")) as file:
         assert file.size() == 0
