@@ -241,10 +241,27 @@ class VsphereApiDatastore:
         self._spool.drop(path)
         try:
             freed = self._size_of(path)
-            self._files.remove(path)
+            try:
+                self._files.remove(path)
+            except DiskFileFault:
+                if not self._files.entry(path).is_directory:
+                    raise
+                # Of some servers it is reported that they remove no directory with disks in it.
+                self._remove_disks_below(path)
+                self._files.remove(path)
         except FileNotFoundError:
             return 0
         return freed
+
+    def _remove_disks_below(self, path: str) -> None:
+        for directory, files in self._files.tree(path).items():
+            # A descriptor has a shorter name than what it names, which goes with it.
+            for name in sorted((file.name for file in files if file.name.endswith(".vmdk")), key=len):
+                try:
+                    self.remove_disk(f"{directory}/{name}")
+                except DiskFileFault:  # it is no descriptor
+                    with suppress(FileNotFoundError):
+                        self._files.remove(f"{directory}/{name}")
 
     def remove_disk(self, path: str) -> None:
         with suppress(FileNotFoundError):  # of what it names, too

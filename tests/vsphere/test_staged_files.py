@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pyVmomi import vim
 
 from sidecar.datastores import spool
 from sidecar.datastores.api_readable import ApiReadable
@@ -17,7 +18,7 @@ from sidecar.datastores.interface import Datastore
 from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
 from sidecar.datastores.vsphere_api import VsphereApiDatastore
-from sidecar.errors import DatastoreUnavailable, FileChanged, InvalidRequest, LockTimeout
+from sidecar.errors import DatastoreUnavailable, DiskFileFault, FileChanged, InvalidRequest, LockTimeout
 from sidecar.images.catalog import Catalog
 from sidecar.images.discovery import Discovery
 from sidecar.images.layouts import LAYOUTS
@@ -32,9 +33,10 @@ from sidecar.locks.identity import own_identity
 from sidecar.locks.interface import HeldLock
 from sidecar.vsphere import files
 from sidecar.vsphere.disks import DatastoreAddress
-from sidecar.vsphere.faults import ServerUnreachable
+from sidecar.vsphere.faults import ServerUnreachable, error_of
 from sidecar.vsphere.files import ServerFiles
 from sidecar.vsphere.folder import Folder
+from tests.support.disks import make_disk
 from tests.support.places import Place, flat_files
 from tests.support.processes import wait_until
 from tests.vsphere.conftest import PATIENCE, MakeSite, Site
@@ -133,6 +135,45 @@ def stage(datastore: Datastore, path: str, content: bytes, *, sync: bool = False
         file.write(0, content)
         if sync:
             file.sync()
+
+
+@pytest.fixture
+def keeping_disks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server removes no directory that has a disk in it, as newer ones are said to; the simulator would."""
+    remove = ServerFiles.remove
+
+    def refuse(self: ServerFiles, path: str) -> None:
+        if any((root / path).rglob("*.vmdk")):
+            raise error_of(vim.fault.CannotDeleteFile(file=path), "sim", f"remove {path}")
+        remove(self, path)
+
+    monkeypatch.setattr(ServerFiles, "remove", refuse)
+
+
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "monolithicSparse", "twoGbMaxExtentSparse"])
+@pytest.mark.usefixtures("keeping_disks")
+def test_a_directory_is_removed_though_the_server_removes_none_that_has_a_disk(
+    datastore: VsphereApiDatastore, root: Path, subformat: str
+) -> None:
+    make_disk(root / "trash" / "image_a-1", "a-1.vmdk", subformat=subformat)
+    make_disk(root / "trash" / "image_a-1" / "tmp", "flat.vmdk", subformat=subformat)
+    (root / "trash" / "image_a-1" / "a-1-notes.json").write_bytes(b"{}")
+    assert datastore.remove_tree("trash/image_a-1") > 0
+    assert list((root / "trash").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["a", "a/file"])
+def test_what_the_server_refuses_to_remove_for_another_reason_is_told(
+    datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def refuse(self: ServerFiles, path: str) -> None:
+        raise error_of(vim.fault.CannotDeleteFile(file=path), "sim", f"remove {path}")
+
+    monkeypatch.setattr(ServerFiles, "remove", refuse)
+    (root / "a").mkdir()
+    (root / "a" / "file").touch()
+    with pytest.raises(DiskFileFault, match="CannotDeleteFile"):
+        datastore.remove_tree(path)
 
 
 @pytest.mark.parametrize("sent", ["neither", "source", "destination", "both"])
