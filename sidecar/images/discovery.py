@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -144,7 +145,8 @@ class Discovery:
         self.refresh(image_id)
 
     def _reading(self, image_id: str) -> threading.Lock:
-        return self._refreshing[hash(image_id) % _SHARES]
+        # Not `hash`, which is another one in each process: which images wait for each other would change with it.
+        return self._refreshing[zlib.crc32(image_id.encode()) % _SHARES]
 
     def _read_again(self, image_id: str, *, changed: bool) -> bool:
         """Whether it is known now what there is."""
