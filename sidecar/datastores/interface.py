@@ -99,10 +99,13 @@ class VmServer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def vms(self, datastores: Sequence["Datastore"]) -> list[KnownVm]:
+    def vms(
+        self, datastores: Sequence["Datastore"], image_directories: Callable[["Datastore"], Sequence[str]]
+    ) -> list[KnownVm]:
         """Its VMs that have files on these, or may have; some requests to the server, however many there are.
 
-        An ImagesError when it does not tell all of them: one that is not told may use any image.
+        `image_directories` of one of them are what its VMs may use. An ImagesError when the server does not tell all
+        VMs, since one that is not told may use any image; or when what it has there are other directories than these.
         """
 
 

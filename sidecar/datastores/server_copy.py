@@ -40,7 +40,7 @@ class _ServerCopier:
 
         source, destination = find_all(self._source.address, self._destination.address)
         # Not the destination: its directory has a name that there is nowhere else, and the server writes into no other.
-        self._source.require_same(source, source_path.rpartition("/")[0], transfer)
+        self._source.require_same(source, source_path.rpartition("/")[0], lambda percent: transfer.advance(0))
         self._task = copy_task(
             self._connection, source, source_path, destination, path, size=size, adapter_type=adapter_type
         )

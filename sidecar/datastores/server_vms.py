@@ -1,13 +1,15 @@
 """The VMs that a vSphere server knows, as users of the datastores of this host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pyVmomi import vim
 
 from sidecar.datastores.interface import Datastore, DiskPlace, KnownDisk, KnownVm
-from sidecar.datastores.on_server import is_on_server
+from sidecar.datastores.on_server import OnServer, is_on_server
 from sidecar.vsphere.connection import Connection
+from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.vms import DiskFile, Inventory, InventoryVm, read_inventory
 
 
@@ -21,10 +23,25 @@ class ServerVms:
     def name(self) -> str:
         return self.connection.server.name
 
-    def vms(self, datastores: Sequence[Datastore]) -> list[KnownVm]:
+    def vms(
+        self, datastores: Sequence[Datastore], image_directories: Callable[[Datastore], Sequence[str]]
+    ) -> list[KnownVm]:
         inventory = read_inventory(self.connection)
+        for datastore in datastores:
+            if is_on_server(datastore) and datastore.address.connection is self.connection:
+                _require_same(datastore, datastore.address.among(inventory.datastores), image_directories)
         places = _Places(self.connection, datastores, inventory)
         return [known for vm in inventory.vms if (known := _known(vm, places)) is not None]
+
+
+def _require_same(
+    datastore: OnServer, found: ServerDatastore, image_directories: Callable[[Datastore], Sequence[str]]
+) -> None:
+    """Of what a server has elsewhere, it would tell that no VM uses the images that are here."""
+    for directory in () if datastore.is_proved(found) else image_directories(datastore):
+        with suppress(FileNotFoundError):  # the image was deleted meanwhile
+            datastore.require_same(found, directory, lambda percent: None)
+            return
 
 
 class _Places:

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 
-from sidecar.datastores.interface import Datastore, DiskCopier, Transfer, VmServer
+from sidecar.datastores.interface import Datastore, DiskCopier, VmServer
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.server_copy import server_copier
 from sidecar.datastores.server_vms import ServerVms
@@ -20,6 +20,7 @@ from sidecar.vsphere.disks import DatastoreAddress, remove_disk
 from sidecar.vsphere.faults import printable
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.sight import is_seen
+from sidecar.vsphere.tasks import Follow
 
 # For what was made here to come into sight of the server, where it reaches the datastore over NFS.
 _APPEARING_SECONDS = 5.0
@@ -50,25 +51,29 @@ class VsphereDatastore(PosixDatastore):
         if not path.endswith(".vmdk") or path.rpartition("/")[2] not in self.names(path.rpartition("/")[0]):
             return
         with contextlib.suppress(FileNotFoundError):  # of what it names
-            remove_disk(self.address.connection, self.address.find(), path)
+            found = self.address.find()
+            self.require_same(found, path.rpartition("/")[0], lambda percent: None)
+            remove_disk(self.address.connection, found, path)
         self.remove_tree(path)
 
     def vm_server(self) -> VmServer:
         return ServerVms(self.address.connection)
 
-    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
+    def is_proved(self, found: ServerDatastore) -> bool:
+        return self._proved == _identity(found)
+
+    def require_same(self, found: ServerDatastore, directory: str, follow: Follow) -> None:
         """DatastoreUnavailable unless what the server has there is this directory, and not another of such names.
 
         Asked once, and again when the server has another datastore there: by a file in the image's directory
         `directory`, named as what the reaper frees there after a crash.
         """
-        now = (found.datastore._GetMoId(), found.url, found.path)
-        if now == self._proved:
+        if self.is_proved(found):
             return
         name = f".{uuid.uuid4().hex}"
         self.create_file(f"{directory}/{name}")
         try:
-            seen = self._is_seen_in_time(found, directory, name, transfer)
+            seen = self._is_seen_in_time(found, directory, name, follow)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 self.remove_file(f"{directory}/{name}")
@@ -78,16 +83,20 @@ class VsphereDatastore(PosixDatastore):
                 f"{printable(found.path)} of the server {self.address.connection.server.name}: the path "
                 f"{self.root_path} is not where the server has its datastore; put right the path, or the datastore"
             )
-        self._proved = now
+        self._proved = _identity(found)
         _log.info(
             "datastore found name=%s server=%s path=%s url=%s type=%s",
             *(self.name, self.address.connection.server.name, printable(found.path), printable(found.url), found.type),
         )
 
-    def _is_seen_in_time(self, found: ServerDatastore, directory: str, name: str, transfer: Transfer) -> bool:
+    def _is_seen_in_time(self, found: ServerDatastore, directory: str, name: str, follow: Follow) -> bool:
         until = time.monotonic() + _APPEARING_SECONDS
-        while not is_seen(self.address.connection, found, directory, name, lambda percent: transfer.advance(0)):
+        while not is_seen(self.address.connection, found, directory, name, follow):
             if time.monotonic() > until:
                 return False
             time.sleep(_LOOK_SECONDS)
         return True
+
+
+def _identity(found: ServerDatastore) -> tuple[object, ...]:
+    return found.datastore._GetMoId(), found.url, found.path

@@ -23,7 +23,6 @@ from sidecar.datastores.interface import (
     EntryKind,
     OpenDirectory,
     ReadableFile,
-    Transfer,
     VmServer,
     WritableFile,
 )
@@ -46,6 +45,7 @@ from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Folder
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.known import KnownDatastore
+from sidecar.vsphere.tasks import Follow
 
 _LOCK_SUFFIX = ".ec_lock"
 _TRIES = 8  # to remove a directory while others do, or use it
@@ -294,7 +294,10 @@ class VsphereApiDatastore:
     def vm_server(self) -> VmServer:
         return ServerVms(self.address.connection)
 
-    def require_same(self, found: ServerDatastore, directory: str, transfer: Transfer) -> None:
+    def is_proved(self, found: ServerDatastore) -> bool:
+        return True
+
+    def require_same(self, found: ServerDatastore, directory: str, follow: Follow) -> None:
         """The server is asked for it in any case."""
 
     def lock(self, path: str, operation: str, timeout: float, check: Callable[[], None] = lambda: None) -> HeldLock:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from sidecar.datastores.interface import KnownVm, VmServer
+from sidecar.datastores.interface import Datastore, KnownVm, VmServer
 from sidecar.errors import DatastoreUnavailable, UseUnknown
 from sidecar.images.image import ImageKey
+from sidecar.images.listing import image_ids
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Places, find_places
 from sidecar.images.vm_disks import printable
@@ -33,7 +34,14 @@ def read_known(
     answer.
     """
     places = find_places(stores)
-    return [(printable(vm.name), _uses(places, server, vm)) for vm in server.vms([store.datastore for store in stores])]
+    store_of = {store.datastore: store for store in stores}
+
+    def image_directories(datastore: Datastore) -> list[str]:
+        store = store_of[datastore]
+        return [store.layout.image_directory(image_id) for image_id in image_ids(store)]
+
+    vms = server.vms(list(store_of), image_directories)
+    return [(printable(vm.name), _uses(places, server, vm)) for vm in vms]
 
 
 def _uses(places: Places, server: VmServer, vm: KnownVm) -> Mapping[ImageKey, Sequence[str]]:

@@ -1,7 +1,7 @@
 """Fixtures: a simulated vCenter and a single host, connections to them, and sidecars with their datastores."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,8 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
     """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's,
     `maintenance` in the table of that name, other keywords as of Vcsim.
 
-    Without `path`, those of the server are reached by its API alone.
+    Without `path`, those of the server are reached by its API alone. `paths`: of which one each has the path, as it is
+    misconfigured.
     """
     started: list[Sidecar] = []
 
@@ -123,12 +124,16 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
         maintenance: str = "",
         timeout: float = PATIENCE,
         path: bool = True,
+        paths: Mapping[str, str] | None = None,
         **options: object,
     ) -> Served:
         site = make_site(kind=kind, **options)
         roots = {**site.roots, "three": tmp_path / "three"}
         roots["three"].mkdir()
         config = site.simulator.configuration(timeout) + f"[maintenance]\n{maintenance}\n"
+        wrong = dict(paths or {})
+        roots.update({name: site.roots[other] for name, other in wrong.items()})
+        roots.update({name: site.roots[other] for name, other in (paths or {}).items()})
         for name, root in roots.items():
             told = layout or ("" if name in site.roots else "compound")
             config += f"[datastore.{name}]\nreserve = 0\n" + (f'layout = "{told}"\n' if told else "")

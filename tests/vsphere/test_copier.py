@@ -110,7 +110,7 @@ def test_that_the_server_has_the_same_datastore_is_asked_once_and_again_when_it_
 
     monkeypatch.setattr(vsphere, "is_seen", is_seen)
     for found in (ONE, ONE, replace(ONE, url="other"), replace(ONE, datastore=vim.Datastore("datastore-2"))):
-        datastore.require_same(found, "new", Progress())
+        datastore.require_same(found, "new", lambda percent: None)
     assert len(asked) == len(set(asked)) * 2 == 6
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -122,5 +122,5 @@ def test_another_datastore_is_not_copied_from(
     monkeypatch.setattr(vsphere, "_APPEARING_SECONDS", 0.0)
     for _ in range(2):
         with pytest.raises(DatastoreUnavailable, match="is not where the server has its datastore; put right the path"):
-            datastore.require_same(ONE, "new", Progress())
+            datastore.require_same(ONE, "new", lambda percent: None)
     assert list((tmp_path / "new").iterdir()) == []

@@ -13,9 +13,9 @@ import pytest
 
 from sidecar import errors
 from sidecar.client import Scan
-from sidecar.datastores.interface import Capacity
 from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.vsphere import VsphereDatastore
+from sidecar.datastores.vsphere_api import VsphereApiDatastore
 from sidecar.datastores.writers import Writers
 from sidecar.images.layouts import LAYOUTS
 from sidecar.images.store import ImageStore
@@ -25,6 +25,7 @@ from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.disks import DatastoreAddress
 from sidecar.vsphere.stub import SessionStub
 from tests.support.places import MARKER, TIMESTAMP, Place
+from tests.support.processes import wait_until
 from tests.support.vms import Vms, remove_disks
 from tests.vsphere.conftest import MakeSite, Served, Site, end_sessions
 
@@ -32,17 +33,6 @@ DAY = 86_400
 WEB = "VM web (disk [one] web/web.vmdk)"
 # What a host alone does not have.
 ON_A_VCENTER = pytest.mark.parametrize("kind", ["vcenter"], indirect=True)
-
-
-class PathlessDatastore(VsphereDatastore):
-    """One that this host has no directory of."""
-
-    def __init__(self, name: str, writers: Writers, address: DatastoreAddress) -> None:
-        super().__init__(name, "/not/there", Flock(), writers, address)
-        self.root_path = ""
-
-    def check(self) -> Capacity:
-        raise AssertionError("there is nothing here to look at")
 
 
 def make_stores(
@@ -54,7 +44,7 @@ def make_stores(
     for name, root in roots.items():
         address = DatastoreAddress(connection, name, datacenter)
         datastore = (
-            PathlessDatastore(name, writers, address)
+            VsphereApiDatastore(name, address)
             if name in pathless
             else VsphereDatastore(name, str(root), Flock(), writers, address)
         )
@@ -285,6 +275,27 @@ def test_an_image_that_a_vm_needs_is_kept_by_all_that_would_free_it(serve: Calla
     vms.do(vm, lambda vm: vm.Destroy())
     served.client.purge("one/a")
     assert not place.directory("a").exists()
+
+
+@pytest.mark.parametrize("layout", ["compound", "sharded", "vsan"])
+def test_where_paths_are_those_of_other_datastores_nothing_is_unused(serve: Callable[..., Served], layout: str) -> None:
+    """The server would tell of what is there in truth, and of another image of that name have the disk removed."""
+    served = serve(paths={"one": "two", "two": "one"}, layout=layout)
+    place = plant(served)
+    other = served.places["two"]
+    other.plant("b")
+    Vms(served.site.connection(), served.site.roots).create("web", ("[two] web/web.vmdk", "[two] image_a/a.vmdk"))
+    wait_until(lambda: {image.ref.image_id for image in served.client.images("one")} == {"a", "b"}, "they are listed")
+    served.client.delete("one/b")
+    before = place.snapshot(), other.snapshot()
+    for free in (
+        lambda: served.client.purge("one/b"),
+        lambda: served.client.delete("one/a", force=True),
+        lambda: scan(served),
+    ):
+        with pytest.raises(errors.DatastoreUnavailable, match="is not where the server has its datastore"):
+            free()
+    assert (place.snapshot(), other.snapshot()) == before
 
 
 @pytest.mark.parametrize("how", ["killed", "hanging"])

@@ -92,7 +92,7 @@ def users(store: ImageStore, image_id: str = "a") -> list[str]:
 def known(store: ImageStore) -> list[KnownVm]:
     server = store.datastore.vm_server()
     assert isinstance(server, ServerVms)
-    return server.vms([store.datastore])
+    return server.vms([store.datastore], lambda datastore: [])
 
 
 WEB = "VM web (disk [one] web/web.vmdk)"
