@@ -139,9 +139,10 @@ def _secret_variable(value: str) -> str:
 
 
 def _thumbprint(value: str) -> str:
-    if not re.fullmatch(r"[0-9A-Fa-f]{64}", value.replace(":", "")):
+    digits = value.rpartition("=")[2].replace(":", "").strip()  # openssl prints `sha256 Fingerprint=` before them
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", digits):
         raise _wrong(f"{value!r} is no SHA-256 thumbprint: 64 hex digits, colons between them or not")
-    return value
+    return digits
 
 
 LockKindId = Literal["flock", "exclusive-open"]

@@ -67,6 +67,7 @@ class Discovery:
         self._settled = threading.Event()  # the first scan has ended, in whatever way
         self._status = DatastoreStatus(Capacity(0, 0), "it was not looked at yet", 0)
         self._checked = float("-inf")  # when the status was seen
+        self._unreadable = ""  # why not all images could be looked at, the last time
         self._began = monotonic()
         self._thread = threading.Thread(target=self._run, name=f"discovery-{store.datastore.name}")
 
@@ -77,9 +78,11 @@ class Discovery:
 
     @property
     def status(self) -> DatastoreStatus:
-        """What was last seen; a datastore that hangs answers nothing, so its silence is a fault."""
-        silence = self.silence()
-        return replace(self._status, fault=silence) if silence else self._status
+        """What was last seen; a datastore that hangs answers nothing, so its silence is a fault.
+
+        So is that its images cannot be listed, whatever else it answers.
+        """
+        return replace(self._status, fault=self.silence() or self._status.fault or self._unreadable)
 
     def silence(self) -> str:
         """That the datastore does not answer, not even with an error, and since when; empty when it does."""
@@ -198,13 +201,17 @@ class Discovery:
                 self._check_when_due()
                 if (now := self._monotonic()) >= next_scan:
                     next_scan = now + STATUS_SECONDS
-                    if self._scan():
+                    whole = self._scan()
+                    self._unreadable = ""
+                    if whole:
                         next_scan = self._monotonic() + self._rescan_interval()
                     self._read_details()
                 if self._wait(min(next_scan, self._checked + STATUS_SECONDS) - self._monotonic()):
                     next_scan = self._monotonic()
             except ImagesError as error:
-                _log.warning("datastore unreadable datastore=%s error=%s", self.store.datastore.name, error)
+                if (fault := fault_of(self.store.datastore, error)) != self._unreadable:
+                    self._unreadable = fault
+                    _log.warning("datastore unreadable datastore=%s error=%s", self.store.datastore.name, error)
                 self._stopping.wait(1.0)
             except Exception:
                 # The thread must outlive a defect: without it the catalogue would be stale and nobody would know.

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pyVmomi import vim, vmodl
 
-from sidecar.errors import ImagesError
+from sidecar.errors import DatastoreDenied, ImagesError
 from sidecar.vsphere.bounded import BoundedConnection
 from sidecar.vsphere.certificates import pinned, trusted_context
 from sidecar.vsphere.credentials import Credentials
@@ -22,6 +22,8 @@ from sidecar.vsphere.stub import SessionStub
 _LOGOUT_SECONDS = 2.0
 # A login that ends at the last moment is still seen by who waited for it.
 _LOGIN_GRACE_SECONDS = 1.0
+# What a server refused is not sent again for so long: after a few such tries it locks the account.
+_REFUSED_SECONDS = 600.0
 # That an idle connection had been ended, as by a restart of the server: no other says so.
 _CONNECTION_LOST = (ConnectionError, ssl.SSLEOFError)
 
@@ -55,6 +57,7 @@ class Connection:
         self._content: vim.ServiceInstanceContent | None = None  # None: not logged in
         self._failure: tuple[type[ImagesError], str] | None = None  # of the last login, and its message
         self._failures = 0
+        self._refused: tuple[Credentials, float] | None = None  # by the last login, and when it may be tried again
         if server.insecure:
             _log.warning("certificate not checked server=%s host=%s see=insecure", server.name, server.host)
 
@@ -127,8 +130,12 @@ class Connection:
 
     def _login(self) -> vim.ServiceInstanceContent:
         server = self.server
-        until = time.monotonic() + server.timeout
-        context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
+        now = time.monotonic()
+        until = now + server.timeout
+        if self._refused is not None and now < self._refused[1] and self._credentials() == self._refused[0]:
+            raise self._wrong_credentials()
+        with self._naming_the_server():
+            context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
         if self._stub is None:
             # Not SmartConnect: it asks for versions without a timeout, and trusts whoever answers as localhost.
             connections = BoundedConnection if server.thumbprint is None else pinned(server.thumbprint)
@@ -147,6 +154,29 @@ class Connection:
         needed = (content.about, content.rootFolder, content.propertyCollector)
         if content.sessionManager is None or any(each is None for each in needed):
             raise NoVsphereAnswer("it does not tell what it has")
-        credentials = self.server.credentials()
-        content.sessionManager.Login(credentials.user, credentials.password, None)
+        credentials = self._credentials()
+        try:
+            content.sessionManager.Login(credentials.user, credentials.password, None)
+        except vim.fault.InvalidLogin:
+            self._refused = credentials, time.monotonic() + _REFUSED_SECONDS
+            raise self._wrong_credentials() from None
+        self._refused = None
         return content
+
+    def _credentials(self) -> Credentials:
+        with self._naming_the_server():
+            return self.server.credentials()
+
+    @contextmanager
+    def _naming_the_server(self) -> Iterator[None]:
+        try:
+            yield
+        except DatastoreDenied as error:
+            raise DatastoreDenied(f"server {self.server.name}: cannot log in: {error.message}") from error
+
+    def _wrong_credentials(self) -> DatastoreDenied:
+        return DatastoreDenied(
+            f"server {self.server.name}: cannot log in: wrong user or password (InvalidLogin); put right the "
+            "configured credentials, which is seen at once: the same are tried again every "
+            f"{_REFUSED_SECONDS / 60:g} minutes only, since servers lock an account after a few tries"
+        )

@@ -1,12 +1,15 @@
 """Who the sidecar is to a server: read anew for every login, so that a changed password needs no restart."""
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sidecar.errors import DatastoreDenied
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,11 @@ def _read_regular(path: str) -> str:
     # Not waiting for who writes into a FIFO: nobody may.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, encoding="utf-8") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is no regular file")
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            _log.warning("credentials are not the sidecar's alone path=%s mode=%o see=chmod 600", path, mode & 0o777)
         return file.read()
 
 
@@ -46,7 +52,16 @@ def from_variable(name: str) -> Callable[[], Credentials]:
 
 
 def _parse(text: str, source: str) -> Credentials:
-    user, colon, password = text.removesuffix("\n").partition(":")
-    if not (user and colon and password) or "\n" in text.removesuffix("\n"):
-        raise DatastoreDenied(f"there are no credentials in {source}: write one line, USER:PASSWORD")
-    return Credentials(user, password)
+    line = text.removesuffix("\n")
+    user, colon, password = line.partition(":")
+    if not line:
+        what = f"there are no credentials in {source}"
+    elif "\n" in line:
+        what = f"there is more than one line in {source}"
+    elif not colon:
+        what = f"there is no colon in {source}"
+    elif not (user and password):
+        what = f"there is no {'password' if user else 'user'} in {source}"
+    else:
+        return Credentials(user, password)
+    raise DatastoreDenied(f"{what}: write one line, USER:PASSWORD")

@@ -1,5 +1,6 @@
 """What a vSphere server, or the way to it, says went wrong, as the project's errors."""
 
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sidecar.errors import (
 )
 from sidecar.vsphere.certificates import WrongCertificate
 
+_IN_PYTHON = re.compile(r" *\(_ssl\.c:\d+\)")  # where an error of TLS was noticed
 _MOST_SHOWN = 300  # characters of one thing
 
 # What a call raises when the server was not reached, did not answer in time, or answered something else than the API.
@@ -88,6 +90,9 @@ def _unreachable(error: Exception, server: str, what: str) -> ImagesError:
             "server's, and whether it runs"
         )
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    if isinstance(error, TimeoutError) and "timed out" in text:
+        text = "it did not answer in time"
+    text = _IN_PYTHON.sub("", text)
     return ServerUnreachable(f"{where}: {printable(text)}; look whether it runs and can be reached from here")
 
 

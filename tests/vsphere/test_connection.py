@@ -20,7 +20,7 @@ import pytest
 from pyVmomi import vim
 
 from sidecar.errors import DatastoreDenied, DatastoreUnavailable, ImagesError
-from sidecar.vsphere import properties, stub
+from sidecar.vsphere import connection, properties, stub
 from sidecar.vsphere.connection import Connection, Server
 from sidecar.vsphere.credentials import Credentials, from_file, from_variable
 from tests.support.soap import (
@@ -217,7 +217,7 @@ def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(site: Site
         name_of_the_root(connection)
     with site.simulator.hanging():
         start = time.monotonic()
-        with pytest.raises(DatastoreUnavailable, match="timed out"):
+        with pytest.raises(DatastoreUnavailable, match="did not answer in time"):
             name_of_the_root(connection)
         assert TIMEOUT - 0.5 < time.monotonic() - start < TIMEOUT + 3
     assert name_of_the_root(connection)
@@ -225,7 +225,7 @@ def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(site: Site
 
 def test_a_call_that_is_too_slow_is_given_up(make_site: MakeSite, kind: str) -> None:
     site = make_site(kind=kind, delays={"RetrievePropertiesEx": int(1000 * (TIMEOUT + 2))})
-    with pytest.raises(DatastoreUnavailable, match="cannot read the root folder: The read operation timed out"):
+    with pytest.raises(DatastoreUnavailable, match="cannot read the root folder: it did not answer in time"):
         name_of_the_root(site.connection(timeout=TIMEOUT))
     assert name_of_the_root(site.connection())
 
@@ -264,7 +264,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up(tmp_path: Path, sta
     server = replace(stack.enter_context(soap_server(tmp_path, behaviors)), timeout=TIMEOUT)
     connection = stack.enter_context(closing(Connection(server)))
     start = time.monotonic()
-    with pytest.raises(DatastoreUnavailable, match=r"cannot reload: .*timed out"):
+    with pytest.raises(DatastoreUnavailable, match=r"cannot reload: .*did not answer in time"):
         connection.call("reload", lambda content: content.rootFolder.Reload())
     assert time.monotonic() - start < TIMEOUT + 3
 
@@ -280,7 +280,7 @@ def test_a_login_ends_in_time_however_slow_each_of_its_answers_is(tmp_path: Path
     behaviors: dict[str, Behavior] = {"RetrieveServiceContent": be_slow, "Login": be_slow}
     server = replace(stack.enter_context(soap_server(tmp_path, behaviors)), timeout=TIMEOUT)
     connection = stack.enter_context(closing(Connection(server)))
-    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*timed out"):
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*did not answer in time"):
         name_of_the_root(connection)
     assert len(calls) == 2
 
@@ -296,7 +296,7 @@ def test_what_comes_before_a_request_is_bounded_too(
     stack.callback(ended.set)
     address = Server("slow", "127.0.0.1", listener.getsockname()[1], lambda: Credentials("u", "p"), timeout=TIMEOUT)
     start = time.monotonic()
-    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*(timed out|is not told in time)"):
+    with pytest.raises(DatastoreUnavailable, match=r"cannot log in: .*(did not answer|is not told in time)"):
         name_of_the_root(stack.enter_context(closing(Connection(address))))
     assert time.monotonic() - start < TIMEOUT + 3
 
@@ -393,13 +393,60 @@ def test_a_password_that_was_put_right_is_used_by_the_next_call(site: Site, tmp_
     assert name_of_the_root(connection)
 
 
-@pytest.mark.parametrize("content", ["", "user", "user:", ":secret-word", "user:secret-word\nmore\n"])
-def test_credentials_that_cannot_be_meant_are_not_shown(tmp_path: Path, content: str) -> None:
+def test_an_account_is_not_locked_by_trying_a_wrong_password_again_and_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logins() -> int:
+        return sum(count for what, count in site.simulator.requests().items() if what.startswith("Login"))
+
+    credentials = tmp_path / "changing"
+    credentials.write_text(f"{USER}:something-else")
+    refused = site.connection(credentials=from_file(str(credentials)))
+    for _ in range(5):
+        with pytest.raises(DatastoreDenied, match=r"wrong user or password .* put right the configured credentials"):
+            name_of_the_root(refused)
+    assert logins() == 1
+    credentials.write_text(f"{USER}:{PASSWORD}")
+    assert name_of_the_root(refused)
+    assert logins() == 2
+
+    # It may have been the server's that was wrong.
+    monkeypatch.setattr(connection, "_REFUSED_SECONDS", 0.0)
+    credentials.write_text(f"{USER}:something-else")
+    refused = site.connection(credentials=from_file(str(credentials)))
+    for _ in range(2):
+        with pytest.raises(DatastoreDenied, match="wrong user or password"):
+            name_of_the_root(refused)
+    assert logins() == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "there are no credentials"),
+        ("secret-word", "there is no colon"),
+        ("user:", "there is no password"),
+        (":secret-word", "there is no user"),
+        ("user:secret-word\nmore\n", "there is more than one line"),
+    ],
+)
+def test_credentials_that_cannot_be_meant_are_not_shown(tmp_path: Path, content: str, what: str) -> None:
     file = tmp_path / "credentials"
     file.write_text(content)
-    with pytest.raises(DatastoreDenied, match="write one line, USER:PASSWORD") as caught:
+    with pytest.raises(DatastoreDenied, match=f"{what} in .*: write one line, USER:PASSWORD") as caught:
         from_file(str(file))()
     assert "secret-word" not in caught.value.message
+
+
+@pytest.mark.parametrize(("mode", "told"), [(0o600, False), (0o640, True), (0o604, True)])
+def test_that_others_may_read_a_password_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, told: bool
+) -> None:
+    file = tmp_path / "credentials"
+    file.write_text("user:secret-word")
+    file.chmod(mode)
+    assert from_file(str(file))() == Credentials("user", "secret-word")
+    assert ("credentials are not the sidecar's alone" in caplog.text) is told
 
 
 def test_credentials_that_would_have_to_be_waited_for_are_not(tmp_path: Path) -> None:

@@ -79,3 +79,25 @@ def test_a_disk_whose_data_is_lost_can_be_purged(serve: Serve, tmp_path: Path) -
     served.places["one"].file("a", TIMESTAMP).unlink()
     served.imagectl("rm", "--force", "one/a")
     served.places["one"].assert_holds({})
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "alone"])
+def test_a_datastore_whose_layout_the_server_has_to_tell_is_not_empty_while_it_is_away(
+    serve: Serve, path: bool
+) -> None:
+    served = serve(path=path, layout="", types={"one": "vsan"})
+    served.sidecar.stop()
+    served.site.simulator.kill()
+    served.sidecar.start()
+
+    def seen() -> tuple[bool, str]:
+        (one,) = (each for each in served.client.datastores() if each.name == "one")
+        return one.accessible, one.fault
+
+    wait_until(lambda: not seen()[0] and "server sim: cannot log in" in seen()[1], "it says why")
+    log = served.sidecar.log.read_text
+    assert log().count("datastore unreadable datastore=one") <= 1
+    served.places["one"].plant("a")
+    served.site.simulator.start()
+    wait_until(lambda: seen()[0], "it is there again", 30)
+    wait_until(lambda: [image.ref.image_id for image in served.client.images("one")] == ["a"], "it is listed", 30)
