@@ -1,5 +1,6 @@
 """The parts of a sidecar, made from its configuration and joined."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from sidecar.services.staging_service import StagingServicer
 if TYPE_CHECKING:
     from sidecar.vsphere.connection import Connection
     from sidecar.vsphere.disks import DatastoreAddress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,12 @@ def build(config: SidecarConfig) -> Parts:
 
 
 def _datastore(place: DatastoreConfig, writers: Writers, servers: "dict[str, Connection]") -> Datastore:
+    if place.path is not None and place.locks == "exclusive-open" and os.uname().sysname == "Linux":
+        # Whether it is so is only seen when a lock is taken: file systems of others may know such opens here, too.
+        _log.warning(
+            'locks of ESX on Linux datastore=%s see=without them, nothing can be changed there: locks = "flock"',
+            place.name,
+        )
     locks = LOCK_KINDS[place.locks]()
     if place.server is None:
         assert place.path is not None
