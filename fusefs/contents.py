@@ -20,6 +20,7 @@ from sidecar.errors import (
     InternalError,
     OperationCancelled,
     SidecarUnavailable,
+    StagingNotFound,
 )
 
 _log = logging.getLogger(__name__)
@@ -207,7 +208,8 @@ class RemotePlace:
 
     def remove(self, name: str) -> None:
         self._pulse.require()
-        with _names_known(), contextlib.suppress(FileNotInImage):  # removed, and not told so
+        # Removed, and not told so; or all that was staged is gone.
+        with _names_known(), contextlib.suppress(FileNotInImage, StagingNotFound):
             self._staging.remove_file(name)
         self._contents.pop(name).renamed("")
 

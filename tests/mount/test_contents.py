@@ -134,6 +134,17 @@ def test_a_name_that_is_refused_on_another_host_spoils_nothing_and_one_without_a
         assert "nobody knows what its files are called" in directory.spoiled
 
 
+def test_what_the_sidecar_has_dropped_can_be_removed_here(client: SidecarClient) -> None:
+    """As after a publish that failed on the way: rm -r finds nothing to do, and is not told Stale file handle."""
+    with client.create_staging("one/new") as staging:
+        place = RemotePlace(client, Pulse(client), staging)
+        directory = StagedDirectory(ImageRef(datastore="one", image_id="new"), staging, place, 1, NOBODY, lambda: 0.0)
+        directory.create("file")
+        staging.abort()
+        directory.remove("file")
+        assert directory.files == []
+
+
 def test_a_listing_that_was_opened_before_the_publish_shows_no_other_files_size(mount: Mount, disk: Path) -> None:
     target = mount.path / "one" / "new"
     run("cp", "-r", disk.parent, target)
