@@ -38,6 +38,13 @@ def is_transient(error: ImagesError) -> bool:
     return error.code in _TRANSIENT
 
 
+def errno_of(error: ImagesError) -> int:
+    """What a system call answers for it."""
+    # Who does not answer within the time that any answer takes, or before the mount ends, is away for whoever waits
+    # for it.
+    return errno.EHOSTDOWN if isinstance(error, DeadlineExceeded | OperationCancelled) else error.errno
+
+
 class AskAgain(OSError):  # noqa: N818 (it is an answer, and no failure)
     """ESTALE to an open: the kernel looks the path up, whatever it remembers of it, and opens it once more."""
 
@@ -72,9 +79,7 @@ def operation(
         try:
             return method(self, *arguments, **options)
         except ImagesError as error:
-            # Who does not answer within the time that any answer takes, or before the mount ends, is away for whoever
-            # waits for it.
-            number = errno.EHOSTDOWN if isinstance(error, DeadlineExceeded | OperationCancelled) else error.errno
+            number = errno_of(error)
             level = logging.INFO if number in _EXPECTED else logging.WARNING
             path = self.path_of(*arguments)
             _log.log(level, "%s failed path=%s reason=%s cause=%s", call, path, error.reason, error.message)

@@ -13,14 +13,13 @@ from fusefs.generations import Generations
 from fusefs.handles import CompanionHandle, DocumentHandle, Handles, ImageHandle, StagedHandle
 from fusefs.processes import caller, is_being_killed, thread_group
 from fusefs.provenance import Generation, SourceFile
-from fusefs.reading import open_image_file
+from fusefs.reading import Opener
 from fusefs.refusals import Refusals
 from fusefs.sources import Sources
 from fusefs.staged import StagedDirectory, StagedFile
 from fusefs.staging import LateCompanion, StagingArea
 from fusefs.tree import IndexedFile, Tree, file_inode
 from fusefs.views import Views
-from sidecar.client import SidecarClient
 
 
 class Opened(NamedTuple):
@@ -34,7 +33,7 @@ class Opened(NamedTuple):
 class Files:
     def __init__(
         self,
-        client: SidecarClient,
+        opener: Opener,
         tree: Tree,
         area: StagingArea,
         deletions: Deletions,
@@ -45,7 +44,7 @@ class Files:
         handles: Handles,
         generations: Generations,
     ) -> None:
-        self._client = client
+        self._opener = opener
         self._tree = tree
         self._area = area
         self._deletions = deletions
@@ -130,7 +129,7 @@ class Files:
             image = self._tree.image(*key)
             return there() if image is not None and image.state == state else None
 
-        reader = open_image_file(self._client, parent.datastore, parent.image, file, there)
+        reader = self._opener.open(parent.datastore, parent.image, file, there)
         source = SourceFile(*key, name, file.generation)
         process = thread_group(pid)
         try:

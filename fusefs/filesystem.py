@@ -20,6 +20,7 @@ from fusefs.handles import CompanionHandle, DirectoryHandle, Handles, ImageHandl
 from fusefs.patience import LOCK_SECONDS
 from fusefs.processes import caller, thread_group
 from fusefs.pulse import Pulse
+from fusefs.reading import Opener
 from fusefs.sources import Sources
 from fusefs.staged import State
 from fusefs.staging import StagingArea
@@ -39,6 +40,7 @@ class FileSystem:
         self,
         client: SidecarClient,
         pulse: Pulse,
+        opener: Opener,
         tree: Tree,
         area: StagingArea,
         deletions: Deletions,
@@ -58,7 +60,7 @@ class FileSystem:
         self._handles = Handles()
         self._generations = generations
         self.files = Files(
-            client, tree, area, deletions, views, documents, sources, self._resolver, self._handles, generations
+            opener, tree, area, deletions, views, documents, sources, self._resolver, self._handles, generations
         )
 
     def path_of(self, *arguments: Any) -> str:

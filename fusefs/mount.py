@@ -17,13 +17,14 @@ from fusefs.ending import Ending
 from fusefs.filesystem import FileSystem
 from fusefs.generations import Generations
 from fusefs.guard import Guard
+from fusefs.holding import Holding
 from fusefs.kernel import KernelMemory
 from fusefs.mountpoints import MountpointError
 from fusefs.options import MountOptions
 from fusefs.provenance import Generation, SourceFile
 from fusefs.publisher import Publisher
 from fusefs.pulse import Pulse
-from fusefs.reading import Reader, open_image_file
+from fusefs.reading import Opener, Reader
 from fusefs.rules import Rules
 from fusefs.sources import Sources
 from fusefs.staging import StagingArea
@@ -86,8 +87,10 @@ class _Mount:
         self._kernel = KernelMemory(path)
         self._generations = Generations(options.entry_timeout, tell=self._kernel.replaced)
         self._tree = Tree(before_change=self._generations.changing, on_change=self._tell_kernel)
-        rules = Rules(self._tree, self._open_source)
         pulse = Pulse(client)
+        self._holding = Holding(client, pulse)
+        self._opener = Opener(client, self._holding)
+        rules = Rules(self._tree, self._open_source)
         self._area = StagingArea(
             client,
             pulse,
@@ -104,13 +107,24 @@ class _Mount:
         documents = Documents(client, pulse, self._area, lambda: self._watcher.stale_since)
         sources = Sources(self._open_source)
         self._filesystem = FileSystem(
-            client, pulse, self._tree, self._area, self._deletions, views, documents, sources, self._generations
+            client,
+            pulse,
+            self._opener,
+            self._tree,
+            self._area,
+            self._deletions,
+            views,
+            documents,
+            sources,
+            self._generations,
         )
 
     def run(self, signals: EndSignals, on_ready: Callable[[], None]) -> None:
         with contextlib.ExitStack() as running:
             self._watcher.start()
             running.callback(self._watcher.stop)
+            self._holding.start()
+            running.callback(self._holding.stop)
             if not self._tree.wait_complete(_LISTING_SECONDS):
                 raise MountError(f"the sidecar at {self._client.address} did not list its images: see its log")
             # The index stays: whoever looks for garbage need not go through a hundred thousand images each time.
@@ -212,7 +226,7 @@ class _Mount:
             found = now.file(source.name) if now is not None and now.is_valid else None
             return found.generation if found is not None else None
 
-        return open_image_file(self._client, datastore, image, file, current)
+        return self._opener.open(datastore, image, file, current)
 
 
 def _allow_many_files() -> None:

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from fusefs.errors import fail
+from fusefs.errors import errno_of, fail
+from fusefs.holding import Hold, Holding
 from fusefs.provenance import Generation
 from fusefs.tree import IndexedDatastore, IndexedFile, IndexedImage
 from sidecar.client import ImageFile, ImageRef, SidecarClient, Staging
-from sidecar.errors import ImagesError
+from sidecar.errors import DatastoreNotFound, FileNotInImage, ImageInUse, ImageNotFound, ImagesError
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ class RemoteReader:
         size: Callable[[], int],
         check: Callable[[], None] = lambda: None,
         generation: Generation | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._source = source
@@ -175,6 +177,7 @@ class RemoteReader:
         self._size = size
         self._check = check
         self._expected = expected_file(generation) if generation is not None else None
+        self._on_close = on_close
         self._lock = threading.Lock()  # guards the windows
         # The last one, and the one before: what a copier writes has been read some time ago.
         self._windows = (_NOTHING, _NOTHING)
@@ -211,6 +214,7 @@ class RemoteReader:
     def close(self) -> None:
         self.forget()
         self.closed = True
+        self._on_close()
 
     def _read(self, offset: int, end: int) -> bytes:
         self._check()
@@ -246,33 +250,64 @@ class RemoteReader:
 NOT_FROM_HERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE}
 
 
-def open_image_file(
-    client: SidecarClient,
-    datastore: IndexedDatastore,
-    image: IndexedImage,
-    file: IndexedFile,
-    current: Callable[[], Generation | None],
-) -> Reader:
-    """A reader of the image's file; `current` is the generation that the index shows at its path now.
+# What a file is that the sidecar cannot hold any more, as to who opens it by path.
+_GONE = (ImageNotFound, FileNotInImage, DatastoreNotFound, ImageInUse)
 
-    Raises FileNotFoundError when the file is known to be gone.
-    """
-    root = datastore.info.root_path
-    if root and file.inode:
-        path = os.path.join(root, image.directory, file.name)
+
+class Opener:
+    """Opens files of images, which are in use for as long as they are open. Safe to share between threads."""
+
+    def __init__(self, client: SidecarClient, holding: Holding) -> None:
+        self._client = client
+        self._holding = holding
+
+    def open(
+        self,
+        datastore: IndexedDatastore,
+        image: IndexedImage,
+        file: IndexedFile,
+        current: Callable[[], Generation | None],
+    ) -> Reader:
+        """A reader of the image's file; `current` is the generation that the index shows at its path now.
+
+        Raises OSError: FileNotFoundError when the file is known to be gone, ESTALE when it is another one by now.
+        """
+        root = datastore.info.root_path
+        if root and file.inode:
+            path = os.path.join(root, image.directory, file.name)
+            try:
+                return LocalReader(path, file.generation)
+            except OSError as error:
+                # Another host's path, or not ours to read; a purged image's file is not there for the sidecar either.
+                level = logging.DEBUG if error.errno in NOT_FROM_HERE else logging.WARNING
+                _log.log(level, "not opened locally, reading by way of the sidecar path=%s cause=%s", path, error)
+
+        what = f"{datastore.name}/{image.image_id}/{file.name}"
+
+        def check() -> None:
+            if current() != file.generation:
+                fail(errno.ESTALE, f"{what} is not the file that was opened")
+
+        ref = ImageRef(datastore=datastore.name, image_id=image.image_id)
+        # Before anything is read: what is gone by then is refused.
+        hold = self._hold(ref, file, what)
+        return RemoteReader(
+            self._client,
+            ref,
+            lambda: file.name,
+            lambda: file.size,
+            check,
+            file.generation,
+            lambda: self._holding.release(hold),
+        )
+
+    def _hold(self, ref: ImageRef, file: IndexedFile, what: str) -> Hold:
         try:
-            return LocalReader(path, file.generation)
-        except OSError as error:
-            # Another host's path, or not ours to read; a purged image's file is not there for the sidecar either.
-            level = logging.DEBUG if error.errno in NOT_FROM_HERE else logging.WARNING
-            _log.log(level, "not opened locally, reading by way of the sidecar path=%s cause=%s", path, error)
-
-    def check() -> None:
-        if current() != file.generation:
-            fail(errno.ESTALE, f"{datastore.name}/{image.image_id}/{file.name} is not the file that was opened")
-
-    ref = ImageRef(datastore=datastore.name, image_id=image.image_id)
-    return RemoteReader(client, ref, lambda: file.name, lambda: file.size, check, file.generation)
+            return self._holding.hold(ref, file.name, expected_file(file.generation))
+        except _GONE as error:
+            raise FileNotFoundError(errno.ENOENT, error.message, what) from error
+        except ImagesError as error:
+            raise OSError(errno_of(error), error.message, what) from error
 
 
 def expected_file(generation: Generation) -> ImageFile:

@@ -99,9 +99,9 @@ def run(config: SidecarConfig) -> bool:
         click.echo(f"image-sidecar: ready address={server.address} datastores={names}", err=True)
         name = wakeups.wait()
         logger.info("stopping signal=%s grace_seconds=%g", name, config.limits.shutdown_seconds)
-        # Before the watches end: their clients come again at once, and must not find us.
+        # Before the streams end: their clients come again at once, and must not find us.
         server.refuse()
-        parts.end_watches()
+        parts.end_streams()
         stopped: list[bool] = []
 
         def stop() -> None:

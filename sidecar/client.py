@@ -28,6 +28,7 @@ from protos.images.v1.staging_service_pb2 import (
 from protos.images.v1.types_pb2 import Datastore, FileKind, Image, ImageFile, ImageRef, ImageState
 from sidecar import errors
 from sidecar.client_calls import AnswerStream, Caller, default_address, new_request_id
+from sidecar.client_holding import Holder
 from sidecar.client_maintenance import DeletedImage, Maintenance, ReapResponse, Scan, Sweep, SweepResult
 from sidecar.client_staging import Hole, Part, Staging, as_duration, as_ref, parse_ref, read_file
 
@@ -41,6 +42,7 @@ __all__ = [
     "Datastore",
     "DeletedImage",
     "FileKind",
+    "Holder",
     "Hole",
     "Image",
     "ImageFile",
@@ -319,6 +321,10 @@ class SidecarClient:
         FileChanged when the file is another one than the `expected` one, which only an image's file can be.
         """
         return read_file(self._caller, source, name, offset, length, expected)
+
+    def open_holder(self) -> Holder:
+        """What keeps files of images in use while somebody reads them: `with client.open_holder() as holder:`."""
+        return Holder(self._caller)
 
     def _at_least(self, seconds: float) -> float:
         return max(seconds, self._caller.timeout)

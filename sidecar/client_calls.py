@@ -294,7 +294,7 @@ class Caller:
                     "or allow the call more time"
                 )
             case grpc.StatusCode.UNIMPLEMENTED:
-                return errors.InternalError(
+                return errors.CallUnknown(
                     f"the sidecar at {self.address} does not know this call ({details}): "
                     "it and this client are of different versions, install the same of both"
                 )

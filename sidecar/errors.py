@@ -51,6 +51,12 @@ class StagingNotFound(ImagesError):
     reason, code, errno, exit_code = "STAGING_NOT_FOUND", "NOT_FOUND", errno.ESTALE, 3
 
 
+class HolderNotFound(ImagesError):
+    """The call that made the holder has ended, and what it held is free: make another one, and hold again."""
+
+    reason, code, errno, exit_code = "HOLDER_NOT_FOUND", "NOT_FOUND", errno.EHOSTDOWN, 3
+
+
 class StagingPublished(ImagesError):
     """The staging directory cannot be aborted any more: it is the image now."""
 
@@ -171,6 +177,10 @@ class SidecarUnavailable(ImagesError):
 
 class InternalError(ImagesError):
     """A defect: the log of the sidecar has the traceback."""
+
+
+class CallUnknown(InternalError):
+    """The sidecar is of a version that does not have the call."""
 
 
 def error_classes() -> dict[str, type[ImagesError]]:

@@ -146,11 +146,14 @@ def _slots(limits: Limits, datastores: int) -> dict[str, Slots]:
     """Of every call that holds a thread for long; methods of one kind share them."""
     copies = Slots("copies", most_copies(datastores, limits.max_copies))
     watches = Slots("watches", limits.max_watches)
+    # A mount has one of each.
+    holders = Slots("holders of files", limits.max_watches)
     transfers = Slots("transfers", datastores * limits.max_transfers)
     return {
         "/images.v1.ImageService/CopyImage": copies,
         "/images.v1.StagingService/CloneDisk": copies,
         "/images.v1.ImageService/WatchImages": watches,
+        "/images.v1.StagingService/OpenHolder": holders,
         "/images.v1.StagingService/WriteFile": transfers,
         "/images.v1.StagingService/ReadFile": transfers,
         f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": Slots("reflections", MAX_REFLECTIONS),

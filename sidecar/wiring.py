@@ -49,9 +49,9 @@ class Parts:
     """What the server serves, and how it ends."""
 
     services: tuple[Service, ...]
-    # Ends the streams that have no end of their own (watches), so that a shutdown does not wait for them. Returns at
-    # once.
-    end_watches: Callable[[], None]
+    # Ends the streams that have no end of their own (watches, holders of files), so that a shutdown does not wait for
+    # them. Returns at once.
+    end_streams: Callable[[], None]
     # Ends the waits of calls that were cancelled: for locks, which others may hold for long. Returns at once.
     interrupt: Callable[[], None]
     # Gives up what is held: staging directories, locks, threads. Called when no handler runs any more, or, when the
@@ -95,6 +95,10 @@ def build(config: SidecarConfig) -> Parts:
     datastores = DatastoreServicer(library)
     maintenance = MaintenanceServicer(library, requests)
 
+    def end_streams() -> None:
+        watches.end()
+        library.holders.end()
+
     def close() -> None:
         try:
             library.close()
@@ -120,7 +124,7 @@ def build(config: SidecarConfig) -> Parts:
                 lambda s: maintenance_service_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, s),
             ),
         ),
-        end_watches=watches.end,
+        end_streams=end_streams,
         interrupt=library.interrupt,
         close=close,
     )

@@ -278,7 +278,10 @@ class Datastore(Protocol):
     def sync_directory(self, path: str) -> None: ...
 
     def open_readable(self, path: str) -> ReadableFile:
-        """Opens a regular file and marks it as in use until it is closed; ImageInUse when it is being removed."""
+        """Opens a regular file and marks it as in use until it is closed; ImageInUse when it is being removed.
+
+        It was still there when it was marked: it is not removed while it is open.
+        """
 
     def open_writable(self, path: str) -> WritableFile:
         """Opens a regular file, made when it is not there; InvalidRequest when it has another name, maybe elsewhere."""

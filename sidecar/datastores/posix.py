@@ -266,6 +266,8 @@ class PosixDatastore:
             fd = self._open_regular(path, os.O_RDONLY)
             try:
                 open_files.share_lock(fd)
+                # From here on it cannot be taken away; before, it may have been.
+                self._require_at(path, fd)
                 return PosixReadable(self._faults, path, fd)
             except BlockingIOError as error:
                 os.close(fd)
@@ -388,6 +390,13 @@ class PosixDatastore:
 
     def _open_regular(self, path: str, flags: int) -> int:
         return open_regular(self._faults, self._root_fd, path, flags)
+
+    def _require_at(self, path: str, fd: int) -> None:
+        """FileNotFoundError when the open file is not the one at the path any more."""
+        with parent_of(self._root_fd, path) as (parent, name):
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not os.path.samestat(status, os.fstat(fd)):
+            raise FileNotFoundError(errno.ENOENT, "it was replaced just now", path)
 
     def _enter_open(self, stack: ExitStack, path: str, flags: int) -> int:
         return stack.enter_context(self._opened(path, flags))

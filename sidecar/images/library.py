@@ -10,6 +10,7 @@ from sidecar.images.catalog import Catalog
 from sidecar.images.copying import copy_image
 from sidecar.images.discovery import Discovery
 from sidecar.images.ending import end_all
+from sidecar.images.holding import Holders
 from sidecar.images.image import Image, ImageKey
 from sidecar.images.maintenance import Maintenance
 from sidecar.images.operations import Operation, Operations
@@ -34,6 +35,7 @@ class Library:
         self.discoveries = {discovery.store.datastore.name: discovery for discovery in discoveries}
         self.maintained = {each.store.datastore.name: each for each in maintained}
         self.sessions = StagingSessions(lease_seconds)
+        self.holders = Holders()
         self.copies: Operations[Image] = Operations(max_copies, "copy")
         self.clones: Operations[None] = Operations(max_copies, "clone")
         stores = [discovery.store for discovery in discoveries]
@@ -73,7 +75,7 @@ class Library:
         )
         # Not before: what still runs would change whatever has the number of a closed descriptor next. A look that was
         # left may read that, and nobody asks for what it finds.
-        end_all(d.store.datastore.close for d in discoveries)
+        end_all((self.holders.close, *(d.store.datastore.close for d in discoveries)))
 
     def store(self, datastore: str) -> ImageStore:
         return self.discovery(datastore).store

@@ -28,10 +28,10 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 logger = logging.getLogger(__name__)
 
 PACKAGE = "/images.v1."
-# Calls that only look. WriteFile and CloneRange change something, but are steps of an import or a copy: there are
-# thousands of them, and CommitStaging says what came of it.
+# Calls that only look, or hold what others read. WriteFile and CloneRange change something, but are steps of an import
+# or a copy: there are thousands of them, and CommitStaging says what came of it.
 QUIET_PREFIXES = ("List", "Get", "Watch", "Read")
-QUIET_METHODS = ("WriteFile", "CloneRange")
+QUIET_METHODS = ("WriteFile", "CloneRange", "OpenHolder", "HoldFile", "ReleaseFile")
 
 
 class Activity:

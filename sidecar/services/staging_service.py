@@ -13,7 +13,7 @@ from protos.images.v1.types_pb2 import ImageFile
 from sidecar.datastores.interface import Datastore, ReadableFile
 from sidecar.errors import FileChanged, FileNotInImage, InvalidRequest, OperationCancelled
 from sidecar.images.copying import OpenImage, clone_files, require_space_for_copy
-from sidecar.images.image import Image
+from sidecar.images.image import Image, ImageKey
 from sidecar.images.library import Library
 from sidecar.images.names import check_file_name
 from sidecar.images.operations import Operation
@@ -128,6 +128,39 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 yield pb.ReadFileResponse(offset=position, hole_bytes=end - position)
             file.require_same()
 
+    def OpenHolder(
+        self, request: pb.OpenHolderRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.OpenHolderResponse]:
+        with self._library.holders.opened() as holder:
+            if not context.add_callback(holder.leave):
+                return
+            yield pb.OpenHolderResponse(holder_id=holder.id)
+            holder.wait()
+
+    def HoldFile(self, request: pb.HoldFileRequest, context: grpc.ServicerContext) -> pb.HoldFileResponse:
+        key = image_key(request.ref)
+        store = self._library.store(key.datastore)
+        check_file_name(request.name)
+        holder = self._library.holders.get(request.holder_id)
+
+        def open_file() -> ReadableFile:
+            with store.admission.call(context.is_active):
+                file = self._open_known(store, key, request.name)
+            try:
+                if request.HasField("expected"):
+                    _require_same(file, request.expected, f"{request.name} of {key}")
+            except BaseException:
+                file.close()
+                raise
+            return file
+
+        holder.hold(request.number, open_file, context.is_active)
+        return pb.HoldFileResponse()
+
+    def ReleaseFile(self, request: pb.ReleaseFileRequest, context: grpc.ServicerContext) -> pb.ReleaseFileResponse:
+        self._library.holders.get(request.holder_id).release(request.number)
+        return pb.ReleaseFileResponse()
+
     def CloneRange(self, request: pb.CloneRangeRequest, context: grpc.ServicerContext) -> pb.CloneRangeResponse:
         key = image_key(request.source)
         store = self._library.store(key.datastore)
@@ -238,6 +271,13 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
     def _transfer(self, staging_id: str) -> AbstractContextManager[None]:
         store = self._library.sessions.store(staging_id)
         return store.admission.transfer() if store else nullcontext()
+
+    def _open_known(self, store: ImageStore, key: ImageKey, name: str) -> ReadableFile:
+        """An image's file where the catalogue has it: who holds each file that is read is not to read each image."""
+        if known := self._library.catalog.get(key):
+            with suppress(FileNotInImage):
+                return _open_file(store.datastore, known, name)
+        return _open_file(store.datastore, store.read(key.image_id), name)
 
     @contextmanager
     def _open_for_reading(self, request: pb.ReadFileRequest) -> Iterator[ReadableFile]:

@@ -36,7 +36,7 @@ def serving(
         try:
             yield server.address
         finally:
-            parts.end_watches()
+            parts.end_streams()
             server.stop()
     finally:
         parts.close()

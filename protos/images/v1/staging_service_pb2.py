@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from protos.images.v1 import types_pb2 as images_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimages/v1/staging_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"d\n\x14\x43reateStagingRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x16\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"U\n\x15\x43reateStagingResponse\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x03\"\x8e\x01\n\x10WriteFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\nsize_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x06 \x01(\x03\x42\r\n\x0b_size_bytes\">\n\x11WriteFileResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"G\n\x11RenameFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08new_name\x18\x03 \x01(\t\"\x14\n\x12RenameFileResponse\"5\n\x11RemoveFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x14\n\x12RemoveFileResponse\"\xa9\x01\n\x0fReadFileRequest\x12\"\n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRefH\x00\x12\x14\n\nstaging_id\x18\x02 \x01(\tH\x00\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12&\n\x08\x65xpected\x18\x06 \x01(\x0b\x32\x14.images.v1.ImageFileB\x06\n\x04\x66rom\"X\n\x10ReadFileResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"\xd5\x01\n\x11\x43loneRangeRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x13\n\x0bsource_name\x18\x02 \x01(\t\x12\x15\n\rsource_offset\x18\x03 \x01(\x03\x12\x12\n\nstaging_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x0e\n\x06length\x18\x07 \x01(\x03\x12-\n\x0f\x65xpected_source\x18\x08 \x01(\x0b\x32\x14.images.v1.ImageFile\">\n\x12\x43loneRangeResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x02 \x01(\x03\"K\n\x10\x43loneDiskRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nstaging_id\x18\x02 \x01(\t\"R\n\x11\x43loneDiskResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\"\x99\x01\n\x14\x43ommitStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12(\n\x0b\x63opied_from\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xea\x01\n\x15\x43ommitStagingResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12I\n\rrenamed_files\x18\x02 \x03(\x0b\x32\x32.images.v1.CommitStagingResponse.RenamedFilesEntry\x12\x30\n\x0cpublish_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11RenamedFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\")\n\x13\x41\x62ortStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\"\x16\n\x14\x41\x62ortStagingResponse2\xc5\x05\n\x0eStagingService\x12R\n\rCreateStaging\x12\x1f.images.v1.CreateStagingRequest\x1a .images.v1.CreateStagingResponse\x12H\n\tWriteFile\x12\x1b.images.v1.WriteFileRequest\x1a\x1c.images.v1.WriteFileResponse(\x01\x12I\n\nRenameFile\x12\x1c.images.v1.RenameFileRequest\x1a\x1d.images.v1.RenameFileResponse\x12I\n\nRemoveFile\x12\x1c.images.v1.RemoveFileRequest\x1a\x1d.images.v1.RemoveFileResponse\x12\x45\n\x08ReadFile\x12\x1a.images.v1.ReadFileRequest\x1a\x1b.images.v1.ReadFileResponse0\x01\x12I\n\nCloneRange\x12\x1c.images.v1.CloneRangeRequest\x1a\x1d.images.v1.CloneRangeResponse\x12H\n\tCloneDisk\x12\x1b.images.v1.CloneDiskRequest\x1a\x1c.images.v1.CloneDiskResponse0\x01\x12R\n\rCommitStaging\x12\x1f.images.v1.CommitStagingRequest\x1a .images.v1.CommitStagingResponse\x12O\n\x0c\x41\x62ortStaging\x12\x1e.images.v1.AbortStagingRequest\x1a\x1f.images.v1.AbortStagingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fimages/v1/staging_service.proto\x12\timages.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15images/v1/types.proto\"d\n\x14\x43reateStagingRequest\x12 \n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x16\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"U\n\x15\x43reateStagingResponse\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x03\"\x8e\x01\n\x10WriteFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\nsize_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x06 \x01(\x03\x42\r\n\x0b_size_bytes\">\n\x11WriteFileResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"G\n\x11RenameFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08new_name\x18\x03 \x01(\t\"\x14\n\x12RenameFileResponse\"5\n\x11RemoveFileRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x14\n\x12RemoveFileResponse\"\xa9\x01\n\x0fReadFileRequest\x12\"\n\x03ref\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRefH\x00\x12\x14\n\nstaging_id\x18\x02 \x01(\tH\x00\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12&\n\x08\x65xpected\x18\x06 \x01(\x0b\x32\x14.images.v1.ImageFileB\x06\n\x04\x66rom\"X\n\x10ReadFileResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nhole_bytes\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"\x13\n\x11OpenHolderRequest\"\'\n\x12OpenHolderResponse\x12\x11\n\tholder_id\x18\x01 \x01(\t\"\x8c\x01\n\x0fHoldFileRequest\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12 \n\x03ref\x18\x03 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x0c\n\x04name\x18\x04 \x01(\t\x12&\n\x08\x65xpected\x18\x05 \x01(\x0b\x32\x14.images.v1.ImageFile\"\x12\n\x10HoldFileResponse\"7\n\x12ReleaseFileRequest\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\"\x15\n\x13ReleaseFileResponse\"\xd5\x01\n\x11\x43loneRangeRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x13\n\x0bsource_name\x18\x02 \x01(\t\x12\x15\n\rsource_offset\x18\x03 \x01(\x03\x12\x12\n\nstaging_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x0e\n\x06length\x18\x07 \x01(\x03\x12-\n\x0f\x65xpected_source\x18\x08 \x01(\x0b\x32\x14.images.v1.ImageFile\">\n\x12\x43loneRangeResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x02 \x01(\x03\"K\n\x10\x43loneDiskRequest\x12#\n\x06source\x18\x01 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nstaging_id\x18\x02 \x01(\t\"R\n\x11\x43loneDiskResponse\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63loned_bytes\x18\x03 \x01(\x03\"\x99\x01\n\x14\x43ommitStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\x12(\n\x0b\x63opied_from\x18\x02 \x01(\x0b\x32\x13.images.v1.ImageRef\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12/\n\x0clock_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xea\x01\n\x15\x43ommitStagingResponse\x12\x1f\n\x05image\x18\x01 \x01(\x0b\x32\x10.images.v1.Image\x12I\n\rrenamed_files\x18\x02 \x03(\x0b\x32\x32.images.v1.CommitStagingResponse.RenamedFilesEntry\x12\x30\n\x0cpublish_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11RenamedFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\")\n\x13\x41\x62ortStagingRequest\x12\x12\n\nstaging_id\x18\x01 \x01(\t\"\x16\n\x14\x41\x62ortStagingResponse2\xa5\x07\n\x0eStagingService\x12R\n\rCreateStaging\x12\x1f.images.v1.CreateStagingRequest\x1a .images.v1.CreateStagingResponse\x12H\n\tWriteFile\x12\x1b.images.v1.WriteFileRequest\x1a\x1c.images.v1.WriteFileResponse(\x01\x12I\n\nRenameFile\x12\x1c.images.v1.RenameFileRequest\x1a\x1d.images.v1.RenameFileResponse\x12I\n\nRemoveFile\x12\x1c.images.v1.RemoveFileRequest\x1a\x1d.images.v1.RemoveFileResponse\x12\x45\n\x08ReadFile\x12\x1a.images.v1.ReadFileRequest\x1a\x1b.images.v1.ReadFileResponse0\x01\x12K\n\nOpenHolder\x12\x1c.images.v1.OpenHolderRequest\x1a\x1d.images.v1.OpenHolderResponse0\x01\x12\x43\n\x08HoldFile\x12\x1a.images.v1.HoldFileRequest\x1a\x1b.images.v1.HoldFileResponse\x12L\n\x0bReleaseFile\x12\x1d.images.v1.ReleaseFileRequest\x1a\x1e.images.v1.ReleaseFileResponse\x12I\n\nCloneRange\x12\x1c.images.v1.CloneRangeRequest\x1a\x1d.images.v1.CloneRangeResponse\x12H\n\tCloneDisk\x12\x1b.images.v1.CloneDiskRequest\x1a\x1c.images.v1.CloneDiskResponse0\x01\x12R\n\rCommitStaging\x12\x1f.images.v1.CommitStagingRequest\x1a .images.v1.CommitStagingResponse\x12O\n\x0c\x41\x62ortStaging\x12\x1e.images.v1.AbortStagingRequest\x1a\x1f.images.v1.AbortStagingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,24 +56,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READFILEREQUEST']._serialized_end=874
   _globals['_READFILERESPONSE']._serialized_start=876
   _globals['_READFILERESPONSE']._serialized_end=964
-  _globals['_CLONERANGEREQUEST']._serialized_start=967
-  _globals['_CLONERANGEREQUEST']._serialized_end=1180
-  _globals['_CLONERANGERESPONSE']._serialized_start=1182
-  _globals['_CLONERANGERESPONSE']._serialized_end=1244
-  _globals['_CLONEDISKREQUEST']._serialized_start=1246
-  _globals['_CLONEDISKREQUEST']._serialized_end=1321
-  _globals['_CLONEDISKRESPONSE']._serialized_start=1323
-  _globals['_CLONEDISKRESPONSE']._serialized_end=1405
-  _globals['_COMMITSTAGINGREQUEST']._serialized_start=1408
-  _globals['_COMMITSTAGINGREQUEST']._serialized_end=1561
-  _globals['_COMMITSTAGINGRESPONSE']._serialized_start=1564
-  _globals['_COMMITSTAGINGRESPONSE']._serialized_end=1798
-  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_start=1747
-  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_end=1798
-  _globals['_ABORTSTAGINGREQUEST']._serialized_start=1800
-  _globals['_ABORTSTAGINGREQUEST']._serialized_end=1841
-  _globals['_ABORTSTAGINGRESPONSE']._serialized_start=1843
-  _globals['_ABORTSTAGINGRESPONSE']._serialized_end=1865
-  _globals['_STAGINGSERVICE']._serialized_start=1868
-  _globals['_STAGINGSERVICE']._serialized_end=2577
+  _globals['_OPENHOLDERREQUEST']._serialized_start=966
+  _globals['_OPENHOLDERREQUEST']._serialized_end=985
+  _globals['_OPENHOLDERRESPONSE']._serialized_start=987
+  _globals['_OPENHOLDERRESPONSE']._serialized_end=1026
+  _globals['_HOLDFILEREQUEST']._serialized_start=1029
+  _globals['_HOLDFILEREQUEST']._serialized_end=1169
+  _globals['_HOLDFILERESPONSE']._serialized_start=1171
+  _globals['_HOLDFILERESPONSE']._serialized_end=1189
+  _globals['_RELEASEFILEREQUEST']._serialized_start=1191
+  _globals['_RELEASEFILEREQUEST']._serialized_end=1246
+  _globals['_RELEASEFILERESPONSE']._serialized_start=1248
+  _globals['_RELEASEFILERESPONSE']._serialized_end=1269
+  _globals['_CLONERANGEREQUEST']._serialized_start=1272
+  _globals['_CLONERANGEREQUEST']._serialized_end=1485
+  _globals['_CLONERANGERESPONSE']._serialized_start=1487
+  _globals['_CLONERANGERESPONSE']._serialized_end=1549
+  _globals['_CLONEDISKREQUEST']._serialized_start=1551
+  _globals['_CLONEDISKREQUEST']._serialized_end=1626
+  _globals['_CLONEDISKRESPONSE']._serialized_start=1628
+  _globals['_CLONEDISKRESPONSE']._serialized_end=1710
+  _globals['_COMMITSTAGINGREQUEST']._serialized_start=1713
+  _globals['_COMMITSTAGINGREQUEST']._serialized_end=1866
+  _globals['_COMMITSTAGINGRESPONSE']._serialized_start=1869
+  _globals['_COMMITSTAGINGRESPONSE']._serialized_end=2103
+  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_start=2052
+  _globals['_COMMITSTAGINGRESPONSE_RENAMEDFILESENTRY']._serialized_end=2103
+  _globals['_ABORTSTAGINGREQUEST']._serialized_start=2105
+  _globals['_ABORTSTAGINGREQUEST']._serialized_end=2146
+  _globals['_ABORTSTAGINGRESPONSE']._serialized_start=2148
+  _globals['_ABORTSTAGINGRESPONSE']._serialized_end=2170
+  _globals['_STAGINGSERVICE']._serialized_start=2173
+  _globals['_STAGINGSERVICE']._serialized_end=3106
 # @@protoc_insertion_point(module_scope)

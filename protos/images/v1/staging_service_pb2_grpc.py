@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class StagingServiceStub:
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     def __init__(self, channel):
@@ -61,6 +61,21 @@ class StagingServiceStub:
                 request_serializer=images_dot_v1_dot_staging__service__pb2.ReadFileRequest.SerializeToString,
                 response_deserializer=images_dot_v1_dot_staging__service__pb2.ReadFileResponse.FromString,
                 _registered_method=True)
+        self.OpenHolder = channel.unary_stream(
+                '/images.v1.StagingService/OpenHolder',
+                request_serializer=images_dot_v1_dot_staging__service__pb2.OpenHolderRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_staging__service__pb2.OpenHolderResponse.FromString,
+                _registered_method=True)
+        self.HoldFile = channel.unary_unary(
+                '/images.v1.StagingService/HoldFile',
+                request_serializer=images_dot_v1_dot_staging__service__pb2.HoldFileRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_staging__service__pb2.HoldFileResponse.FromString,
+                _registered_method=True)
+        self.ReleaseFile = channel.unary_unary(
+                '/images.v1.StagingService/ReleaseFile',
+                request_serializer=images_dot_v1_dot_staging__service__pb2.ReleaseFileRequest.SerializeToString,
+                response_deserializer=images_dot_v1_dot_staging__service__pb2.ReleaseFileResponse.FromString,
+                _registered_method=True)
         self.CloneRange = channel.unary_unary(
                 '/images.v1.StagingService/CloneRange',
                 request_serializer=images_dot_v1_dot_staging__service__pb2.CloneRangeRequest.SerializeToString,
@@ -85,7 +100,7 @@ class StagingServiceStub:
 
 class StagingServiceServicer:
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     def CreateStaging(self, request, context):
@@ -119,6 +134,28 @@ class StagingServiceServicer:
 
     def ReadFile(self, request, context):
         """Reads data and holes of one file of an image or of a staging directory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenHolder(self, request, context):
+        """Makes a holder of files, for who reads images elsewhere: what it holds is in use until this call ends, however it
+        does. There is one answer, at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldFile(self, request, context):
+        """Has a holder hold a file of an image, under a number of the caller's: the image is in use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseFile(self, request, context):
+        """Lets go of what was held under a number, or is about to be; no error when nothing is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,6 +223,21 @@ def add_StagingServiceServicer_to_server(servicer, server):
                     request_deserializer=images_dot_v1_dot_staging__service__pb2.ReadFileRequest.FromString,
                     response_serializer=images_dot_v1_dot_staging__service__pb2.ReadFileResponse.SerializeToString,
             ),
+            'OpenHolder': grpc.unary_stream_rpc_method_handler(
+                    servicer.OpenHolder,
+                    request_deserializer=images_dot_v1_dot_staging__service__pb2.OpenHolderRequest.FromString,
+                    response_serializer=images_dot_v1_dot_staging__service__pb2.OpenHolderResponse.SerializeToString,
+            ),
+            'HoldFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldFile,
+                    request_deserializer=images_dot_v1_dot_staging__service__pb2.HoldFileRequest.FromString,
+                    response_serializer=images_dot_v1_dot_staging__service__pb2.HoldFileResponse.SerializeToString,
+            ),
+            'ReleaseFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseFile,
+                    request_deserializer=images_dot_v1_dot_staging__service__pb2.ReleaseFileRequest.FromString,
+                    response_serializer=images_dot_v1_dot_staging__service__pb2.ReleaseFileResponse.SerializeToString,
+            ),
             'CloneRange': grpc.unary_unary_rpc_method_handler(
                     servicer.CloneRange,
                     request_deserializer=images_dot_v1_dot_staging__service__pb2.CloneRangeRequest.FromString,
@@ -216,7 +268,7 @@ def add_StagingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class StagingService:
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     @staticmethod
@@ -344,6 +396,87 @@ class StagingService:
             '/images.v1.StagingService/ReadFile',
             images_dot_v1_dot_staging__service__pb2.ReadFileRequest.SerializeToString,
             images_dot_v1_dot_staging__service__pb2.ReadFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenHolder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/images.v1.StagingService/OpenHolder',
+            images_dot_v1_dot_staging__service__pb2.OpenHolderRequest.SerializeToString,
+            images_dot_v1_dot_staging__service__pb2.OpenHolderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/images.v1.StagingService/HoldFile',
+            images_dot_v1_dot_staging__service__pb2.HoldFileRequest.SerializeToString,
+            images_dot_v1_dot_staging__service__pb2.HoldFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/images.v1.StagingService/ReleaseFile',
+            images_dot_v1_dot_staging__service__pb2.ReleaseFileRequest.SerializeToString,
+            images_dot_v1_dot_staging__service__pb2.ReleaseFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class StagingServiceStub:
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     @_typing.overload
@@ -47,6 +47,14 @@ class StagingServiceStub:
     """Removes a staged file."""
     ReadFile: _grpc.UnaryStreamMultiCallable[_staging_service_pb2.ReadFileRequest, _staging_service_pb2.ReadFileResponse]
     """Reads data and holes of one file of an image or of a staging directory."""
+    OpenHolder: _grpc.UnaryStreamMultiCallable[_staging_service_pb2.OpenHolderRequest, _staging_service_pb2.OpenHolderResponse]
+    """Makes a holder of files, for who reads images elsewhere: what it holds is in use until this call ends, however it
+    does. There is one answer, at once.
+    """
+    HoldFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.HoldFileRequest, _staging_service_pb2.HoldFileResponse]
+    """Has a holder hold a file of an image, under a number of the caller's: the image is in use."""
+    ReleaseFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.ReleaseFileRequest, _staging_service_pb2.ReleaseFileResponse]
+    """Lets go of what was held under a number, or is about to be; no error when nothing is."""
     CloneRange: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]
     """Copies a range of an image's file into a staged file: shared where the file system can, else in the kernel, holes
     kept. Moves what about a second allows and says how much that was; call again for the rest.
@@ -68,7 +76,7 @@ class StagingServiceStub:
 @_typing.type_check_only
 class StagingServiceAsyncStub(StagingServiceStub):
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -84,6 +92,14 @@ class StagingServiceAsyncStub(StagingServiceStub):
     """Removes a staged file."""
     ReadFile: _aio.UnaryStreamMultiCallable[_staging_service_pb2.ReadFileRequest, _staging_service_pb2.ReadFileResponse]  # type: ignore[assignment]
     """Reads data and holes of one file of an image or of a staging directory."""
+    OpenHolder: _aio.UnaryStreamMultiCallable[_staging_service_pb2.OpenHolderRequest, _staging_service_pb2.OpenHolderResponse]  # type: ignore[assignment]
+    """Makes a holder of files, for who reads images elsewhere: what it holds is in use until this call ends, however it
+    does. There is one answer, at once.
+    """
+    HoldFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.HoldFileRequest, _staging_service_pb2.HoldFileResponse]  # type: ignore[assignment]
+    """Has a holder hold a file of an image, under a number of the caller's: the image is in use."""
+    ReleaseFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.ReleaseFileRequest, _staging_service_pb2.ReleaseFileResponse]  # type: ignore[assignment]
+    """Lets go of what was held under a number, or is about to be; no error when nothing is."""
     CloneRange: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]  # type: ignore[assignment]
     """Copies a range of an image's file into a staged file: shared where the file system can, else in the kernel, holes
     kept. Moves what about a second allows and says how much that was; call again for the rest.
@@ -104,7 +120,7 @@ class StagingServiceAsyncStub(StagingServiceStub):
 
 class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes images from data: a staging directory is private to its maker, locked while it lives, and becomes an image
-    by CommitStaging or nothing by AbortStaging. Reads images and staged files.
+    by CommitStaging or nothing by AbortStaging. Reads images and staged files, and holds those of images that others read.
     """
 
     @_abc_1.abstractmethod
@@ -148,6 +164,32 @@ class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_staging_service_pb2.ReadFileResponse], _abc.AsyncIterator[_staging_service_pb2.ReadFileResponse]]:
         """Reads data and holes of one file of an image or of a staging directory."""
+
+    @_abc_1.abstractmethod
+    def OpenHolder(
+        self,
+        request: _staging_service_pb2.OpenHolderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_staging_service_pb2.OpenHolderResponse], _abc.AsyncIterator[_staging_service_pb2.OpenHolderResponse]]:
+        """Makes a holder of files, for who reads images elsewhere: what it holds is in use until this call ends, however it
+        does. There is one answer, at once.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldFile(
+        self,
+        request: _staging_service_pb2.HoldFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_staging_service_pb2.HoldFileResponse, _abc.Awaitable[_staging_service_pb2.HoldFileResponse]]:
+        """Has a holder hold a file of an image, under a number of the caller's: the image is in use."""
+
+    @_abc_1.abstractmethod
+    def ReleaseFile(
+        self,
+        request: _staging_service_pb2.ReleaseFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_staging_service_pb2.ReleaseFileResponse, _abc.Awaitable[_staging_service_pb2.ReleaseFileResponse]]:
+        """Lets go of what was held under a number, or is about to be; no error when nothing is."""
 
     @_abc_1.abstractmethod
     def CloneRange(
