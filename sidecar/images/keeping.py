@@ -16,12 +16,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`work` is due at the start, and then `interval` seconds after its end. It gets what to call again and again
-    meanwhile: that raises OperationCancelled when it has to end."""
+    """`work` is due `first` seconds after the start, and then `interval` seconds after its end. It gets what to call
+    again and again meanwhile: that raises OperationCancelled when it has to end."""
 
     name: str
     interval: float
     work: Callable[[Callable[[], None]], object]
+    first: float = 0.0
 
 
 class Keeper:
@@ -31,7 +32,7 @@ class Keeper:
         self._datastore = datastore
         self._clock = clock
         self._stop = threading.Event()
-        self._due = {task: clock.monotonic() for task in tasks}
+        self._due = {task: clock.monotonic() + task.first for task in tasks}
         self._thread = threading.Thread(target=self._run, name=f"keeper-{datastore}")
 
     def start(self) -> None:

@@ -27,6 +27,9 @@ _LARGEST_RATE = 1e6
 _LONGEST_SECONDS = 10 * 365 * 86400.0
 _LOOK_SECONDS = 5.0  # between two looks whether a scan of our own has ended
 
+# Mounts have found a sidecar that was restarted by then, and have it hold again what is open in them.
+FIRST_PURGE_SECONDS = 10.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +76,7 @@ class Maintenance:
                 "purge",
                 plan.purge_interval,
                 lambda check: self.purge(plan.tombstone_grace, plan.purge_below_free, check),
+                first=min(FIRST_PURGE_SECONDS, plan.purge_interval),
             ),
             Task("scan", plan.sweep_interval, self._scan_by_itself),
             Task("sweep", _LOOK_SECONDS if plan.sweep_interval else 0.0, self._sweep_by_itself),

@@ -30,14 +30,15 @@ def run(clock: OwnClock, tasks: list[Task], seconds: float) -> None:
     keeper.close()
 
 
-def test_tasks_are_done_at_the_start_and_then_at_their_intervals(clock: OwnClock) -> None:
+def test_tasks_are_done_when_they_are_due_first_and_then_at_their_intervals(clock: OwnClock) -> None:
     done: list[tuple[str, float]] = []
     tasks = [
         Task("a", 10, lambda check: done.append(("a", clock.seconds - NOW))),
         Task("b", 25, lambda check: done.append(("b", clock.seconds - NOW))),
+        Task("c", 50, lambda check: done.append(("c", clock.seconds - NOW)), first=15),
     ]
     run(clock, tasks, 40)
-    assert done == [("a", 0), ("b", 0), ("a", 10), ("a", 20), ("b", 25), ("a", 30), ("a", 40)]
+    assert done == [("a", 0), ("b", 0), ("a", 10), ("c", 15), ("a", 20), ("b", 25), ("a", 30), ("a", 40)]
 
 
 def test_a_task_that_fails_is_done_again_soon_and_keeps_no_other(clock: OwnClock) -> None:

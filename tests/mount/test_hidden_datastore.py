@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import ImageState, SidecarClient
+from sidecar.errors import ImageInUse
 from tests.mount.harness import hanging, import_sparse
 from tests.support.disks import MIB, assert_same_disk, import_image, make_disk
 from tests.support.processes import BIN, Sidecar, background, run, wait_until
@@ -25,24 +26,35 @@ def mountpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def inside(sidecar: Sidecar, mountpoint: Path, tmp_path: Path, stack: ExitStack) -> Inside:
-    """Runs a command where the datastores' directories are empty, beside a mount that sees them so too."""
+def daemon(sidecar: Sidecar, mountpoint: Path, tmp_path: Path, stack: ExitStack) -> "subprocess.Popen[bytes]":
+    """That of a mount, in a namespace where the datastores' directories are empty."""
     hide = " && ".join(f"mount -t tmpfs none {tmp_path / name}" for name in ("one", "two", "three"))
     serve = shlex.join(map(str, (BIN / "image-mount", mountpoint, "--sidecar", sidecar.address, "--foreground")))
-    process = stack.enter_context(
+    return stack.enter_context(
         background("unshare", "--mount", "--propagation", "private", "sh", "-c", f"{hide} && exec {serve}")
     )
 
+
+@pytest.fixture
+def inside(daemon: "subprocess.Popen[bytes]", mountpoint: Path, stack: ExitStack) -> Inside:
+    """Runs a command beside the mount, where it is seen."""
+
     def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        return run("nsenter", "-t", str(process.pid), "-m", *words, check=False)
+        return run("nsenter", "-t", str(daemon.pid), "-m", *words, check=False)
 
     def end() -> None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait(20)
 
     wait_until(lambda: command("test", "-d", mountpoint / "one").returncode == 0, "the mount answers")
     stack.callback(end)
     return command
+
+
+@pytest.fixture
+def seen(daemon: "subprocess.Popen[bytes]", mountpoint: Path, inside: Inside) -> Path:
+    """The mount, as a path from here."""
+    return Path(f"/proc/{daemon.pid}/root{mountpoint}")
 
 
 @pytest.mark.parametrize("command", ["cp -r", "mv"])
@@ -85,6 +97,30 @@ def test_a_copy_that_somebody_was_faster_than_fails(
     assert result.returncode == 1
     assert "File exists" in result.stderr
     assert_same_disk(other, tmp_path / "two" / client.image("two/b").directory / "b.vmdk")
+
+
+@pytest.mark.parametrize("datastore", ["one", "two", "three"])
+def test_what_somebody_reads_is_not_freed(datastore: str, seen: Path, client: SidecarClient, tmp_path: Path) -> None:
+    ref = f"{datastore}/a"
+    import_sparse(client, ref, make_disk(tmp_path / "source"))
+    wait_until((seen / ref).exists, "the image is seen")
+    with (seen / ref / "a-flat.vmdk").open("rb") as file:
+        client.delete(ref)
+        with pytest.raises(ImageInUse, match=f"{ref} is in use by image-sidecar"):
+            client.purge(ref)
+        assert file.read(16)
+    client.purge(ref)
+
+
+def test_what_is_gone_when_it_is_opened_is_not_there_and_nothing_that_fails_when_it_is_read(
+    seen: Path, client: SidecarClient, tmp_path: Path
+) -> None:
+    import_sparse(client, "two/a", make_disk(tmp_path / "source"), companions={"disk.ecv": b"{}"})
+    file = seen / "two" / "a" / "a.ecv"
+    wait_until(file.exists, "the image is seen")
+    (tmp_path / "two" / client.image("two/a").directory / "a.ecv").unlink()
+    with pytest.raises(FileNotFoundError):
+        file.open("rb").close()
 
 
 def test_a_new_file_does_not_wait_for_a_sidecar_that_hangs(

@@ -188,7 +188,7 @@ def test_every_error_of_the_sidecar_is_the_same_class_here(
         (grpc.StatusCode.UNAVAILABLE, errors.SidecarUnavailable),
         (grpc.StatusCode.CANCELLED, errors.OperationCancelled),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
-        (grpc.StatusCode.UNIMPLEMENTED, errors.InternalError),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.CallUnknown),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.TooManyCalls),
         (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequest),
         (grpc.StatusCode.UNKNOWN, errors.InternalError),

@@ -126,7 +126,7 @@ def test_the_end_of_the_sidecar_ends_a_run_that_hangs(maintenance: Maintenance, 
 
 def test_the_end_of_the_sidecar_ends_an_expiry_that_hangs(host: Host, dead: Dead) -> None:
     host.places["one"].file("a", TOMBSTONE).touch()
-    maintenance = Maintenance(host.stores["one"], SOURCE, Plan(purge_interval=3600, tombstone_grace=0))
+    maintenance = Maintenance(host.stores["one"], SOURCE, Plan(purge_interval=0.1, tombstone_grace=0))
     maintenance.start()
     assert dead.asked.wait(QUICK)
     with waiting(dead) as pool:

@@ -14,7 +14,7 @@ import pytest
 from sidecar.client import SidecarClient
 from sidecar.errors import DatastoreUnavailable, HolderNotFound, ImageInUse, ImageNotFound, OperationCancelled
 from tests.mount.harness import log_of, wait_listed
-from tests.support.places import MARKER, MIB, TIMESTAMP, Place
+from tests.support.places import MARKER, MIB, TIMESTAMP, TOMBSTONE, Place
 from tests.support.processes import Mount, imagectl, run, wait_until
 from tests.support.vcsim import STATUS_REQUESTS
 from tests.vsphere.conftest import Served
@@ -109,8 +109,10 @@ def test_what_somebody_reads_through_a_mount_is_not_swept(served: Served, mount:
         said = imagectl(served.sidecar.address, *sweep).stdout
         assert "in use by image-sidecar" in said
         assert place.file("a", TIMESTAMP).exists()
-    imagectl(served.sidecar.address, *sweep)
-    assert not place.directory("a").exists()
+    assert not place.file("a", MARKER).exists()
+    place.file("a", MARKER).write_text(str(int(time.time())))
+    said = imagectl(served.sidecar.address, *sweep).stdout
+    assert not place.directory("a").exists(), said
 
 
 def test_a_mount_that_is_killed_keeps_nothing_in_use(served: Served, mount: Mount) -> None:
@@ -132,6 +134,27 @@ def test_what_is_open_while_the_sidecar_is_killed_is_in_use_by_the_next_one(serv
         wait_until(lambda: "file held again file=one/a/a-flat.vmdk" in log_of(mount), "it is held again")
         assert_kept(served)
     served.client.purge("one/a")
+
+
+@pytest.mark.slow
+def test_a_sidecar_that_is_restarted_does_not_purge_by_itself_what_is_open(
+    serve: Serve, tmp_path: Path, stack: ExitStack
+) -> None:
+    served = serve(path=False, maintenance="tombstone_grace_seconds = 1")
+    one = served.places["one"]
+    for image_id in ("a", "b"):
+        one.plant(image_id, size=4 * MIB)
+        served.client.image(f"one/{image_id}")
+    mount = stack.enter_context(Mount(tmp_path / "mnt", served.sidecar.address))
+    wait_listed(mount, "one/a")
+    with reading(mount):
+        served.sidecar.kill()
+        for number, image_id in enumerate(("a", "b")):
+            one.file(image_id, TOMBSTONE).touch()
+            os.utime(one.file(image_id, TOMBSTONE), (1e9 + number, 1e9 + number))
+        served.sidecar.start()
+        wait_until(lambda: not one.directory("b").exists(), "all that is not open is purged, the oldest first", 40)
+        assert one.directory("a").exists()
 
 
 def test_a_file_whose_image_went_while_there_was_no_sidecar_is_said_to_be_gone(served: Served, mount: Mount) -> None:
