@@ -73,6 +73,8 @@ class _Root:
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
 
+    fills_holes = False
+
     def __init__(
         self,
         name: str,
@@ -345,6 +347,9 @@ class PosixDatastore:
         with self._faults.during("ask for the free space"):
             status = os.fstatvfs(self._root_fd)
             return Capacity(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+
+    def unsent(self, directory: str) -> int:
+        return 0
 
     def check(self) -> Capacity:
         with self._faults.during("look at the root"):
