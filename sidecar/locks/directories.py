@@ -284,7 +284,7 @@ def is_made_for(path: LockPath, name: str) -> bool:
     lock = path.rpartition("/")[2]
     return (
         name == lock
-        or re.fullmatch(rf"{re.escape(lock.removesuffix(_SUFFIX))}\.[0-9a-f]{{16}}{_SUFFIX}", name) is not None
+        or re.fullmatch(rf"{re.escape(lock.removesuffix(_SUFFIX))}(\.[0-9a-f]{{16}})+{_SUFFIX}", name) is not None
     )
 
 

@@ -416,6 +416,26 @@ def test_locks_that_somebody_died_over_within_an_image_are_reaped_and_the_image_
     vsan.assert_holds({"a": flat_files("a")})
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held", "empty"])
+@pytest.mark.parametrize("layout", ["compound", "sharded", "vsan"])
+def test_what_a_reaper_left_of_a_lock_in_an_image_directory_without_an_image_is_reaped(
+    datastore: VsphereApiDatastore, root: Path, layout: str, held: bool
+) -> None:
+    """It died while it gave back a lock that it had taken from a process that died before."""
+    place = Place("one", layout, root)
+    lock = place.directory("ab") / "lock.0123456789abcdef.fedcba9876543210.ec_lock"
+    lock.mkdir(parents=True)
+    if held:
+        (lock / str(replace(own_identity(), pid=ended_pid(), started=1))).touch()
+    store = ImageStore(datastore, LAYOUTS[layout])
+    reap(store, 60)
+    assert lock.exists()  # within the grace time
+    reap(store, -60)
+    time.sleep(SETTLE_SECONDS)
+    reap(store, -60)
+    place.assert_holds({})
+
+
 def test_a_directory_is_removed_though_its_lock_was_held_and_let_go_of_in_the_moment_of_trying(
     datastore: VsphereApiDatastore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
