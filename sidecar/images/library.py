@@ -39,7 +39,7 @@ class Library:
         stores = [discovery.store for discovery in discoveries]
         for discovery in discoveries:
             discovery.store.share_host(stores)
-            discovery.store.observe(discovery.refresh, discovery.note_use)
+            discovery.store.observe(discovery.note_change, discovery.note_use)
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
