@@ -43,7 +43,7 @@ class Library:
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
-        """Prepares the datastores, as far as they can be used now, and begins to read them."""
+        """Begins to read the datastores."""
         for discovery in self.discoveries.values():
             discovery.start()
         for maintenance in self.maintained.values():
