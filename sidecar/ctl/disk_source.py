@@ -48,6 +48,11 @@ class SourceFile:
     """More than this does not come out of a compressed file of this disk; its size, when `exact`."""
     exact: bool = False
 
+    @property
+    def known_bytes(self) -> int:
+        known = self.limit if self.exact else self.size
+        return self.source_bytes if known is None else known
+
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
         """Data and holes, in order; `advance` is told how many of the `source_bytes` are read since the last time.
 
@@ -130,6 +135,11 @@ class SourceDisk:
     @property
     def source_bytes(self) -> int:
         return sum(file.source_bytes for file in self.files)
+
+    @property
+    def known_bytes(self) -> int:
+        """With holes; of a compressed file whose size is not known, what has to be read."""
+        return sum(file.known_bytes for file in self.files)
 
 
 def open_disk(path: str) -> SourceDisk:

@@ -3,7 +3,7 @@
 import click
 
 from sidecar import errors
-from sidecar.client import MAX_COMPANION_BYTES, ImageRef, Staging
+from sidecar.client import MAX_COMPANION_BYTES, ImageRef, SidecarClient, Staging
 from sidecar.ctl.disk_source import SourceDisk, open_disk, unreadable
 from sidecar.ctl.output import human_size
 from sidecar.ctl.progress import Advance, progress_bar
@@ -40,8 +40,7 @@ def import_image(session: Session, file: str, image: ImageRef, metadata: str | N
         with (
             session.taking_back(sidecar, outcome),
             progress_bar(ref_text(image)) as advance,
-            # Of gzipped files this is less than it will be: what does not fit is then refused later.
-            sidecar.create_staging(image, expected_bytes=disk.source_bytes) as staging,
+            sidecar.create_staging(image, expected_bytes=_expected_bytes(sidecar, image, disk)) as staging,
         ):
             _send(staging, disk, companions, advance)
             publishing = True
@@ -51,6 +50,13 @@ def import_image(session: Session, file: str, image: ImageRef, metadata: str | N
         f"{human_size(made.allocated_bytes)} allocated",
         image_document(made),
     )
+
+
+def _expected_bytes(sidecar: SidecarClient, image: ImageRef, disk: SourceDisk) -> int:
+    """Of gzipped files this may be less than it will be: what does not fit is then refused later."""
+    # Without a path to its datastore, the sidecar sends holes as zeroes.
+    fills_holes = any(each.name == image.datastore and not each.root_path for each in sidecar.datastores())
+    return disk.known_bytes if fills_holes else disk.source_bytes
 
 
 def _send(staging: Staging, disk: SourceDisk, companions: dict[str, bytes], advance: Advance) -> None:

@@ -200,6 +200,8 @@ class Datastore(Protocol):
     """Its directory on this host; empty when there is none: then its server alone knows its VMs."""
     shared: bool
     """Other hosts may change it too."""
+    fills_holes: bool
+    """A hole in what is put there by this host takes space, as zeroes do."""
     volume: str
     """What ESX calls it, below /vmfs/volumes and in brackets: VMs name their disks so."""
 
@@ -326,6 +328,9 @@ class Datastore(Protocol):
         """None where changes by others cannot be told, as on NFS."""
 
     def capacity(self) -> Capacity: ...
+
+    def unsent(self, directory: str) -> int:
+        """Bytes staged elsewhere for the files in that directory, which are to come there yet."""
 
     def check(self) -> Capacity:
         """Raises DatastoreUnavailable when the datastore cannot be used now."""

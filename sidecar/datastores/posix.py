@@ -49,8 +49,10 @@ from sidecar.errors import (
     InvalidRequest,
     OperationCancelled,
 )
+from sidecar.locks.directories import DirectoryLocks
 from sidecar.locks.files import FileLocks, LockKind
 from sidecar.locks.flock import Flock
+from sidecar.locks.identity import Identity
 from sidecar.locks.interface import DatastoreLocks, HeldLock, LockHolder
 
 _LOOK_AHEAD_BYTES = 4096
@@ -72,6 +74,8 @@ class _Root:
 
 class PosixDatastore:
     """A datastore on a directory of this host. Safe for use by several threads."""
+
+    fills_holes = False
 
     def __init__(
         self,
@@ -126,7 +130,8 @@ class PosixDatastore:
                     raise DatastoreUnavailable(
                         f"datastore {self.name}: cannot open {self.root_path}: {error.strerror}; create or mount it"
                     ) from error
-                locks = FileLocks(fd, self._lock_kind, wait=self._wait_for_lock)
+                directories = DirectoryLocks(_LockDirectories(self), self.name)
+                locks = FileLocks(fd, self._lock_kind, directories, wait=self._wait_for_lock)
                 self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), locks)
             return self._root
 
@@ -303,8 +308,15 @@ class PosixDatastore:
             return self._open_root().locks.acquire(path, operation, timeout, check)
 
     def free_lock(self, path: str) -> None:
-        if self.entry(path).kind is EntryKind.FILE:
-            self.lock(path, "reap", timeout=0).release()
+        if self.entry(path).kind is EntryKind.DIRECTORY:
+            # A lock of a host without a path; or only begun, or none.
+            names = self.names(path)
+            if not names:
+                with suppress(FileExistsError):  # not empty any more
+                    self.remove_directory(path)
+            if len(names) != 1 or Identity.parse(names[0]) is None:
+                return
+        self.lock(path, "reap", timeout=0).release()
 
     def lock_holder(self, path: str) -> LockHolder | None:
         with self._faults.during("ask who holds", path):
@@ -347,6 +359,9 @@ class PosixDatastore:
         with self._faults.during("ask for the free space"):
             status = os.fstatvfs(self._root_fd)
             return Capacity(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+
+    def unsent(self, directory: str) -> int:
+        return 0
 
     def check(self) -> Capacity:
         with self._faults.during("look at the root"):
@@ -410,6 +425,18 @@ class PosixDatastore:
                 # Else the next one who needs it would find it, and believe that it is durable.
                 os.rmdir(name, dir_fd=parent)
                 raise
+
+
+class _LockDirectories:
+    """What is needed to free the locks that hosts without a path to the datastore have left."""
+
+    def __init__(self, datastore: PosixDatastore) -> None:
+        self.make_directory: Callable[[str], None] = datastore.make_directory
+        self.names = datastore.names
+        self.read_file = datastore.read_file
+        self.put_file = datastore.write_file
+        self.rename = datastore.rename
+        self.remove_tree = datastore.remove_tree
 
 
 def _described(paths: Sequence[str]) -> str:

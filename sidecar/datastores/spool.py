@@ -54,6 +54,7 @@ class SpooledFile:
         self._content = threading.RLock()  # guards what follows, and is held while it changes
         self._borrowed: list[_Borrowed] = []
         self._changes, self._sent = 1, 0  # how many there were, and how many of them the server has
+        self._sent_bytes = 0  # its size when it was sent
         self._sending = threading.Lock()
 
     @property
@@ -81,13 +82,18 @@ class SpooledFile:
         """For sending it, one at a time; gives whether that is needed. It is sent when the block ends without an error;
         what changes meanwhile is to be sent again."""
         with self._sending:
-            changes = self._changes
+            changes, size = self._changes, self.size
             if changes == self._sent:
                 yield False
                 return
             self.on_server = True
             yield True
-            self._sent = changes
+            self._sent, self._sent_bytes = changes, size
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes more the server will have of it."""
+        return max(self.size - self._sent_bytes, 0)
 
     def take(self) -> None:
         with self._counting:
@@ -251,6 +257,11 @@ class Spool:
     def names(self, directory: str) -> set[str]:
         with self._lock:
             return {name for parent, _, name in (path.rpartition("/") for path in self._files) if parent == directory}
+
+    def unsent(self, directory: str) -> int:
+        """How many bytes more the server will have in that directory."""
+        with self._lock:
+            return sum(file.unsent for path, file in self._files.items() if path.rpartition("/")[0] == directory)
 
     def rename(self, source: str, destination: str) -> None:
         """A file that is here; FileExistsError when the other one is, too."""

@@ -36,6 +36,7 @@ from sidecar.errors import (
     ImagesError,
     InvalidRequest,
     LockTimeout,
+    NoSpace,
     OperationCancelled,
 )
 from sidecar.locks.directories import DirectoryLocks, is_made_for
@@ -61,6 +62,7 @@ class VsphereApiDatastore:
     root_path = ""
     shared = True
     reflink = False
+    fills_holes = True
 
     def __init__(self, name: str, address: DatastoreAddress) -> None:
         """Asks nothing of the server yet: one that is away now may come back."""
@@ -332,6 +334,9 @@ class VsphereApiDatastore:
     def capacity(self) -> Capacity:
         return Capacity(*self.known.capacity())
 
+    def unsent(self, directory: str) -> int:
+        return self._spool.unsent(directory)
+
     def check(self) -> Capacity:
         found = self.known.refresh()
         self._locks.let_go_of_left()
@@ -419,8 +424,31 @@ class VsphereApiDatastore:
                 self._copy_on_server(source, file)
             else:
                 file.fill()
-                size = file.size
-                self._folder.write(file.path, size, lambda: file.pieces(size))
+                self._upload(file)
+
+    def _upload(self, file: SpooledFile) -> None:
+        path, size = file.path, file.size
+        try:
+            self._folder.write(path, size, lambda: file.pieces(size))
+        except DatastoreUnavailable as error:
+            if not isinstance(error.__cause__, TimeoutError):  # or who waits for silence would wait twice
+                self._require_room(path, size, error)
+            raise
+
+    def _require_room(self, path: str, size: int, error: DatastoreUnavailable) -> None:
+        """NoSpace when that is why an upload broke off: a server whose datastore is full may just hang up."""
+        arrived = 0
+        try:
+            with suppress(FileNotFoundError):
+                arrived = self._folder.size(path)
+            free = self.capacity().free
+        except ImagesError:
+            return
+        if size - arrived > free:
+            raise NoSpace(
+                f"{self.name} is full: of {size} bytes of {path} it has {arrived}, and {free} are free; purge images "
+                "that are not needed, or make the datastore larger"
+            ) from error
 
     def _lend(self, source: ReadableFile) -> ApiReadable | None:
         if isinstance(source, ApiReadable) and source.origin.connection is self.address.connection:

@@ -49,6 +49,7 @@ def commit(
     committed again unless it has `damage`; after one while they are moved it is gone.
     """
     staging.store.datastore.require_in_place()
+    staging.require_space()  # before anything is sent: what does not fit can be dropped, or tried again
     disk = staged.disk
     raw = staged.reader.read(disk.name, disk.descriptor_offset, disk.descriptor_length)
     renamed: list[tuple[str, str]] = []

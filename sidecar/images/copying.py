@@ -123,9 +123,9 @@ def require_space_for_copy(opened: OpenImage, destination: ImageStore) -> None:
     if destination.datastore.shares_extents_with(opened.store.datastore):
         return
     copier = _disk_copier(opened, destination)
-    holes_filled = copier is not None and copier.may_preallocate()
+    fills_holes = destination.datastore.fills_holes if copier is None else copier.may_preallocate()
     image = opened.image
-    destination.require_space(max(image.allocated, image.size) if holes_filled else image.allocated)
+    destination.require_space(max(image.allocated, image.size) if fills_holes else image.allocated)
 
 
 def _disk_copier(opened: OpenImage, destination: ImageStore) -> DiskCopier | None:

@@ -135,6 +135,13 @@ class Discovery:
         """
         self._read_again(image_id, changed=changed)
 
+    def note_change(self, image_id: str) -> None:
+        """As `refresh` of what this process changed: with all details, also where they are slow to read.
+
+        Who made an image has just read them, and nobody else would until somebody asks for them.
+        """
+        self._read_again(image_id, changed=True, made_here=True)
+
     def note_use(self, image_id: str, used_ns: int) -> None:
         """That the timestamp file of a valid image got that mtime: the catalogue learns it without another look."""
         with self._reading(image_id):
@@ -151,14 +158,14 @@ class Discovery:
         # Not `hash`, which is another one in each process: which images wait for each other would change with it.
         return self._refreshing[zlib.crc32(image_id.encode()) % _SHARES]
 
-    def _read_again(self, image_id: str, *, changed: bool) -> bool:
+    def _read_again(self, image_id: str, *, changed: bool, made_here: bool = False) -> bool:
         """Whether it is known now what there is."""
         key = self.store.key(image_id)
         try:
             with self._reading(image_id):
                 known = self._catalog.get(key)
                 self._read_since.add(image_id)
-                detailed = changed and known is not None and known.details_known
+                detailed = made_here or (changed and known is not None and known.details_known)
                 try:
                     image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
                     image = with_details(image, known)
@@ -246,12 +253,13 @@ class Discovery:
 
     def _look_at_all(self, lost: bool) -> bool:
         store, layout = self.store, self.store.layout
-        layout.prepare(store.datastore)
+        store.datastore.require_in_place()  # in a root that was removed, nothing is there
         if self._watcher is None and self._can_watch:
             with self._watching:
                 self._watcher = store.datastore.watcher()
             self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
+            self._watch("")  # where it is made when something is put there for the first time
             self._watch(parent)
         self._read_since.clear()
         if (tree := store.datastore.tree()) is not None:
@@ -417,7 +425,9 @@ class Discovery:
             self._watch(layout.image_directory(image_id))
             self.refresh(image_id)
         self._changes_lost = self._changes_lost or changes.lost
-        return changes.lost or layout.collection_parent() in changes.names or self._watcher is None
+        parent = layout.collection_parent()
+        collections_changed = parent is not None and (parent in changes.names or parent in changes.names.get("", ()))
+        return changes.lost or collections_changed or self._watcher is None
 
     def _is_noted_use(self, image_id: str, names: set[str]) -> bool:
         """Whether what changed in an image's directory is the time of a use, and known: this process made it."""

@@ -41,11 +41,11 @@ class Library:
         stores = [discovery.store for discovery in discoveries]
         for discovery in discoveries:
             discovery.store.share_host(stores)
-            discovery.store.observe(discovery.refresh, discovery.note_use)
+            discovery.store.observe(discovery.note_change, discovery.note_use)
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
-        """Prepares the datastores, as far as they can be used now, and begins to read them."""
+        """Begins to read the datastores."""
         for discovery in self.discoveries.values():
             discovery.start()
         for maintenance in self.maintained.values():

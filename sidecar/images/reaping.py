@@ -50,7 +50,6 @@ def reap(store: ImageStore, grace: float, check: Callable[[], None] = lambda: No
     """
     reaper = _Reaper(store, store.clock() - int(grace * 1e9), check)
     store.datastore.check()
-    store.layout.prepare(store.datastore)  # a new datastore has none of its directories yet
     reaper.free_trash()
     reaper.free_staging()
     reaper.free_locks()
@@ -212,6 +211,9 @@ class _Reaper:
         """In layout vsan, of an image that a crash left half removed; else of a directory that somebody made."""
         if _written_ns(self._datastore.entry(directory)) > self._before_ns:
             return
+        for lock in self._locks_inside(image_id, set(names_if_directory(self._datastore, directory))):
+            if lock != self._store.layout.image_lock(image_id):
+                self._free_lock(lock)
         with self._store.lock(image_id, "reap", timeout=0):
             if not _is_remains(set(names_if_directory(self._datastore, directory))):
                 return

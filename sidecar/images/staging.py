@@ -121,6 +121,11 @@ class StagingDirectory:
         with self._naming:
             self.store.datastore.remove_file(self.path(name))
 
+    def require_space(self) -> None:
+        """NoSpace when what is staged elsewhere, and is to be sent yet, would leave less than the reserve."""
+        if unsent := self.store.datastore.unsent(self.directory):
+            self.store.require_space(unsent)
+
     def complete(self) -> None:
         """Adds the timestamp file, and makes every file and then the directory durable.
 

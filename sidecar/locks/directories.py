@@ -28,6 +28,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Protocol, Self
@@ -39,9 +40,12 @@ from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, Lock
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.5  # seconds between two tries: doubles from one to the other
 # For a server that answers, to do what it has been asked for by who is not there any more.
 SETTLE_SECONDS = 2.0
+# For a lock to settle and be taken over, also by who does not want to wait: nobody else frees it.
+PATIENCE_SECONDS = 2 * SETTLE_SECONDS
 _FORGET_SECONDS = 3600.0
 _TRIES_AT_A_MOVING_PATH = 32
 _SUFFIX = ".ec_lock"
+_NO_TOKEN = "0" * 16
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ class Directories(Protocol):
 
     def rename(self, source: str, destination: str) -> None: ...
 
-    def remove_tree(self, path: str) -> None: ...
+    def remove_tree(self, path: str) -> object: ...
 
 
 class DirectoryLocks:
@@ -123,19 +127,17 @@ class DirectoryLocks:
         timeout: float,
         check: Callable[[], None],
     ) -> None:
-        deadline = self._monotonic() + timeout
+        began = self._monotonic()
         delay = FIRST_WAIT
         self._prepare(prepared, identity, holder)
         while True:
             other = self._try_once(path, prepared, identity, holder)
             if other is None:
                 return
-            left = deadline - self._monotonic()
+            left = began + (max(timeout, PATIENCE_SECONDS) if other.ended else timeout) - self._monotonic()
             if left <= 0:
                 raise LockTimeout(
-                    f"lock {self._name}/{path} is held by {other}; gave up after {timeout:g} s: try again when that is "
-                    "done, or end that process if it hangs; if its host is gone for good, remove that directory from "
-                    "the datastore"
+                    f"lock {self._name}/{path} is held by {other}; gave up after {timeout:g} s: {what_to_do(other)}"
                 )
             # Not all at the same moment: each try is a call to the server.
             self._wait(min(delay * random.uniform(0.5, 1.0), left))
@@ -165,21 +167,44 @@ class DirectoryLocks:
                 continue
             name, other = found
             if name is None or not self._has_settled(name):
-                return other
-            if self._take_over(path, name, identity, holder):
+                return self._judged(name, other)
+            if self._take_over(path, name, identity):
+                with contextlib.suppress(ImagesError, OSError):  # for reading only: who holds it is in the name
+                    self._directories.put_file(f"{path}/{identity}", holder.to_bytes())
                 with contextlib.suppress(ImagesError, OSError):
                     self._directories.remove_tree(prepared)
                 return None
         return LockHolder.unknown(self._now())
 
-    def _take_over(self, path: LockPath, ended: str, identity: str, holder: LockHolder) -> bool:
+    def free_ended(self, path: LockPath) -> LockHolder | None:
+        """For who locks in another way: takes away the lock of a process that has ended. Who has it, when it stays."""
+        self.let_go_of_left()
+        found = self._look(path)
+        if found is None:
+            return None
+        name, other = found
+        if name is None or not self._has_settled(name):
+            return self._judged(name, other)
+        token = self._own_tokens + secrets.token_hex(4)
+        identity = self._identity.with_token(token)
+        with self._guard:
+            self._live.add(identity)
+        if self._take_over(path, name, identity):
+            self.release(path, _prepared(path, token), identity)
+        else:
+            with self._guard:
+                self._live.discard(identity)
+        return None
+
+    def _judged(self, name: str | None, holder: LockHolder) -> LockHolder:
+        return replace(holder, ended=True) if name is not None and self._has_ended(name) else holder
+
+    def _take_over(self, path: LockPath, ended: str, identity: str) -> bool:
         try:
             self._directories.rename(f"{path}/{ended}", f"{path}/{identity}")
         except FileNotFoundError:
             return False  # somebody else did, or it was let go of
         _log.info("lock taken over path=%s/%s from=%s", self._name, path, ended)
-        with contextlib.suppress(ImagesError, OSError):  # for reading only: who holds it is in the name
-            self._directories.put_file(f"{path}/{identity}", holder.to_bytes())
         return True
 
     def holder(self, path: LockPath) -> LockHolder | None:
@@ -219,7 +244,13 @@ class DirectoryLocks:
         now = self._monotonic()
         with self._guard:
             self._ended = {each: at for each, at in self._ended.items() if now - at < _FORGET_SECONDS}
-            return now - self._ended.setdefault(name, now) >= SETTLE_SECONDS
+            return now - self._ended.setdefault(self._ender(name), now) >= SETTLE_SECONDS
+
+    def _ender(self, name: str) -> str:
+        """Who has ended: the process, with all its locks; of this one, only whoever had that lock."""
+        holder = Identity.parse(name)
+        own = holder is None or holder.is_process_of(self._identity)
+        return name if own or holder is None else str(replace(holder, token=_NO_TOKEN))
 
     def _has_ended(self, name: str) -> bool:
         holder = Identity.parse(name)
@@ -279,12 +310,22 @@ class DirectoryLocks:
             self.release(path, _prepared(path, secrets.token_hex(8)), identity)
 
 
+def what_to_do(holder: LockHolder) -> str:
+    """About a lock that is a directory."""
+    if holder.ended:
+        return "try again some seconds later, when it is taken over"
+    return (
+        "try again when that is done, or end that process if it hangs: its lock is taken over some seconds later, by a "
+        "sidecar of its host; if its host is gone for good, remove that directory from the datastore"
+    )
+
+
 def is_made_for(path: LockPath, name: str) -> bool:
     """Whether a name beside a lock is the lock's, or that of one which somebody makes to take it, or has let go of."""
     lock = path.rpartition("/")[2]
     return (
         name == lock
-        or re.fullmatch(rf"{re.escape(lock.removesuffix(_SUFFIX))}\.[0-9a-f]{{16}}{_SUFFIX}", name) is not None
+        or re.fullmatch(rf"{re.escape(lock.removesuffix(_SUFFIX))}(\.[0-9a-f]{{16}})+{_SUFFIX}", name) is not None
     )
 
 

@@ -25,6 +25,7 @@ from typing import Protocol, Self
 
 from sidecar.beneath import open_beneath, open_directory_beneath, parent_of
 from sidecar.errors import LockTimeout
+from sidecar.locks.directories import PATIENCE_SECONDS, DirectoryLocks, what_to_do
 from sidecar.locks.identity import Identity, process_name
 from sidecar.locks.interface import MAX_HOLDER_BYTES, HeldLock, LockHolder, LockPath
 
@@ -64,13 +65,15 @@ class LockKind(Protocol):
 class FileLocks:
     """The locks of one kind, of the datastore whose root directory is open as `root_fd`, which outlives this object.
 
-    `monotonic` and `wait` (seconds) are the clock of the timeout, `now` that of the holder's `since`.
+    `directories` frees what hosts without a path have left, by its own rules: their locks are directories. `monotonic`
+    and `wait` (seconds) are the clock of the timeout, `now` that of the holder's `since`.
     """
 
     def __init__(
         self,
         root_fd: int,
         kind: LockKind,
+        directories: DirectoryLocks | None = None,
         *,
         host: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -79,6 +82,7 @@ class FileLocks:
     ) -> None:
         self._root_fd = root_fd
         self._kind = kind
+        self._directories = directories
         self._host = host or socket.gethostname()
         self._monotonic = monotonic
         self._wait = wait
@@ -88,14 +92,17 @@ class FileLocks:
         self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
     ) -> HeldLock:
         """See DatastoreLocks. A parent or a lock file that is a symbolic link is refused (OSError)."""
-        deadline = self._monotonic() + max(timeout, ASKED_SECONDS)
+        began = self._monotonic()
         delay = FIRST_WAIT
         while isinstance(taken := self._try_once(path), LockHolder):
-            left = deadline - self._monotonic()
+            patience = PATIENCE_SECONDS if taken.ended else ASKED_SECONDS
+            left = began + max(timeout, patience) - self._monotonic()
             if left <= 0:
+                advice = "try again when that is done, or end that process if it hangs (its lock goes with it)"
+                if self._holder_in_directory(path):
+                    advice = what_to_do(taken)
                 raise LockTimeout(
-                    f"lock {self._full_path(path)} is held by {taken}; gave up after {timeout:g} s: "
-                    "try again when that is done, or end that process if it hangs (its lock goes with it)"
+                    f"lock {self._full_path(path)} is held by {taken}; gave up after {timeout:g} s: {advice}"
                 )
             self._wait(min(delay, left))
             check()
@@ -111,7 +118,9 @@ class FileLocks:
     def holder(self, path: LockPath) -> LockHolder | None:
         """See DatastoreLocks."""
         try:
-            return self._holder_in_directory(path) or self._kind.holder(self._root_fd, path)
+            if holder := self._holder_in_directory(path):
+                return self._directories.holder(path) if self._directories else holder
+            return self._kind.holder(self._root_fd, path)
         except FileNotFoundError:
             return None
 
@@ -124,6 +133,8 @@ class FileLocks:
             except IsADirectoryError:
                 if (holder := self._holder_in_directory(path)) is None:
                     raise
+                if self._directories and (holder := self._directories.free_ended(path)) is None:
+                    continue
                 return holder
             if isinstance(taken, LockHolder):
                 return taken

@@ -28,6 +28,8 @@ class LockHolder:
     process: str
     operation: str
     since: datetime  # aware, UTC
+    ended: bool = False
+    """Its process is known to have ended: the lock is taken over some seconds after that was found."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", _printable(self.host, _HOST_CHARACTERS))
@@ -75,7 +77,8 @@ class LockHolder:
         since = self.since.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
         if not self.pid:
             return f"a process that left no name, since {since} UTC"
-        return f"{self.process} (pid {self.pid} on {self.host}) for {self.operation}, since {since} UTC"
+        ended = ", which has ended" if self.ended else ""
+        return f"{self.process} (pid {self.pid} on {self.host}) for {self.operation}, since {since} UTC{ended}"
 
 
 class HeldLock(Protocol):
@@ -108,6 +111,8 @@ class DatastoreLocks(Protocol):
         self, path: LockPath, operation: str, timeout: float, check: Callable[[], None] = lambda: None
     ) -> HeldLock:
         """Take the lock `path`, waiting up to `timeout` seconds for whoever holds it; 0: not at all.
+
+        Longer, some seconds, for one whose holder has ended and that cannot be taken over at once.
 
         `check` is called several times a second while it waits: what that raises ends the wait, and passes.
 

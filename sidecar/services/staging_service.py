@@ -78,7 +78,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 _check_range(message.offset, len(message.data) + message.hole_bytes)
                 if message.data:
                     if written >= checked + SPACE_CHECK_BYTES:
-                        staging.store.require_space(0)
+                        staging.store.require_space(staging.store.datastore.unsent(staging.directory))
                         checked = written
                     target.write(message.offset, message.data)
                     written += len(message.data)
@@ -183,7 +183,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 _require_same(source, request.expected_source, f"{request.source_name} of {key}")
             whole = request.source_offset == 0 and request.length >= source.size
             if whole and not staging.store.datastore.shares_extents_with(store.datastore):
-                staging.store.require_space(_allocated(image, request.source_name))
+                staging.store.require_space(_needed(image, request.source_name, staging.store.datastore))
             target = stack.enter_context(closing(staging.open_writable(request.name)))
             done = 0
             while done < request.length and (not done or time.monotonic() < until) and context.is_active():
@@ -323,8 +323,10 @@ def _require_same(file: ReadableFile, expected: ImageFile, what: str) -> None:
         raise FileChanged(f"{what} is not the file that the caller expects: look at the image again")
 
 
-def _allocated(image: Image, name: str) -> int:
-    return sum(file.allocated for file in image.files if file.name == name)
+def _needed(image: Image, name: str, destination: Datastore) -> int:
+    """The space that a copy of one file takes."""
+    [file] = [file for file in image.files if file.name == name]
+    return max(file.allocated, file.size) if destination.fills_holes else file.allocated
 
 
 def _with_first(first: pb.WriteFileRequest, rest: Iterator[pb.WriteFileRequest]) -> Iterator[pb.WriteFileRequest]:

@@ -109,8 +109,8 @@ class Served:
 
 @pytest.fixture
 def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> Iterator[Callable[..., Served]]:
-    """Starts both; `layout` of all datastores, "" for what follows from the type, `more` TOML in each of the server's,
-    `maintenance` in the table of that name, other keywords as of Vcsim.
+    """Starts both; `layout` and `reserve` of all datastores, "" for what follows from the type, `more` TOML in each
+    of the server's, `maintenance` in the table of that name, other keywords as of Vcsim.
 
     Without `path`, those of the server are reached by its API alone. `paths`: of which one each has the path, as it is
     misconfigured.
@@ -122,6 +122,7 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
         layout: str = "compound",
         more: str = "",
         maintenance: str = "",
+        reserve: str = "0",
         timeout: float = PATIENCE,
         path: bool = True,
         paths: Mapping[str, str] | None = None,
@@ -136,7 +137,7 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
         roots.update({name: site.roots[other] for name, other in (paths or {}).items()})
         for name, root in roots.items():
             told = layout or ("" if name in site.roots else "compound")
-            config += f"[datastore.{name}]\nreserve = 0\n" + (f'layout = "{told}"\n' if told else "")
+            config += f'[datastore.{name}]\nreserve = "{reserve}"\n' + (f'layout = "{told}"\n' if told else "")
             if path or name not in site.roots:
                 config += f'path = "{root}"\nlocks = "flock"\n'
             if name in site.roots:

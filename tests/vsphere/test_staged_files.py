@@ -15,6 +15,7 @@ from pyVmomi import vim
 from sidecar.datastores import spool
 from sidecar.datastores.api_readable import ApiReadable
 from sidecar.datastores.interface import Datastore
+from sidecar.datastores.posix import PosixDatastore
 from sidecar.datastores.posix_files import write_all
 from sidecar.datastores.spool import SpooledFile
 from sidecar.datastores.vsphere_api import VsphereApiDatastore
@@ -28,7 +29,6 @@ from sidecar.images.publishing import publish
 from sidecar.images.reaping import reap
 from sidecar.images.staging import StagingDirectory
 from sidecar.images.store import ImageStore
-from sidecar.locks.directories import SETTLE_SECONDS
 from sidecar.locks.identity import own_identity
 from sidecar.locks.interface import HeldLock
 from sidecar.vsphere import files
@@ -394,8 +394,6 @@ def test_locks_that_somebody_died_over_are_reaped(
             (root / name / holder).touch()
     with datastore.lock("image_d.ec_lock", "touch d", 0):
         reap(store, -60)
-        time.sleep(SETTLE_SECONDS)
-        reap(store, -60)
         assert {path.name for path in root.glob("*.ec_lock")} == {"image_c.ec_lock", "image_d.ec_lock"}
 
 
@@ -411,8 +409,37 @@ def test_locks_that_somebody_died_over_within_an_image_are_reaped_and_the_image_
         (vsan.directory("a") / name / str(dead)).touch()
     store = ImageStore(datastore, LAYOUTS["vsan"])
     reap(store, -60)
-    time.sleep(SETTLE_SECONDS)
+    vsan.assert_holds({"a": flat_files("a")})
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "empty"])
+@pytest.mark.parametrize("layout", ["compound", "sharded", "vsan"])
+def test_what_a_reaper_left_of_a_lock_in_an_image_directory_without_an_image_is_reaped(
+    datastore: VsphereApiDatastore, root: Path, layout: str, held: bool
+) -> None:
+    """It died while it gave back a lock that it had taken from a process that died before."""
+    place = Place("one", layout, root)
+    lock = place.directory("ab") / "lock.0123456789abcdef.fedcba9876543210.ec_lock"
+    lock.mkdir(parents=True)
+    if held:
+        (lock / str(replace(own_identity(), pid=ended_pid(), started=1))).touch()
+    store = ImageStore(datastore, LAYOUTS[layout])
+    reap(store, 60)
+    assert lock.exists()  # within the grace time
     reap(store, -60)
+    place.assert_holds({})
+
+
+def test_a_host_with_a_path_reaps_what_is_left_of_the_locks_of_those_without(root: Path) -> None:
+    dead = replace(own_identity(), pid=ended_pid(), started=1)
+    vsan = Place("one", "vsan", root)
+    vsan.plant("a")
+    for path in ("image_a/lock.ec_lock", "image_b/lock.0123456789abcdef.fedcba9876543210.ec_lock"):
+        (root / path).mkdir(parents=True)
+        (root / path / str(dead)).touch()
+    (root / "image_a" / "lock.0123456789abcdef.ec_lock").mkdir()
+    with closing(PosixDatastore("one", str(root))) as datastore:
+        reap(ImageStore(datastore, LAYOUTS["vsan"]), -60)
     vsan.assert_holds({"a": flat_files("a")})
 
 

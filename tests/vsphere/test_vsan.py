@@ -8,7 +8,7 @@ from pyVmomi import vim
 
 from sidecar.vsphere import properties
 from tests.support.disks import assert_same_disk
-from tests.support.places import TIMESTAMP, flat_files
+from tests.support.places import MIB, TIMESTAMP, flat_files
 from tests.support.processes import BIN, run, wait_until
 from tests.vsphere.conftest import Served
 
@@ -34,8 +34,23 @@ def test_the_layout_follows_what_the_server_says_unless_it_is_told(serve: Serve,
     said = run(BIN / "imagectl", "--sidecar", served.sidecar.address, "--output", "json", "datastores").stdout
     assert '"layout": "vsan"' in said and '"layout": "compound"' in said
     served.places["one"].assert_holds({"a": flat_files("a", "a.ecv")})
-    wait_until((served.places["two"].root / "deleted_images").is_dir, "two is compound")
+    served.places["two"].assert_holds({"b": flat_files("b", "b.ecv")})
+    for name, image_id in (("one", "a"), ("two", "b")):
+        served.imagectl("rm", "--force", f"{name}/{image_id}")
+    assert (served.places["two"].root / "deleted_images").is_dir()
     assert not (served.places["one"].root / "deleted_images").exists()
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "alone"])
+def test_the_details_of_an_image_that_was_made_here_are_listed_though_they_are_slow_to_read(
+    serve: Serve, tmp_path: Path, path: bool
+) -> None:
+    served = serve(path=path, layout="vsan", types={"one": "vsan", "two": "vsan"})
+    served.import_image("one/a", tmp_path)
+    served.imagectl("cp", "one/a", "two/b")
+    for image in served.client.images():
+        assert image.details_known
+        assert (image.capacity_bytes, image.disk_type) == (8 * MIB, "monolithicFlat")
 
 
 def test_publishing_has_the_server_move_the_disk(serve: Serve, tmp_path: Path) -> None:
