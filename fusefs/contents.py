@@ -54,6 +54,7 @@ class Content(Protocol):
     """The bytes of one staged file."""
 
     block_size: int  # what is shared begins at a multiple of it
+    shares: bool  # whether it may be that something can be shared
 
     def status(self) -> Status: ...
     def read(self, size: int, offset: int) -> bytes: ...
@@ -117,7 +118,7 @@ class LocalContent:
         self._room_for_images = room_for_images
         self._unchecked_room = 0  # bytes that may be written before the room is looked at again
         self.block_size = os.fstatvfs(fd).f_bsize
-        self._shares = True  # until it was tried in vain: most file systems cannot
+        self.shares = True  # until it was tried in vain: most file systems cannot
 
     def status(self) -> Status:
         status = os.fstat(self._fd)
@@ -139,11 +140,11 @@ class LocalContent:
             os.posix_fadvise(self._fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
     def share(self, source: Reader, offset: int, length: int) -> bool:
-        if not (self._shares and isinstance(source, LocalReader)):
+        if not (self.shares and isinstance(source, LocalReader)):
             return False
         self._give_back_beyond_end(offset)
         shared = source.share(self._fd, offset, length)
-        self._shares = shared is not Shared.NONE
+        self.shares = shared is not Shared.NONE
         return shared is Shared.THIS
 
     def truncate(self, size: int) -> None:
@@ -235,7 +236,8 @@ def _names_known() -> Iterator[None]:
 
 
 class RemoteContent:
-    block_size = 4096  # of no account: nothing is shared
+    block_size = 4096  # of no account
+    shares = False
 
     def __init__(self, client: SidecarClient, staging: Staging, name: str) -> None:
         self._staging = staging

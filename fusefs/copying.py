@@ -210,7 +210,12 @@ class Copying:
 
 
 def _rest_of_last_block(file: StagedFile, source: SourceFile, limit: int) -> range:
-    """From the end of the file to that of the block it ends in, or of the source; empty when `limit` is before that."""
+    """From the end of the file to that of the block it ends in, or of the source; empty when `limit` is before that.
+
+    Empty, too, where nothing can be shared.
+    """
+    if not file.content.shares:
+        return range(0)
     size, block = file.content.status().size, file.content.block_size
     end = min(-(-size // block) * block, source.generation.size)
     return range(size, end if end <= limit else size)

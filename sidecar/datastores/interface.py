@@ -6,7 +6,7 @@ ImagesError that names the datastore, so an I/O error is never taken for "not th
 """
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -100,12 +100,13 @@ class VmServer(Protocol):
     def name(self) -> str: ...
 
     def vms(
-        self, datastores: Sequence["Datastore"], image_directories: Callable[["Datastore"], Sequence[str]]
+        self, datastores: Sequence["Datastore"], image_directories: Callable[["Datastore"], Iterable[str]]
     ) -> list[KnownVm]:
         """Its VMs that have files on these, or may have; some requests to the server, however many there are.
 
-        `image_directories` of one of them are what its VMs may use. An ImagesError when the server does not tell all
-        VMs, since one that is not told may use any image; or when what it has there are other directories than these.
+        `image_directories` of one of them are what its VMs may use, those first that stay for a while. An ImagesError
+        when the server does not tell all VMs, since one that is not told may use any image; or when what it has there
+        are other directories than these.
         """
 
 

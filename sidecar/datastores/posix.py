@@ -70,6 +70,7 @@ class _Root:
     device: int
     reflink: bool
     locks: DatastoreLocks
+    directories: DirectoryLocks  # of hosts without a path
 
 
 class PosixDatastore:
@@ -132,7 +133,7 @@ class PosixDatastore:
                     ) from error
                 directories = DirectoryLocks(_LockDirectories(self), self.name)
                 locks = FileLocks(fd, self._lock_kind, directories, wait=self._wait_for_lock)
-                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), locks)
+                self._root = _Root(fd, os.fstat(fd).st_dev, can_clone(fd), locks, directories)
             return self._root
 
     def open_directory(self, path: str) -> OpenDirectory:
@@ -367,6 +368,7 @@ class PosixDatastore:
         with self._faults.during("look at the root"):
             self._look_at_the_path()
             os.listdir(self._root_fd) if self.shared else os.fstatvfs(self._root_fd)
+        self._open_root().directories.let_go_of_left()
         return self.capacity()
 
     def require_in_place(self) -> None:

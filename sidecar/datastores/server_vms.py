@@ -1,13 +1,13 @@
 """The VMs that a vSphere server knows, as users of the datastores of this host."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pyVmomi import vim
 
 from sidecar.datastores.interface import Datastore, DiskPlace, KnownDisk, KnownVm
 from sidecar.datastores.on_server import OnServer, is_on_server
+from sidecar.errors import DatastoreDenied, DatastoreUnavailable, InvalidRequest
 from sidecar.vsphere.connection import Connection
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.vms import DiskFile, Inventory, InventoryVm, read_inventory
@@ -24,7 +24,7 @@ class ServerVms:
         return self.connection.server.name
 
     def vms(
-        self, datastores: Sequence[Datastore], image_directories: Callable[[Datastore], Sequence[str]]
+        self, datastores: Sequence[Datastore], image_directories: Callable[[Datastore], Iterable[str]]
     ) -> list[KnownVm]:
         inventory = read_inventory(self.connection)
         for datastore in datastores:
@@ -35,13 +35,21 @@ class ServerVms:
 
 
 def _require_same(
-    datastore: OnServer, found: ServerDatastore, image_directories: Callable[[Datastore], Sequence[str]]
+    datastore: OnServer, found: ServerDatastore, image_directories: Callable[[Datastore], Iterable[str]]
 ) -> None:
     """Of what a server has elsewhere, it would tell that no VM uses the images that are here."""
+    failure: Exception | None = None
     for directory in () if datastore.is_proved(found) else image_directories(datastore):
-        with suppress(FileNotFoundError):  # the image was deleted meanwhile
+        try:
             datastore.require_same(found, directory, lambda percent: None)
             return
+        except (FileNotFoundError, InvalidRequest, DatastoreDenied) as error:
+            failure = error  # the image was deleted meanwhile, or nothing can be made there
+    if failure is not None:
+        raise DatastoreUnavailable(
+            f"datastore {datastore.name}: it is not known whether this is what its server has, since no file can be "
+            f"made in any of its images: {failure}; make one writable, and try again"
+        ) from failure
 
 
 class _Places:

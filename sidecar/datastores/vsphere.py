@@ -16,7 +16,7 @@ from sidecar.datastores.server_vms import ServerVms
 from sidecar.datastores.writers import Writers
 from sidecar.errors import DatastoreUnavailable
 from sidecar.locks.files import LockKind
-from sidecar.vsphere.disks import DatastoreAddress, remove_disk
+from sidecar.vsphere.disks import DESCRIPTOR_BYTES, DatastoreAddress, names_other_directories, remove_disk
 from sidecar.vsphere.faults import printable
 from sidecar.vsphere.inventory import ServerDatastore
 from sidecar.vsphere.sight import is_seen
@@ -51,9 +51,10 @@ class VsphereDatastore(PosixDatastore):
         if not path.endswith(".vmdk") or path.rpartition("/")[2] not in self.names(path.rpartition("/")[0]):
             return
         with contextlib.suppress(FileNotFoundError):  # of what it names
-            found = self.address.find()
-            self.require_same(found, path.rpartition("/")[0], lambda percent: None)
-            remove_disk(self.address.connection, found, path)
+            if not names_other_directories(self.read_file(path, DESCRIPTOR_BYTES)):
+                found = self.address.find()
+                self.require_same(found, path.rpartition("/")[0], lambda percent: None)
+                remove_disk(self.address.connection, found, path)
         self.remove_tree(path)
 
     def vm_server(self) -> VmServer:
@@ -65,6 +66,8 @@ class VsphereDatastore(PosixDatastore):
     def require_same(self, found: ServerDatastore, directory: str, follow: Follow) -> None:
         """DatastoreUnavailable unless what the server has there is this directory, and not another of such names.
 
+        FileNotFoundError when the image's directory vanishes meanwhile.
+
         Asked once, and again when the server has another datastore there: by a file in the image's directory
         `directory`, named as what the reaper frees there after a crash.
         """
@@ -74,6 +77,8 @@ class VsphereDatastore(PosixDatastore):
         self.create_file(f"{directory}/{name}")
         try:
             seen = self._is_seen_in_time(found, directory, name, follow)
+            if not seen:
+                self.entry(f"{directory}/{name}")  # or it was taken away with its directory
         finally:
             with contextlib.suppress(FileNotFoundError):
                 self.remove_file(f"{directory}/{name}")

@@ -41,7 +41,14 @@ from sidecar.errors import (
 )
 from sidecar.locks.directories import DirectoryLocks, is_made_for
 from sidecar.locks.interface import HeldLock, LockHolder
-from sidecar.vsphere.disks import DatastoreAddress, copy_task, move_disk, remove_disk
+from sidecar.vsphere.disks import (
+    DESCRIPTOR_BYTES,
+    DatastoreAddress,
+    copy_task,
+    move_disk,
+    names_other_directories,
+    remove_disk,
+)
 from sidecar.vsphere.files import ServerFile, ServerFiles
 from sidecar.vsphere.folder import Folder
 from sidecar.vsphere.inventory import ServerDatastore
@@ -259,15 +266,19 @@ class VsphereApiDatastore:
         for directory, files in self._files.tree(path).items():
             # A descriptor has a shorter name than what it names, which goes with it.
             for name in sorted((file.name for file in files if file.name.endswith(".vmdk")), key=len):
-                try:
-                    self.remove_disk(f"{directory}/{name}")
-                except DiskFileFault:  # it is no descriptor
-                    with suppress(FileNotFoundError):
-                        self._files.remove(f"{directory}/{name}")
+                with suppress(FileNotFoundError):
+                    self._remove_disk_file(f"{directory}/{name}")
+
+    def _remove_disk_file(self, path: str) -> None:
+        try:
+            self._files.remove(path)
+        except DiskFileFault:
+            self.remove_disk(path)
 
     def remove_disk(self, path: str) -> None:
         with suppress(FileNotFoundError):  # of what it names, too
-            remove_disk(self.address.connection, self.known(), path)
+            if not names_other_directories(self.read_file(path, DESCRIPTOR_BYTES)):
+                remove_disk(self.address.connection, self.known(), path)
         with suppress(FileNotFoundError):
             self._files.remove(path)
 

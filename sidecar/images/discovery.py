@@ -80,7 +80,7 @@ class Discovery:
     def status(self) -> DatastoreStatus:
         """What was last seen; a datastore that hangs answers nothing, so its silence is a fault.
 
-        So is that its images cannot be listed, whatever else it answers.
+        So is that no images can be listed, whatever else it answers.
         """
         return replace(self._status, fault=self.silence() or self._status.fault or self._unreadable)
 
@@ -167,7 +167,7 @@ class Discovery:
                 self._read_since.add(image_id)
                 detailed = made_here or (changed and known is not None and known.details_known)
                 try:
-                    image = self.store.read(image_id) if detailed else self.store.read_for_listing(image_id)
+                    image = self._read(image_id, detailed=detailed, made_here=made_here)
                     image = with_details(image, known)
                     if _loses_details(image, known):
                         image = self.store.read(image_id)
@@ -179,6 +179,16 @@ class Discovery:
             _log.warning("image unreadable image=%s error=%s", key, error)
             return False
         return True
+
+    def _read(self, image_id: str, *, detailed: bool, made_here: bool) -> Image:
+        if not detailed:
+            return self.store.read_for_listing(image_id)
+        try:
+            return self.store.read(image_id)
+        except ImagesError as error:
+            if not made_here or isinstance(error, ImageNotFound):
+                raise
+            return self.store.read_for_listing(image_id)  # that it was deleted is known without its descriptor
 
     def check(self) -> DatastoreStatus:
         """Looks at the datastore itself, and remembers what it saw."""

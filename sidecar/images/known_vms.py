@@ -1,10 +1,10 @@
 """The images that the VMs of a server use, as the server tells of their disks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from sidecar.datastores.interface import Datastore, KnownVm, VmServer
-from sidecar.errors import DatastoreUnavailable, UseUnknown
-from sidecar.images.image import ImageKey
+from sidecar.datastores.interface import KnownVm, VmServer
+from sidecar.errors import DatastoreUnavailable, ImageNotFound, ImagesError, UseUnknown
+from sidecar.images.image import ImageKey, ImageState
 from sidecar.images.listing import image_ids
 from sidecar.images.store import ImageStore
 from sidecar.images.usage_paths import Places, find_places
@@ -36,12 +36,26 @@ def read_known(
     places = find_places(stores)
     store_of = {store.datastore: store for store in stores}
 
-    def image_directories(datastore: Datastore) -> list[str]:
-        store = store_of[datastore]
-        return [store.layout.image_directory(image_id) for image_id in image_ids(store)]
-
-    vms = server.vms(list(store_of), image_directories)
+    vms = server.vms(list(store_of), lambda datastore: _image_directories(store_of[datastore]))
     return [(printable(vm.name), _uses(places, server, vm)) for vm in vms]
+
+
+def _image_directories(store: ImageStore) -> Iterator[str]:
+    """Those of images that are whole first: nobody publishes there, or clears the way for that."""
+    others = []
+    for image_id in image_ids(store):
+        try:
+            image = store.read(image_id)
+        except ImageNotFound:
+            continue
+        except ImagesError:
+            others.append(store.layout.image_directory(image_id))
+            continue
+        if image.state is ImageState.INCOMPLETE:
+            others.append(image.directory)
+        else:
+            yield image.directory
+    yield from others
 
 
 def _uses(places: Places, server: VmServer, vm: KnownVm) -> Mapping[ImageKey, Sequence[str]]:

@@ -56,6 +56,14 @@ def is_lock_or_staging(name: str) -> bool:
     return name.endswith(LOCK_SUFFIX) or (name.startswith(STAGING_PREFIX) and "." not in name)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a name in an image's directory is that of a file that is made for a moment.
+
+    As of what a companion file's write puts in its place by a rename: who dies before that leaves it.
+    """
+    return re.fullmatch(r"\.[0-9a-f]{32}", name) is not None
+
+
 def descriptor_name(image_id: str) -> str:
     return f"{image_id}.vmdk"
 

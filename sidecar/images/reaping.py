@@ -7,7 +7,6 @@ written for so long. That of the inode's change counts, too: who copies there ma
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,12 +16,9 @@ from sidecar.images.deletion import discard_unused, free_discarded
 from sidecar.images.image import Image, ImageState
 from sidecar.images.layouts.interface import StagingPlace
 from sidecar.images.listing import image_ids, names_if_directory
-from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP_RENAMED, UNUSED_MARKER
+from sidecar.images.names import LOCK_SUFFIX, TIMESTAMP_RENAMED, UNUSED_MARKER, is_temporary
 from sidecar.images.store import ImageStore
 from sidecar.images.unused_marker import is_left_by_sweep, recover_timestamp
-
-# What a write of a companion file leaves when its process dies before the rename.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}")
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +146,7 @@ class _Reaper:
                 continue
             with self._going_on(str(self._store.key(image_id))):
                 names = set(names_if_directory(self._datastore, directory))
-                temporary = [name for name in names if _TEMPORARY.fullmatch(name)]
+                temporary = [name for name in names if is_temporary(name)]
                 if is_left_by_sweep(names, image_id):
                     self._recover(image_id)
                 if temporary:
@@ -166,7 +162,7 @@ class _Reaper:
         """Whether there is nothing to mend."""
         return not (
             is_left_by_sweep(names, image_id)
-            or any(_TEMPORARY.fullmatch(name) for name in names)
+            or any(is_temporary(name) for name in names)
             or _is_remains(names)
             or self._locks_inside(image_id, names)
         )
@@ -246,6 +242,5 @@ def _written_ns(entry: Entry) -> int:
 def _is_remains(names: set[str]) -> bool:
     """Whether there is nothing of an image in its directory any more: it would be in the way of the next one."""
     return all(
-        name in (TIMESTAMP_RENAMED, UNUSED_MARKER) or name.endswith(LOCK_SUFFIX) or _TEMPORARY.fullmatch(name)
-        for name in names
+        name in (TIMESTAMP_RENAMED, UNUSED_MARKER) or name.endswith(LOCK_SUFFIX) or is_temporary(name) for name in names
     )

@@ -30,7 +30,8 @@ class VmLook:
     """A thread that does one step after the other, for its owner, who waits for each. For a `with` of one thread.
 
     A step that hangs keeps the thread, which its owner leaves then: so a step must need nothing of its owner, and
-    change nothing. While one is left no other look begins there, or each would leave one more.
+    change nothing that lasts: a file that it makes for a moment may be left, as by a crash. While one is left no other
+    look begins there, or each would leave one more.
     """
 
     def __init__(self, stores: Sequence[ImageStore], check: Callable[[], None], *, locked: bool) -> None:

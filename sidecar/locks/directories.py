@@ -108,11 +108,7 @@ class DirectoryLocks:
         try:
             self._acquire(path, prepared, identity, holder, timeout, check)
         except BaseException as error:
-            with self._guard:
-                if isinstance(error, DatastoreUnavailable):
-                    self._left[path, identity] = None  # the call whose answer was lost may still give it to us
-                else:
-                    self._live.discard(identity)
+            self._failed(path, identity, error)
             with contextlib.suppress(ImagesError, OSError):
                 self._directories.remove_tree(prepared)
             raise
@@ -189,12 +185,25 @@ class DirectoryLocks:
         identity = self._identity.with_token(token)
         with self._guard:
             self._live.add(identity)
-        if self._take_over(path, name, identity):
+        try:
+            taken = self._take_over(path, name, identity)
+        except BaseException as error:
+            self._failed(path, identity, error)
+            raise
+        if taken:
             self.release(path, _prepared(path, token), identity)
         else:
             with self._guard:
                 self._live.discard(identity)
         return None
+
+    def _failed(self, path: LockPath, identity: str, error: BaseException) -> None:
+        """The lock is not got; but the call whose answer was lost may still give it to us."""
+        with self._guard:
+            if isinstance(error, DatastoreUnavailable):
+                self._left[path, identity] = None
+            else:
+                self._live.discard(identity)
 
     def _judged(self, name: str | None, holder: LockHolder) -> LockHolder:
         return replace(holder, ended=True) if name is not None and self._has_ended(name) else holder

@@ -16,7 +16,14 @@ from sidecar.errors import DatastoreDenied, ImagesError
 from sidecar.vsphere.bounded import BoundedConnection
 from sidecar.vsphere.certificates import pinned, trusted_context
 from sidecar.vsphere.credentials import Credentials
-from sidecar.vsphere.faults import UNREACHABLE, NoConnectionError, NoVsphereAnswer, ServerUnreachable, translated
+from sidecar.vsphere.faults import (
+    UNREACHABLE,
+    NoConnectionError,
+    NoVsphereAnswer,
+    ServerUnreachable,
+    described,
+    translated,
+)
 from sidecar.vsphere.stub import SessionStub
 
 _LOGOUT_SECONDS = 2.0
@@ -57,7 +64,8 @@ class Connection:
         self._content: vim.ServiceInstanceContent | None = None  # None: not logged in
         self._failure: tuple[type[ImagesError], str] | None = None  # of the last login, and its message
         self._failures = 0
-        self._refused: tuple[Credentials, float] | None = None  # by the last login, and when it may be tried again
+        # By the last login: with what, when that may be tried again, and what was said.
+        self._refused: tuple[Credentials, float, str] | None = None
         if server.insecure:
             _log.warning("certificate not checked server=%s host=%s see=insecure", server.name, server.host)
 
@@ -133,7 +141,7 @@ class Connection:
         now = time.monotonic()
         until = now + server.timeout
         if self._refused is not None and now < self._refused[1] and self._credentials() == self._refused[0]:
-            raise self._wrong_credentials()
+            raise self._wrong_credentials(self._refused[2])
         with self._naming_the_server():
             context = trusted_context(server.ca_file, verify=not server.insecure and server.thumbprint is None)
         if self._stub is None:
@@ -157,9 +165,10 @@ class Connection:
         credentials = self._credentials()
         try:
             content.sessionManager.Login(credentials.user, credentials.password, None)
-        except vim.fault.InvalidLogin:
-            self._refused = credentials, time.monotonic() + _REFUSED_SECONDS
-            raise self._wrong_credentials() from None
+        except vim.fault.InvalidLogin as fault:
+            said = described(fault)
+            self._refused = credentials, time.monotonic() + _REFUSED_SECONDS, said
+            raise self._wrong_credentials(said) from None
         self._refused = None
         return content
 
@@ -174,9 +183,9 @@ class Connection:
         except DatastoreDenied as error:
             raise DatastoreDenied(f"server {self.server.name}: cannot log in: {error.message}") from error
 
-    def _wrong_credentials(self) -> DatastoreDenied:
+    def _wrong_credentials(self, said: str) -> DatastoreDenied:
         return DatastoreDenied(
-            f"server {self.server.name}: cannot log in: wrong user or password (InvalidLogin); put right the "
+            f"server {self.server.name}: cannot log in: wrong user or password, it says {said}; put right the "
             "configured credentials, which is seen at once: the same are tried again every "
             f"{_REFUSED_SECONDS / 60:g} minutes only, since servers lock an account after a few tries"
         )

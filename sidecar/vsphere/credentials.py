@@ -23,27 +23,31 @@ class Credentials:
 def from_file(path: str) -> Callable[[], Credentials]:
     """Those in a file of one line, USER:PASSWORD; DatastoreDenied when it is not there or cannot be meant."""
 
+    told: set[int] = set()  # the modes of which it was warned
+
     def read() -> Credentials:
         try:
-            text = _read_regular(path)
+            text, mode = _read_regular(path)
         except (OSError, UnicodeDecodeError) as error:
             what = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DatastoreDenied(f"cannot read the credentials in {path}: {what}") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO) and mode not in told:
+            told.add(mode)
+            _log.warning("credentials are not the sidecar's alone path=%s mode=%o see=chmod 600", path, mode)
         return _parse(text, path)
 
     return read
 
 
-def _read_regular(path: str) -> str:
+def _read_regular(path: str) -> tuple[str, int]:
+    """What is in it, and its permissions."""
     # Not waiting for who writes into a FIFO: nobody may.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, encoding="utf-8") as file:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            _log.warning("credentials are not the sidecar's alone path=%s mode=%o see=chmod 600", path, mode & 0o777)
-        return file.read()
+        return file.read(), stat.S_IMODE(mode)
 
 
 def from_variable(name: str) -> Callable[[], Credentials]:

@@ -1,5 +1,6 @@
 """Whole disks, a descriptor with its extents, copied by the server that has the datastores."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ from sidecar.vsphere.tasks import ServerTask, run_task
 
 # Those of the API, by what descriptors call them, which have others, too.
 _ADAPTER_TYPES = {name.lower(): name for name in ("busLogic", "ide", "lsiLogic")}
+
+
+_EXTENT = re.compile(rb'^\s*(?:RW|RDONLY|NOACCESS)\s+\d+\s+\S+\s+"([^"]*)"', re.MULTILINE)
+# Of a file that may be a disk's descriptor: as much as ESX makes of one, and more.
+DESCRIPTOR_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,11 @@ def remove_disk(connection: Connection, datastore: ServerDatastore, path: str) -
         return task
 
     run_task(connection, f"remove the disk {name}", start)
+
+
+def names_other_directories(descriptor: bytes) -> bool:
+    """Whether the text of a disk names data that is not beside it: with the disk, a server would remove that, too."""
+    return any(b"/" in name for name in _EXTENT.findall(descriptor))
 
 
 def _manager(connection: Connection, content: vim.ServiceInstanceContent) -> vim.VirtualDiskManager:

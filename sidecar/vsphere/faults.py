@@ -98,7 +98,7 @@ def _unreachable(error: Exception, server: str, what: str) -> ImagesError:
 
 def error_of(fault: Exception, server: str, what: str) -> Exception:
     """The error for a fault that a call raised, or that a task ended with."""
-    where = f"server {server}: cannot {what}: {_described(fault)}"
+    where = f"server {server}: cannot {what}: {described(fault)}"
     if isinstance(fault, vim.fault.FileNotFound):
         return FileNotFoundError(where)
     if isinstance(fault, vim.fault.FileAlreadyExists):
@@ -109,8 +109,8 @@ def error_of(fault: Exception, server: str, what: str) -> Exception:
     return DatastoreUnavailable(f"{where}; look at the server's log")
 
 
-def _described(fault: Exception) -> str:
-    """Its name, and what it says of itself. Not its `repr`, which has everything that the server sent."""
+def described(fault: Exception) -> str:
+    """The name of a fault, and what it says of itself. Not its `repr`, which has everything that the server sent."""
     name = type(fault).__name__.rpartition(".")[2]
     details = [getattr(fault, field, None) for field in ("file", "datastorePath", "name", "privilegeId", "msg")]
     return " ".join([name, *(printable(detail) for detail in details if isinstance(detail, str) and detail)])

@@ -227,6 +227,25 @@ def test_a_host_with_a_path_frees_the_lock_of_a_process_that_has_ended_and_no_ot
         assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["not done", "done"])
+def test_a_lock_that_was_freed_without_an_answer_is_nobodys_some_seconds_later(
+    locks: DirectoryLocks, directories: LocalDirectories, clock: Clock, late: bool
+) -> None:
+    """It may have become this process's, which would never let go of it."""
+    left_by(directories, ended())
+    assert locks.free_ended(LOCK) is not None  # it settles
+    clock.wait(SETTLE_SECONDS)
+    directories.away, directories.late = {"rename"}, late
+    with pytest.raises(DatastoreUnavailable):
+        locks.free_ended(LOCK)
+    directories.away = set()
+    for _ in range(3):
+        locks.let_go_of_left()
+        clock.wait(SETTLE_SECONDS)
+    assert locks.free_ended(LOCK) is None
+    assert list(directories.root.iterdir()) == []
+
+
 def test_after_a_restart_of_the_machine_its_locks_are_taken_over(directories: LocalDirectories, clock: Clock) -> None:
     own = replace(own_identity(), machine="a" * 16)
     left_by(directories, replace(own, boot="1" * 16, view="1" * 16))

@@ -132,8 +132,6 @@ def serve(make_site: MakeSite, kind: str, tmp_path: Path, stack: ExitStack) -> I
         roots = {**site.roots, "three": tmp_path / "three"}
         roots["three"].mkdir()
         config = site.simulator.configuration(timeout) + f"[maintenance]\n{maintenance}\n"
-        wrong = dict(paths or {})
-        roots.update({name: site.roots[other] for name, other in wrong.items()})
         roots.update({name: site.roots[other] for name, other in (paths or {}).items()})
         for name, root in roots.items():
             told = layout or ("" if name in site.roots else "compound")

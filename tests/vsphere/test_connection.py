@@ -403,7 +403,10 @@ def test_an_account_is_not_locked_by_trying_a_wrong_password_again_and_again(
     credentials.write_text(f"{USER}:something-else")
     refused = site.connection(credentials=from_file(str(credentials)))
     for _ in range(5):
-        with pytest.raises(DatastoreDenied, match=r"wrong user or password .* put right the configured credentials"):
+        with pytest.raises(
+            DatastoreDenied,
+            match=r"wrong user or password, it says InvalidLogin .* put right",
+        ):
             name_of_the_root(refused)
     assert logins() == 1
     credentials.write_text(f"{USER}:{PASSWORD}")

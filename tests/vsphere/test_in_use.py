@@ -298,6 +298,19 @@ def test_where_paths_are_those_of_other_datastores_nothing_is_unused(serve: Call
     assert (place.snapshot(), other.snapshot()) == before
 
 
+def test_what_is_no_image_keeps_none_from_being_freed(serve: Callable[..., Served]) -> None:
+    """Where the server's datastore is to be proved, a file has to be made in some image's directory."""
+    served = serve()
+    place = served.places["one"]
+    (place.root / "image_0").write_text("somebody's")
+    (place.root / "image_1").mkdir()
+    place.plant("b")
+    place.descriptor("b").unlink()
+    served.client.delete("one/b", force=True)
+    assert not place.directory("b").exists()
+    assert sorted(path.name for path in place.root.glob("image_*")) == ["image_0", "image_1"]
+
+
 @pytest.mark.parametrize("how", ["killed", "hanging"])
 def test_while_the_server_does_not_answer_nothing_is_unused(serve: Callable[..., Served], how: str) -> None:
     served = serve(timeout=1)

@@ -139,11 +139,12 @@ def stage(datastore: Datastore, path: str, content: bytes, *, sync: bool = False
 
 @pytest.fixture
 def keeping_disks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server removes no directory that has a disk in it, as newer ones are said to; the simulator would."""
+    """The server removes no directory with a disk in it, as newer ones are said to, and no descriptor that has data."""
     remove = ServerFiles.remove
 
     def refuse(self: ServerFiles, path: str) -> None:
-        if any((root / path).rglob("*.vmdk")):
+        flat = root / path.replace(".vmdk", "-flat.vmdk")
+        if any((root / path).rglob("*.vmdk")) or (path.endswith(".vmdk") and flat.exists()):
             raise error_of(vim.fault.CannotDeleteFile(file=path), "sim", f"remove {path}")
         remove(self, path)
 
@@ -160,6 +161,22 @@ def test_a_directory_is_removed_though_the_server_removes_none_that_has_a_disk(
     (root / "trash" / "image_a-1" / "a-1-notes.json").write_bytes(b"{}")
     assert datastore.remove_tree("trash/image_a-1") > 0
     assert list((root / "trash").iterdir()) == []
+
+
+@pytest.mark.usefixtures("keeping_disks")
+def test_the_data_of_another_image_is_not_removed_with_a_disk_that_names_it(
+    datastore: VsphereApiDatastore, root: Path
+) -> None:
+    """As somebody else may have made one: the server removes what a descriptor names, wherever that is."""
+    make_disk(root / "image_base", "base.vmdk")
+    (root / "trash" / "image_a").mkdir(parents=True)
+    text = (root / "image_base" / "base.vmdk").read_text().replace('"base-flat', '"../../image_base/base-flat')
+    for name in ("a.vmdk", "b.vmdk"):
+        (root / "trash" / "image_a" / name).write_text(text)
+    datastore.remove_disk("trash/image_a/b.vmdk")
+    datastore.remove_tree("trash/image_a")
+    assert not (root / "trash" / "image_a").exists()
+    assert (root / "image_base" / "base-flat.vmdk").exists()
 
 
 @pytest.mark.parametrize("path", ["a", "a/file"])

@@ -19,6 +19,7 @@ from sidecar.images.names import (
     descriptor_name,
     is_bookkeeping,
     is_lock_or_staging,
+    is_temporary,
 )
 from sidecar.images.vmdk_descriptor import MAX_DESCRIPTOR_BYTES, without_deletable
 
@@ -80,7 +81,7 @@ class VsanLayout:
 
     def publish(self, datastore: Datastore, staging: StagingPlace, image_id: str) -> None:
         destination = self.image_directory(image_id)
-        if any(not is_lock_or_staging(name) for name in datastore.names(destination)):
+        if any(not (is_lock_or_staging(name) or is_temporary(name)) for name in datastore.names(destination)):
             raise FileExistsError(destination)
         descriptor, moved = descriptor_name(image_id), list[str]()
         may_be_moved_later = False
