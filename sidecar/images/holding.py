@@ -1,5 +1,6 @@
 """Files of images that are read elsewhere, as through a mount that has no path to them: open here, and so in use."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from sidecar.errors import HolderNotFound, InvalidRequest, OperationCancelled, S
 
 # Each may be an open file of this process.
 MOST_FILES = 4096
+
+_log = logging.getLogger(__name__)
 
 
 class Holder:
@@ -76,12 +79,16 @@ class Holder:
         self._over.wait()
 
     def close(self) -> None:
-        """Closes the files, and holds no more."""
+        """Closes the files, and holds no more; what cannot be closed is logged."""
         with self._lock:
             places, self._places = self._places or {}, None
         for place in places.values():
             for file in place:
-                file.close()
+                try:
+                    file.close()
+                except Exception as error:
+                    # The others would be in use until this process ends.
+                    _log.warning("held file not closed cause=%s", error)
 
 
 class Holders:
@@ -133,7 +140,7 @@ class Holders:
             holder.leave()
 
     def close(self) -> None:
-        """Closes all files."""
+        """Closes all files; what cannot be closed is logged."""
         self.end()
         with self._lock:
             holders, self._holders = list(self._holders.values()), {}

@@ -1,8 +1,10 @@
 """Files that are held for readers elsewhere: each is open exactly as long as it is wanted, whatever comes between."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -42,6 +44,14 @@ class File:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class Broken(File):
+    """Its close fails."""
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("it is gone")
 
 
 def wanted() -> bool:
@@ -131,6 +141,23 @@ def test_files_stay_open_in_a_sidecar_that_ends_until_no_call_runs_any_more() ->
         pass
     holders.close()
     assert file.closed == 1
+
+
+def test_a_file_that_cannot_be_closed_keeps_no_other_one_open(caplog: pytest.LogCaptureFixture) -> None:
+    holders = Holders()
+    of_one, of_the_end = [Broken(), File()], [Broken(), File()]
+    with holders.opened() as holder:
+        for number, file in enumerate(of_one):
+            holder.hold(number, lambda file=file: file, wanted)  # type: ignore[misc]
+    assert [file.closed for file in of_one] == [1, 1]
+    with pytest.raises(SidecarUnavailable), ExitStack() as stack:
+        for file in of_the_end:
+            stack.enter_context(holders.opened()).hold(1, lambda file=file: file, wanted)  # type: ignore[misc]
+        holders.end()
+    holders.close()
+    assert [file.closed for file in of_the_end] == [1, 1]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == ["held file not closed cause=it is gone"] * 2
 
 
 def test_a_held_file_is_the_expected_one_and_of_an_image(client: SidecarClient, make_image: MakeImage) -> None:
