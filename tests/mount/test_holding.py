@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
-from fusefs.holding import Hold, Holding
+from fusefs.holding import _AGAIN_SECONDS, _UNKNOWN_PAUSE_SECONDS, Hold, Holding
 from fusefs.pulse import Pulse
 from protos.images.v1 import staging_service_pb2 as wire
 from sidecar.client import ImageFile, ImageRef, SidecarClient
 from sidecar.errors import DatastoreUnavailable, ImageInUse, ImageNotFound, ImagesError, SidecarUnavailable
+from sidecar.images.maintenance import FIRST_PURGE_SECONDS
 from sidecar.services.errors import to_status
 from tests.support.processes import wait_until
 from tests.unit.test_client import Scripted, serving
@@ -24,7 +25,7 @@ FILE = ImageFile(size_bytes=1)
 
 
 class Server:
-    """What is held, by the numbers; `failure` of a datastore is the answer to who holds a file of that."""
+    """What is held, by the numbers. `failure` of a datastore is the answer to who holds a file of that."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -32,6 +33,7 @@ class Server:
         self._lives = 0
         self.held: dict[int, str] = {}
         self.failure: dict[str, ImagesError] = {}
+        self.answer: Callable[[str], None] = lambda datastore: None  # called before who holds a file is answered
 
     @contextmanager
     def serving(self, *, knows_holding: bool = True) -> Iterator[None]:
@@ -61,6 +63,7 @@ class Server:
             over.get()
 
     def _hold_file(self, request: wire.HoldFileRequest, context: grpc.ServicerContext) -> wire.HoldFileResponse:
+        self.answer(request.ref.datastore)
         if failure := self.failure.get(request.ref.datastore):
             context.abort_with_status(to_status(failure))
         with self._lock:
@@ -87,6 +90,9 @@ def holding(tmp_path: Path, stack: ExitStack) -> Holding:
     holding.start()
     stack.callback(holding.stop)
     return holding
+
+
+def void(done: object) -> None: ...
 
 
 def hold(holding: Holding, datastore: str = "one", name: str = "a.vmdk") -> Hold:
@@ -128,6 +134,40 @@ def test_a_datastore_that_does_not_answer_after_a_restart_keeps_no_other_one_wai
         server.failure.clear()
         server.wait_holds("two/a/a.vmdk", "one/a/a.vmdk", "one/a/a-flat.vmdk")
         holding.stop()
+
+
+def test_what_is_open_is_held_again_by_several_threads(server: Server, holding: Holding) -> None:
+    names = [f"{number}.vmdk" for number in range(8)]
+    with server.serving():
+        for name in names:
+            hold(holding, name=name)
+    together = threading.Barrier(4)
+    server.answer = lambda datastore: void(together.wait(5))
+    with server.serving():
+        server.wait_holds(*(f"one/a/{name}" for name in names))
+        holding.stop()
+
+
+def test_a_datastore_that_hangs_keeps_no_file_of_another_one_from_being_held_again(
+    server: Server, holding: Holding
+) -> None:
+    datastores = ("one", "two", "three") * 2
+    with server.serving():
+        for datastore in datastores:
+            hold(holding, datastore)
+    over = threading.Event()
+    server.answer = lambda datastore: void(datastore == "one" and over.wait(30))
+    with server.serving():
+        others = sorted(f"{datastore}/a/a.vmdk" for datastore in datastores if datastore != "one")
+        # In less than a call of that datastore has.
+        wait_until(lambda: server.files() == others, "it holds the others", _AGAIN_SECONDS / 2)
+        over.set()
+        server.wait_holds(*(f"{datastore}/a/a.vmdk" for datastore in datastores))
+        holding.stop()
+
+
+def test_what_is_open_is_held_again_before_a_sidecar_purges_by_itself() -> None:
+    assert _UNKNOWN_PAUSE_SECONDS <= FIRST_PURGE_SECONDS / 2
 
 
 @pytest.mark.parametrize("failure", [ImageNotFound("gone"), ImageInUse("being purged")])
