@@ -113,11 +113,13 @@ class Holding:
         hold = Hold(ref, name, expected)
         until = self._clock() + _OPEN_SECONDS
         before: Holder | None = None
-        while (holder := self._next_holder(before)) is not None:
+        while (holder := self._next_holder(before, until)) is not None:
             try:
                 self._hold_by(holder, hold, max(until - self._clock(), 0.1))
                 break
             except (HolderNotFound, SidecarUnavailable):
+                if self._clock() >= until:
+                    raise
                 before = holder  # it has ended, and this may be known here in a moment only
         with self._changed:
             self._open.add(hold)
@@ -132,14 +134,14 @@ class Holding:
                 self._open.remove(hold)
                 self._release_later(hold.holder, hold.number, hold.ref.datastore)
 
-    def _next_holder(self, before: Holder | None) -> Holder | None:
-        """Another one than the one before; None of a sidecar that is too old."""
+    def _next_holder(self, before: Holder | None, until: float) -> Holder | None:
+        """Another one than the one before; None of a sidecar that is too old. Waits no longer than `until`."""
 
         def there() -> bool:
             return self._unknown or self._holder not in (None, before) or self._stop.is_set()
 
         with self._changed:
-            self._changed.wait_for(there, _STREAM_SECONDS)
+            self._changed.wait_for(there, max(min(_STREAM_SECONDS, until - self._clock()), 0.0))
             if self._stop.is_set():
                 raise OperationCancelled("the mount ends")
             if not there():
@@ -196,7 +198,7 @@ class Holding:
     def _begin(self, holder: Holder) -> None:
         with self._changed:
             self._holder = holder
-            self._unknown = False
+            self._unknown, self._failure = False, None
             self._closed.clear()  # of the one before
             self._note_unheld()
 

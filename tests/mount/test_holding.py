@@ -1,5 +1,6 @@
 """What a mount has held for it: what is open, whatever becomes of the sidecar meanwhile, and nothing else."""
 
+import itertools
 import logging
 import queue
 import threading
@@ -15,7 +16,15 @@ from fusefs.holding import _AGAIN_SECONDS, _UNKNOWN_PAUSE_SECONDS, Hold, Holding
 from fusefs.pulse import Pulse
 from protos.images.v1 import staging_service_pb2 as wire
 from sidecar.client import ImageFile, ImageRef, SidecarClient
-from sidecar.errors import DatastoreUnavailable, ImageInUse, ImageNotFound, ImagesError, SidecarUnavailable
+from sidecar.errors import (
+    DatastoreUnavailable,
+    HolderNotFound,
+    ImageInUse,
+    ImageNotFound,
+    ImagesError,
+    SidecarUnavailable,
+    TooManyCalls,
+)
 from sidecar.images.maintenance import FIRST_PURGE_SECONDS
 from sidecar.services.errors import to_status
 from tests.support.processes import wait_until
@@ -33,6 +42,8 @@ class Server:
         self._lives = 0
         self.held: dict[int, str] = {}
         self.failure: dict[str, ImagesError] = {}
+        self.refusals: list[ImagesError] = []  # of the next holders
+        self.streams: list[queue.SimpleQueue[None]] = []  # that are there
         self.answer: Callable[[str], None] = lambda datastore: None  # called before who holds a file is answered
 
     @contextmanager
@@ -57,7 +68,10 @@ class Server:
         wait_until(lambda: self.files() == sorted(files), f"it holds {files}")
 
     def _open_holder(self, request: Any, context: grpc.ServicerContext) -> Iterator[wire.OpenHolderResponse]:
+        if self.refusals:
+            context.abort_with_status(to_status(self.refusals.pop()))
         over: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.streams.append(over)
         if context.add_callback(lambda: over.put(None)):
             yield wire.OpenHolderResponse(holder_id="h")
             over.get()
@@ -84,9 +98,15 @@ def server(tmp_path: Path) -> Server:
 
 
 @pytest.fixture
-def holding(tmp_path: Path, stack: ExitStack) -> Holding:
+def clock() -> Iterator[float]:
+    """Stands still."""
+    return itertools.repeat(0.0)
+
+
+@pytest.fixture
+def holding(tmp_path: Path, stack: ExitStack, clock: Iterator[float]) -> Holding:
     client = stack.enter_context(SidecarClient(f"unix:{tmp_path}/s.sock", timeout=5))
-    holding = Holding(client, Pulse(client))
+    holding = Holding(client, Pulse(client), clock=lambda: next(clock))
     holding.start()
     stack.callback(holding.stop)
     return holding
@@ -168,6 +188,38 @@ def test_a_datastore_that_hangs_keeps_no_file_of_another_one_from_being_held_aga
 
 def test_what_is_open_is_held_again_before_a_sidecar_purges_by_itself() -> None:
     assert _UNKNOWN_PAUSE_SECONDS <= FIRST_PURGE_SECONDS / 2
+
+
+@pytest.mark.parametrize("clock", [itertools.count(0.0, 6.0)])
+def test_an_open_ends_though_the_sidecar_restarts_again_and_again(server: Server, holding: Holding) -> None:
+    turns: list[str] = []
+
+    def restart(datastore: str) -> None:
+        turns.append(datastore)
+        if len(turns) == 20:  # or it would never end
+            server.failure.clear()
+        server.streams.pop().put(None)
+
+    server.failure["one"] = HolderNotFound("it has ended")
+    server.answer = restart
+    with server.serving():
+        with pytest.raises((HolderNotFound, SidecarUnavailable)):
+            hold(holding)
+        assert 1 <= len(turns) < 10
+        holding.stop()
+
+
+def test_an_open_is_not_told_the_error_of_a_stream_long_past(
+    server: Server, holding: Holding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.refusals.append(TooManyCalls("too many holders"))
+    with server.serving():
+        hold(holding)
+        monkeypatch.setattr("fusefs.holding._STREAM_SECONDS", 0.1)
+        server.failure["one"] = HolderNotFound("it has ended")
+        with pytest.raises(SidecarUnavailable, match="holds no files for this mount"):
+            hold(holding)
+        holding.stop()
 
 
 @pytest.mark.parametrize("failure", [ImageNotFound("gone"), ImageInUse("being purged")])
