@@ -42,6 +42,7 @@ class Server:
         self._lives = 0
         self.held: dict[int, str] = {}
         self.failure: dict[str, ImagesError] = {}
+        self.releasing: Callable[[str], ImagesError | None] = lambda datastore: None
         self.refusals: list[ImagesError] = []  # of the next holders
         self.streams: list[queue.SimpleQueue[None]] = []  # that are there
         self.answer: Callable[[str], None] = lambda datastore: None  # called before who holds a file is answered
@@ -87,6 +88,10 @@ class Server:
     def _release_file(
         self, request: wire.ReleaseFileRequest, context: grpc.ServicerContext
     ) -> wire.ReleaseFileResponse:
+        with self._lock:
+            datastore = self.held.get(request.number, "").partition("/")[0]
+        if failure := self.releasing(datastore):
+            context.abort_with_status(to_status(failure))
         with self._lock:
             self.held.pop(request.number, None)
         return wire.ReleaseFileResponse()
@@ -153,6 +158,21 @@ def test_a_datastore_that_does_not_answer_after_a_restart_keeps_no_other_one_wai
         server.wait_holds("two/a/a.vmdk")
         server.failure.clear()
         server.wait_holds("two/a/a.vmdk", "one/a/a.vmdk", "one/a/a-flat.vmdk")
+        holding.stop()
+
+
+def test_what_a_datastore_does_not_let_release_is_released_later_and_keeps_no_other_one(
+    server: Server, holding: Holding
+) -> None:
+    refused = DatastoreUnavailable("it hangs")
+    server.releasing = lambda datastore: refused if datastore == "one" else None
+    with server.serving():
+        opened = [hold(holding, datastore) for datastore in ("one", "one", "two")]
+        for each in opened:
+            holding.release(each)
+        server.wait_holds("one/a/a.vmdk", "one/a/a.vmdk")
+        server.releasing = lambda datastore: None
+        server.wait_holds()
         holding.stop()
 
 
