@@ -262,6 +262,7 @@ class Holding:
                 return True
             self._unheld = False
             left = [hold for hold in self._open if hold.holder is not holder and not hold.gone]
+        left.sort(key=lambda hold: hold.failed)  # one that fails again and again is no other one's failure
         done = False
         try:
             done = _each(((hold.ref.datastore, hold) for hold in left), lambda hold: self._hold_one_again(holder, hold))
