@@ -8,8 +8,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fusefs.pulse import Pulse
 from sidecar.client import Holder, ImageFile, ImageRef, SidecarClient
@@ -30,14 +32,18 @@ _log = logging.getLogger(__name__)
 # How long an open waits: for the stream after a restart, and for the datastore of the file.
 _STREAM_SECONDS = 5.0
 _OPEN_SECONDS = 30.0
-# What was open before a restart waits for each other.
+# How long a file that was open before a restart may take, and the end of the mount wait for it. Each is a look of a
+# server, and all are to be held before the sidecar purges anything by itself, 10 s after its start.
 _AGAIN_SECONDS = 10.0
+_THREADS = 8
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
-# Between two looks whether an older sidecar has been replaced.
-_UNKNOWN_PAUSE_SECONDS = 30.0
+# Between two looks whether an older sidecar has been replaced, by one that purges nothing for twice as long.
+_UNKNOWN_PAUSE_SECONDS = 5.0
 # Its image is gone, or is another one: reading fails, too.
 _GONE = (ImageNotFound, FileNotInImage, FileChanged, DatastoreNotFound)
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(slots=True, eq=False)
@@ -72,10 +78,16 @@ class Holding:
         self._failure: ImagesError | None = None  # of the last stream
         self._open: set[Hold] = set()
         self._unheld = False  # some of them may not be held
-        self._closed: deque[tuple[Holder, int]] = deque()  # to be released
+        self._closed: dict[int, tuple[Holder, str]] = {}  # to be released: the holder and the datastore, by number
         self._threads = [
             threading.Thread(target=self._follow, name="hold", daemon=True),
-            threading.Thread(target=self._work, name="hold-again", daemon=True),
+            # Of their own: what hangs in one keeps the other from nothing.
+            threading.Thread(
+                target=self._work, args=(lambda: bool(self._closed), self._release_closed), name="release", daemon=True
+            ),
+            threading.Thread(
+                target=self._work, args=(lambda: self._unheld, self._hold_again), name="hold-again", daemon=True
+            ),
         ]
 
     def start(self) -> None:
@@ -101,11 +113,13 @@ class Holding:
         hold = Hold(ref, name, expected)
         until = self._clock() + _OPEN_SECONDS
         before: Holder | None = None
-        while (holder := self._next_holder(before)) is not None:
+        while (holder := self._next_holder(before, until)) is not None:
             try:
                 self._hold_by(holder, hold, max(until - self._clock(), 0.1))
                 break
             except (HolderNotFound, SidecarUnavailable):
+                if self._clock() >= until:
+                    raise
                 before = holder  # it has ended, and this may be known here in a moment only
         with self._changed:
             self._open.add(hold)
@@ -118,16 +132,16 @@ class Holding:
         with self._changed:
             if hold in self._open:
                 self._open.remove(hold)
-                self._release_later(hold.holder, hold.number)
+                self._release_later(hold.holder, hold.number, hold.ref.datastore)
 
-    def _next_holder(self, before: Holder | None) -> Holder | None:
-        """Another one than the one before; None of a sidecar that is too old."""
+    def _next_holder(self, before: Holder | None, until: float) -> Holder | None:
+        """Another one than the one before; None of a sidecar that is too old. Waits no longer than `until`."""
 
         def there() -> bool:
             return self._unknown or self._holder not in (None, before) or self._stop.is_set()
 
         with self._changed:
-            self._changed.wait_for(there, _STREAM_SECONDS)
+            self._changed.wait_for(there, max(min(_STREAM_SECONDS, until - self._clock()), 0.0))
             if self._stop.is_set():
                 raise OperationCancelled("the mount ends")
             if not there():
@@ -142,14 +156,14 @@ class Holding:
             holder.hold(number, hold.ref, hold.name, expected=hold.expected, timeout=seconds)
         except ImagesError:
             with self._changed:
-                self._release_later(holder, number)  # its answer may have been lost
+                self._release_later(holder, number, hold.ref.datastore)  # its answer may have been lost
             raise
         with self._changed:
             hold.holder, hold.number = holder, number
 
-    def _release_later(self, holder: Holder | None, number: int) -> None:
+    def _release_later(self, holder: Holder | None, number: int, datastore: str) -> None:
         if holder is not None and holder is self._holder:
-            self._closed.append((holder, number))
+            self._closed[number] = holder, datastore
             self._changed.notify_all()
 
     def _note_unheld(self) -> None:
@@ -184,7 +198,7 @@ class Holding:
     def _begin(self, holder: Holder) -> None:
         with self._changed:
             self._holder = holder
-            self._unknown = False
+            self._unknown, self._failure = False, None
             self._closed.clear()  # of the one before
             self._note_unheld()
 
@@ -203,72 +217,107 @@ class Holding:
         if not known:
             _log.warning("the sidecar is too old to hold files: what is read is not in use cause=%s", error.message)
 
-    def _work(self) -> None:
-        """Releases what was closed, and holds again what is open."""
-        while self._wait_for_work():
+    def _work(self, is_there: Callable[[], bool], work: Callable[[], bool]) -> None:
+        """Does it when it is there to be done, and again when it says that something is left."""
+        while self._wait_for_work(is_there):
             try:
-                done = self._release_closed() and self._hold_again()
+                done = work()
             except Exception:
-                _log.exception("files not held again: trying again")
+                _log.exception("files not held again or released: trying again")
                 done = False
             if not done:
                 self._stop.wait(_LONGEST_PAUSE_SECONDS)
 
-    def _wait_for_work(self) -> bool:
+    def _wait_for_work(self, is_there: Callable[[], bool]) -> bool:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stop.is_set() or (self._holder is not None and (self._closed or self._unheld))
-            )
+            self._changed.wait_for(lambda: self._stop.is_set() or (self._holder is not None and is_there()))
         return not self._stop.is_set()
 
     def _release_closed(self) -> bool:
         """False: try again."""
-        while not self._stop.is_set():
-            with self._changed:
-                if not self._closed:
-                    return True
-                holder, number = self._closed[0]
-            try:
-                holder.release(number)
-            except HolderNotFound:
-                pass
-            except ImagesError as error:
-                _log.debug("file not released cause=%s", error.message)
-                with self._changed:
-                    return holder is not self._holder
-            with self._changed:
-                if self._closed and self._closed[0] == (holder, number):
-                    self._closed.popleft()
+        with self._changed:
+            closed = [(datastore, (number, holder)) for number, (holder, datastore) in self._closed.items()]
+        return _each(closed, self._release_one)
+
+    def _release_one(self, closed: tuple[int, Holder]) -> bool:
+        number, holder = closed
+        if self._stop.is_set():
+            return False
+        try:
+            holder.release(number)
+        except HolderNotFound:
+            pass
+        except ImagesError as error:
+            _log.debug("file not released cause=%s", error.message)
+            return False
+        with self._changed:
+            self._closed.pop(number, None)
         return True
 
     def _hold_again(self) -> bool:
-        """False: try again. One datastore that hangs holds up no other one for long."""
+        """False: try again."""
         with self._changed:
             holder = self._holder
             if holder is None:
                 return True
             self._unheld = False
             left = [hold for hold in self._open if hold.holder is not holder and not hold.gone]
-        failed: set[str] = set()
-        for hold in left:
-            if self._stop.is_set() or hold.ref.datastore in failed:
-                continue
-            self._release_closed()
-            try:
-                self._hold_by(holder, hold, _AGAIN_SECONDS)
-                _log.info("file held again file=%s", hold)
+        left.sort(key=lambda hold: hold.failed)  # one that fails again and again is no other one's failure
+        done = False
+        try:
+            done = _each(((hold.ref.datastore, hold) for hold in left), lambda hold: self._hold_one_again(holder, hold))
+        finally:
+            if not done:
                 with self._changed:
-                    if hold not in self._open:  # it was closed meanwhile
-                        self._release_later(holder, hold.number)
-            except _GONE as error:
-                hold.gone = True
-                _log.warning("open file not held any more: it is gone file=%s cause=%s", hold, error.message)
-            except ImagesError as error:
-                failed.add(hold.ref.datastore)
-                level = logging.DEBUG if hold.failed else logging.WARNING
-                hold.failed = True
-                _log.log(level, "open file not held, trying again file=%s cause=%s", hold, error.message)
-        if failed:
-            with self._changed:
-                self._note_unheld()
-        return not failed
+                    self._note_unheld()
+        return done
+
+    def _hold_one_again(self, holder: Holder, hold: Hold) -> bool:
+        if self._stop.is_set():
+            return False
+        with self._changed:
+            if hold not in self._open:
+                return True
+        try:
+            self._hold_by(holder, hold, _AGAIN_SECONDS)
+        except _GONE as error:
+            hold.gone = True
+            _log.warning("open file not held any more: it is gone file=%s cause=%s", hold, error.message)
+            return True
+        except ImagesError as error:
+            level = logging.DEBUG if hold.failed else logging.WARNING
+            hold.failed = True
+            _log.log(level, "open file not held, trying again file=%s cause=%s", hold, error.message)
+            return False
+        _log.info("file held again file=%s", hold)
+        with self._changed:
+            if hold not in self._open:  # it was closed meanwhile
+                self._release_later(holder, hold.number, hold.ref.datastore)
+        return True
+
+
+def _each(items: Iterable[tuple[str, _Item]], work: Callable[[_Item], bool]) -> bool:
+    """Whether `work` did all, each of the datastore named with it; after a failure what is left of that is not done.
+
+    In some threads, which have ended then. Each datastore has one before any has two: one that hangs keeps no other
+    one waiting, where there are not more of them than threads.
+    """
+    waiting: dict[str, deque[_Item]] = {}
+    for datastore, item in items:
+        waiting.setdefault(datastore, deque()).append(item)
+
+    def run(left: deque[_Item]) -> bool:
+        while True:
+            try:
+                item = left.popleft()
+            except IndexError:
+                return True
+            if not work(item):
+                left.clear()
+                return False
+
+    lanes = [left for place in range(_THREADS) for left in waiting.values() if place < len(left)]
+    if len(lanes) <= 1:
+        return all(map(run, lanes))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hold") as pool:
+        return all(list(pool.map(run, lanes)))

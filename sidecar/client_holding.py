@@ -68,6 +68,9 @@ class Holder(AnswerStream[wire.OpenHolderResponse]):
         self._caller.unary(self._caller.staging.HoldFile, request, timeout=timeout)
 
     def release(self, number: int) -> None:
-        """Lets go of what was held under the number, also when it is still being opened; no error when nothing was."""
+        """Lets go of what was held under the number, also when it is still being opened; no error when nothing was.
+
+        DatastoreUnavailable or TooManyCalls when the datastore hangs: it is held still, until it is released again.
+        """
         request = wire.ReleaseFileRequest(holder_id=self._id, number=number)
         self._caller.unary(self._caller.staging.ReleaseFile, request)

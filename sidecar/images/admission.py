@@ -210,7 +210,8 @@ class Admission:
         """A place for a small call, while its caller wants it.
 
         DatastoreUnavailable when the datastore cannot be used, or seems to hang, TooManyCalls when too many are in
-        line. `looks`: for a call that finds out whether the datastore is well: a known fault does not keep it out.
+        line. `looks`: for a call that finds out whether the datastore is well, or only lets go of something there: a
+        known fault does not keep it out.
         """
         self.require_answering() if looks else self._require_well()
         self._small.enter(wanted, frees=False)

@@ -27,7 +27,8 @@ _LARGEST_RATE = 1e6
 _LONGEST_SECONDS = 10 * 365 * 86400.0
 _LOOK_SECONDS = 5.0  # between two looks whether a scan of our own has ended
 
-# Mounts have found a sidecar that was restarted by then, and have it hold again what is open in them.
+# Purges and sweeps come no earlier: mounts have found a sidecar that was restarted by then, and have it hold again what
+# is open in them.
 FIRST_PURGE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,12 @@ class Maintenance:
                 first=min(FIRST_PURGE_SECONDS, plan.purge_interval),
             ),
             Task("scan", plan.sweep_interval, self._scan_by_itself),
-            Task("sweep", _LOOK_SECONDS if plan.sweep_interval else 0.0, self._sweep_by_itself),
+            Task(
+                "sweep",
+                _LOOK_SECONDS if plan.sweep_interval else 0.0,
+                self._sweep_by_itself,
+                first=min(FIRST_PURGE_SECONDS, plan.sweep_interval),
+            ),
         ]
         self._keeper = Keeper(name, [task for task in tasks if task.interval > 0], clock)
 

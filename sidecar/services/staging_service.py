@@ -144,8 +144,7 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
         holder = self._library.holders.get(request.holder_id)
 
         def open_file() -> ReadableFile:
-            with store.admission.call(context.is_active):
-                file = self._open_known(store, key, request.name)
+            file = self._open_known(store, key, request.name)
             try:
                 if request.HasField("expected"):
                     _require_same(file, request.expected, f"{request.name} of {key}")
@@ -154,11 +153,11 @@ class StagingServicer(pb_grpc.StagingServiceServicer):
                 raise
             return file
 
-        holder.hold(request.number, open_file, context.is_active)
+        holder.hold(request.number, open_file, context.is_active, store.admission.call)
         return pb.HoldFileResponse()
 
     def ReleaseFile(self, request: pb.ReleaseFileRequest, context: grpc.ServicerContext) -> pb.ReleaseFileResponse:
-        self._library.holders.get(request.holder_id).release(request.number)
+        self._library.holders.get(request.holder_id).release(request.number, context.is_active)
         return pb.ReleaseFileResponse()
 
     def CloneRange(self, request: pb.CloneRangeRequest, context: grpc.ServicerContext) -> pb.CloneRangeResponse:

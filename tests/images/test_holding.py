@@ -1,14 +1,17 @@
 """Files that are held for readers elsewhere: each is open exactly as long as it is wanted, whatever comes between."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
 from sidecar.client import SidecarClient
 from sidecar.datastores.interface import ReadableFile
 from sidecar.errors import (
+    DatastoreUnavailable,
     FileChanged,
     FileNotInImage,
     HolderNotFound,
@@ -18,6 +21,7 @@ from sidecar.errors import (
     SidecarUnavailable,
     TooManyCalls,
 )
+from sidecar.images.admission import Admission
 from sidecar.images.holding import Holder, Holders
 from tests.support.processes import Sidecar
 
@@ -42,6 +46,14 @@ class File:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class Broken(File):
+    """Its close fails."""
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("it is gone")
 
 
 def wanted() -> bool:
@@ -131,6 +143,79 @@ def test_files_stay_open_in_a_sidecar_that_ends_until_no_call_runs_any_more() ->
         pass
     holders.close()
     assert file.closed == 1
+
+
+def test_a_file_that_cannot_be_closed_keeps_no_other_one_open(caplog: pytest.LogCaptureFixture) -> None:
+    holders = Holders()
+    of_one, of_the_end = [Broken(), File()], [Broken(), File()]
+    with holders.opened() as holder:
+        for number, file in enumerate(of_one):
+            holder.hold(number, lambda file=file: file, wanted)  # type: ignore[misc]
+    assert [file.closed for file in of_one] == [1, 1]
+    with pytest.raises(SidecarUnavailable), ExitStack() as stack:
+        for file in of_the_end:
+            stack.enter_context(holders.opened()).hold(1, lambda file=file: file, wanted)  # type: ignore[misc]
+        holders.end()
+    holders.close()
+    assert [file.closed for file in of_the_end] == [1, 1]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == ["held file not closed cause=it is gone"] * 2
+
+
+def test_a_file_is_opened_and_closed_in_a_place_of_its_datastore(pool: ThreadPoolExecutor) -> None:
+    admission = Admission("one", calls=1, patience=0)
+    holder, slow = Holder(), Slow()
+
+    def is_full() -> bool:
+        try:
+            with admission.call():
+                return False
+        except DatastoreUnavailable:
+            return True
+
+    class Placed(File):
+        def close(self) -> None:
+            assert is_full()
+            super().close()
+
+    slow.file, kept = Placed(), Placed()
+    holding = pool.submit(holder.hold, 1, slow, wanted, admission.call)
+    assert slow.asked.wait(10)
+    assert is_full()
+    holder.release(1)  # which is not there yet, and needs none
+    slow.go.set()
+    assert isinstance(holding.exception(10), OperationCancelled)
+    holder.hold(2, lambda: kept, wanted, admission.call)
+    with admission.call(), pytest.raises(DatastoreUnavailable):
+        holder.release(2)
+    assert (slow.file.closed, kept.closed) == (1, 0)
+    admission.ask(lambda: "", lambda: "it has a fault")
+    for _ in range(2):
+        holder.release(2)
+    assert kept.closed == 1
+
+
+def test_a_close_that_hangs_at_the_end_of_a_holder_keeps_no_file_of_another_datastore(pool: ThreadPoolExecutor) -> None:
+    over, closed = threading.Event(), threading.Event()
+
+    class Hanging(File):
+        def close(self) -> None:
+            assert over.wait(10)
+            super().close()
+
+    class Told(File):
+        def close(self) -> None:
+            closed.set()
+
+    holder, hanging = Holder(), Hanging()
+    holder.hold(1, lambda: hanging, wanted, Admission("one").call)
+    holder.hold(2, Told, wanted, Admission("two").call)
+    closing = pool.submit(holder.close)
+    assert closed.wait(5)
+    assert not closing.done()
+    over.set()
+    closing.result(10)
+    assert hanging.closed == 1
 
 
 def test_a_held_file_is_the_expected_one_and_of_an_image(client: SidecarClient, make_image: MakeImage) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from sidecar.errors import DatastoreUnavailable
 from sidecar.images.keeping import RETRY_SECONDS, Keeper, Task
-from sidecar.images.maintenance import Maintenance, Plan
+from sidecar.images.maintenance import FIRST_PURGE_SECONDS, Maintenance, Plan
 from sidecar.images.runs import Outcome
 from tests.maintenance.conftest import DAY, NOW, OwnClock, Site, wait_ended
 from tests.support.places import TOMBSTONE, flat_files
@@ -98,6 +98,26 @@ def test_a_scan_of_its_own_is_followed_by_a_sweep_that_leaves_what_was_used_late
     assert wait_ended(maintenance.sweeps).outcome is Outcome.DONE  # type: ignore[arg-type]
     maintenance.close()
     site.place.assert_holds({"lately": flat_files("lately"), "vm": flat_files("vm")})
+
+
+def test_a_sweep_leaves_mounts_the_time_to_have_held_what_is_open_in_them(site: Site) -> None:
+    maintenance = maintained(site, Plan(sweep_interval=DAY, rate=1e6))
+
+    def tick() -> None:
+        """The scan is never what the sweep waits for."""
+        scanning = maintenance.scans._thread
+        if scanning and scanning is not threading.current_thread():
+            scanning.join(10)
+        if maintenance.sweeps.current():
+            maintenance._keeper._stop.set()
+
+    site.clock.on_wait = tick
+    maintenance.start()
+    maintenance._keeper._thread.join(10)
+    current = maintenance.sweeps.current()
+    assert current
+    assert current[0].started_ns >= (NOW + FIRST_PURGE_SECONDS) * 1e9
+    maintenance.close()
 
 
 def test_no_sweep_follows_a_scan_that_failed(site: Site) -> None:
