@@ -155,7 +155,8 @@ class StagingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseFile(self, request, context):
-        """Lets go of what was held under a number, or is about to be; no error when nothing is.
+        """Lets go of what was held under a number, or is about to be; no error when nothing is. TOO_MANY_CALLS where closing it
+        finds no place: it is held still, and can be released again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,9 @@ class StagingServiceStub:
     HoldFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.HoldFileRequest, _staging_service_pb2.HoldFileResponse]
     """Has a holder hold a file of an image, under a number of the caller's: the image is in use."""
     ReleaseFile: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.ReleaseFileRequest, _staging_service_pb2.ReleaseFileResponse]
-    """Lets go of what was held under a number, or is about to be; no error when nothing is."""
+    """Lets go of what was held under a number, or is about to be; no error when nothing is. TOO_MANY_CALLS where closing it
+    finds no place: it is held still, and can be released again.
+    """
     CloneRange: _grpc.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]
     """Copies a range of an image's file into a staged file: shared where the file system can, else in the kernel, holes
     kept. Moves what about a second allows and says how much that was; call again for the rest.
@@ -99,7 +101,9 @@ class StagingServiceAsyncStub(StagingServiceStub):
     HoldFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.HoldFileRequest, _staging_service_pb2.HoldFileResponse]  # type: ignore[assignment]
     """Has a holder hold a file of an image, under a number of the caller's: the image is in use."""
     ReleaseFile: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.ReleaseFileRequest, _staging_service_pb2.ReleaseFileResponse]  # type: ignore[assignment]
-    """Lets go of what was held under a number, or is about to be; no error when nothing is."""
+    """Lets go of what was held under a number, or is about to be; no error when nothing is. TOO_MANY_CALLS where closing it
+    finds no place: it is held still, and can be released again.
+    """
     CloneRange: _aio.UnaryUnaryMultiCallable[_staging_service_pb2.CloneRangeRequest, _staging_service_pb2.CloneRangeResponse]  # type: ignore[assignment]
     """Copies a range of an image's file into a staged file: shared where the file system can, else in the kernel, holes
     kept. Moves what about a second allows and says how much that was; call again for the rest.
@@ -189,7 +193,9 @@ class StagingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _staging_service_pb2.ReleaseFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_staging_service_pb2.ReleaseFileResponse, _abc.Awaitable[_staging_service_pb2.ReleaseFileResponse]]:
-        """Lets go of what was held under a number, or is about to be; no error when nothing is."""
+        """Lets go of what was held under a number, or is about to be; no error when nothing is. TOO_MANY_CALLS where closing it
+        finds no place: it is held still, and can be released again.
+        """
 
     @_abc_1.abstractmethod
     def CloneRange(
