@@ -263,13 +263,12 @@ class Discovery:
 
     def _look_at_all(self, lost: bool) -> bool:
         store, layout = self.store, self.store.layout
-        store.datastore.require_in_place()  # in a root that was removed, nothing is there
+        layout.prepare(store.datastore)
         if self._watcher is None and self._can_watch:
             with self._watching:
                 self._watcher = store.datastore.watcher()
             self._can_watch = self._watcher is not None
         if (parent := layout.collection_parent()) is not None:
-            self._watch("")  # where it is made when something is put there for the first time
             self._watch(parent)
         self._read_since.clear()
         if (tree := store.datastore.tree()) is not None:
@@ -435,9 +434,7 @@ class Discovery:
             self._watch(layout.image_directory(image_id))
             self.refresh(image_id)
         self._changes_lost = self._changes_lost or changes.lost
-        parent = layout.collection_parent()
-        collections_changed = parent is not None and (parent in changes.names or parent in changes.names.get("", ()))
-        return changes.lost or collections_changed or self._watcher is None
+        return changes.lost or layout.collection_parent() in changes.names or self._watcher is None
 
     def _is_noted_use(self, image_id: str, names: set[str]) -> bool:
         """Whether what changed in an image's directory is the time of a use, and known: this process made it."""

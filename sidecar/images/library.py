@@ -45,7 +45,7 @@ class Library:
             discovery.store.admission.ask(discovery.silence, discovery.fault)
 
     def start(self) -> None:
-        """Begins to read the datastores."""
+        """Prepares the datastores, as far as they can be used now, and begins to read them."""
         for discovery in self.discoveries.values():
             discovery.start()
         for maintenance in self.maintained.values():

@@ -9,7 +9,11 @@ def image_ids(store: ImageStore) -> list[str]:
     """The ids of all that may be images, sorted; an I/O error is raised, never taken for "no image"."""
     found: set[str] = set()
     layout, datastore = store.layout, store.datastore
-    for collection in layout.collections(datastore):
+    try:
+        collections = layout.collections(datastore)
+    except FileNotFoundError:
+        return []
+    for collection in collections:
         for name in names_if_directory(datastore, collection):
             image_id = layout.image_id(collection, name)
             if image_id is not None:

@@ -46,6 +46,7 @@ def reap(store: ImageStore, grace: float, check: Callable[[], None] = lambda: No
     """
     reaper = _Reaper(store, store.clock() - int(grace * 1e9), check)
     store.datastore.check()
+    store.layout.prepare(store.datastore)  # a new datastore has none of its directories yet
     reaper.free_trash()
     reaper.free_staging()
     reaper.free_locks()

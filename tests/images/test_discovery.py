@@ -132,29 +132,6 @@ def test_a_datastore_that_looks_empty_because_of_its_configured_layout_is_warned
     assert f"layout={configured} " in line and warned in line and "see=datastore.one.layout" in line
 
 
-@pytest.mark.parametrize("configured", ["compound", "sharded", "vsan"])
-def test_a_datastore_of_another_layout_is_left_as_it_is(tmp_path: Path, stack: ExitStack, configured: str) -> None:
-    (tmp_path / "one").mkdir()
-    sidecar = stack.enter_context(Sidecar(tmp_path / "run", f"one={tmp_path / 'one'},layout={configured}"))
-    client = stack.enter_context(sidecar.client())
-    assert list(client.images()) == []
-    assert list(client.locks("one")) == []
-    client.maintenance.reap("one")
-    assert list((tmp_path / "one").iterdir()) == []
-
-
-def test_the_first_image_that_somebody_puts_into_an_empty_datastore_is_seen_at_once(
-    tmp_path: Path, stack: ExitStack
-) -> None:
-    place = Place("one", "sharded", tmp_path / "one")
-    place.root.mkdir()
-    sidecar = stack.enter_context(Sidecar(tmp_path / "run", *datastore_flags([place])))
-    client = stack.enter_context(sidecar.client())
-    assert list(client.images()) == []
-    place.plant("ab")
-    wait_until(lambda: [image.ref.image_id for image in client.images()] == ["ab"], "it is listed", 10)
-
-
 def test_who_has_the_details_of_an_image_that_another_host_replaces_gets_those_of_the_other(
     tmp_path: Path, stack: ExitStack
 ) -> None:

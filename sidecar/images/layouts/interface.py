@@ -28,20 +28,17 @@ class Layout(Protocol):
     """Attributes are slow to read there: list by names."""
 
     def prepare(self, datastore: Datastore) -> None:
-        """Makes the directories that every image shares, for what is going to be put there.
-
-        Not before that: the datastore may be of another layout. What is absent is as good as empty.
-        """
+        """Makes the directories that every image shares."""
 
     def image_directory(self, image_id: str) -> str: ...
 
     def image_lock(self, image_id: str) -> str: ...
 
     def collections(self, datastore: Datastore) -> list[str]:
-        """The directories that hold image directories now; none where nothing was put there yet."""
+        """The directories that hold image directories now."""
 
     def collection_parent(self) -> str | None:
-        """The directory, in the root, in which collections appear and vanish; None where there is one that stays."""
+        """The directory in which collections appear and vanish; None where there is one that stays."""
 
     def image_id(self, collection: str, name: str) -> str | None:
         """The id of the image that a name in a collection may be; None for what is no image's name."""

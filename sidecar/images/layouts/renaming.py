@@ -121,7 +121,7 @@ class ShardedLayout(RenamingLayout):
         return f"images/{image_id[:2]}/{image_id}"
 
     def collections(self, datastore: Datastore) -> list[str]:
-        return [f"images/{shard}" for shard in _names(datastore, "images") if len(shard) <= 2]
+        return [f"images/{shard}" for shard in datastore.names("images") if len(shard) <= 2]
 
     def collection_parent(self) -> str | None:
         return "images"
