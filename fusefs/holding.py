@@ -208,7 +208,7 @@ class Holding:
             self._holder, self._failure = None, error
             count = len(self._open)
         if lost and error is not None and not isinstance(error, OperationCancelled):
-            _log.warning("files not held until the sidecar is back files=%d cause=%s", count, error.message)
+            _log.warning("files not held for now files=%d cause=%s", count, error.message)
 
     def _note_unknown(self, error: CallUnknown) -> None:
         with self._changed:

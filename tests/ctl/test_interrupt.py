@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from protos.images.v1.datastore_service_pb2 import ListDatastoresResponse
 from sidecar.ctl import signals
 from sidecar.ctl.signals import Signals
 from tests.ctl.conftest import Imagectl
@@ -31,6 +32,8 @@ MIB = 1 << 20
 HELD_BYTES = MIB // 2
 # Enough of HTTP/2 for a call to be made, and too little for its answer.
 GREETING_BYTES = 64
+# What HTTP/2 has around an answer that gets through, and less than the whole of the next one.
+ENVELOPE_BYTES = 190
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 MakeImage = Callable[[str], Path]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -128,7 +131,10 @@ def test_a_staging_directory_whose_name_is_still_on_its_way_is_dropped_too(
     start: Start, slow_disk: Path, sidecar: Sidecar, tmp_path: Path
 ) -> None:
     destination = place("one", tmp_path)
-    with holding_back(tmp_path / "relay.sock", sidecar.address, GREETING_BYTES) as relay:
+    with sidecar.client() as client:
+        # It is asked for before anything is made, and its answer is let through.
+        listed = ListDatastoresResponse(datastores=client.datastores()).ByteSize()
+    with holding_back(tmp_path / "relay.sock", sidecar.address, GREETING_BYTES + ENVELOPE_BYTES + listed) as relay:
         process = start("import", slow_disk, "one/a", address=relay.address)
         wait_until(lambda: bool(destination.staging_directories()), "the sidecar made it")
         process.send_signal(signal.SIGINT)

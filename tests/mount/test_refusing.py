@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.client import SidecarClient
+from tests.crash.support import write_image
 from tests.mount.harness import hanging, log_of, message_of, names, wait_listed
 from tests.support.disks import MIB, make_disk
 from tests.support.processes import Mount, Sidecar, loop_mount, run, wait_until
@@ -158,11 +159,12 @@ def test_a_sidecar_that_hangs_is_down_within_seconds_and_hides_nothing(
 
 @pytest.mark.slow
 def test_images_of_which_only_the_names_are_known_are_not_waited_for_one_by_one(
-    make_image: MakeImage, sidecar: Sidecar, mount: Mount
+    tmp_path: Path, sidecar: Sidecar, mount: Mount
 ) -> None:
     for number in range(4):
-        make_image(f"three/a{number}")  # of this layout, files are asked for when somebody looks
-    wait_listed(mount, "three/a3")
+        write_image(tmp_path / "three", "vsan", f"a{number}")  # of this layout, files are asked for when somebody looks
+    for number in range(4):
+        wait_listed(mount, f"three/a{number}")
     with hanging(sidecar):
         begun = time.monotonic()
         run("ls", "-l", mount.path / "three")

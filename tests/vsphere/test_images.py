@@ -252,7 +252,7 @@ def test_a_vm_that_names_its_disk_as_the_server_does_keeps_the_image(
     serve: Callable[..., Served], tmp_path: Path
 ) -> None:
     """Also when another datastore has that name here."""
-    served = serve(more='datastore = "two"')
+    served = serve(more='datastore = "two"', paths={"one": "two", "two": "one"})
     served.import_image("one/a", tmp_path)
     overlay = served.places["three"].root / "vm_1" / "disk.vmdk"
     overlay.parent.mkdir()
