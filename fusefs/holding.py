@@ -190,6 +190,7 @@ class Holding:
             except ImagesError as error:
                 self._end(error)
             except Exception:
+                # The thread must outlive a defect: without it nothing would be held, and nobody would know.
                 _log.exception("files not held: trying again")
                 self._end(None)
             self._stop.wait(pause)
@@ -223,6 +224,7 @@ class Holding:
             try:
                 done = work()
             except Exception:
+                # As in `_follow`: without this thread what is open would not be held after a restart, or for ever.
                 _log.exception("files not held again or released: trying again")
                 done = False
             if not done:

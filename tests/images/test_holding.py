@@ -145,16 +145,20 @@ def test_files_stay_open_in_a_sidecar_that_ends_until_no_call_runs_any_more() ->
     assert file.closed == 1
 
 
+def opening(file: File) -> Callable[[], ReadableFile]:
+    return lambda: file
+
+
 def test_a_file_that_cannot_be_closed_keeps_no_other_one_open(caplog: pytest.LogCaptureFixture) -> None:
     holders = Holders()
     of_one, of_the_end = [Broken(), File()], [Broken(), File()]
     with holders.opened() as holder:
         for number, file in enumerate(of_one):
-            holder.hold(number, lambda file=file: file, wanted)  # type: ignore[misc]
+            holder.hold(number, opening(file), wanted)
     assert [file.closed for file in of_one] == [1, 1]
     with pytest.raises(SidecarUnavailable), ExitStack() as stack:
         for file in of_the_end:
-            stack.enter_context(holders.opened()).hold(1, lambda file=file: file, wanted)  # type: ignore[misc]
+            stack.enter_context(holders.opened()).hold(1, opening(file), wanted)
         holders.end()
     holders.close()
     assert [file.closed for file in of_the_end] == [1, 1]
